@@ -1,0 +1,31 @@
+"""Find code by name: a string in a config is the name of a module in a room."""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+PACKAGE = "agfsync_jax"
+
+
+def names(room: str) -> list[str]:
+    """The modules of a room (a folder of the package), sorted."""
+    package = importlib.import_module(f"{PACKAGE}.{room}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load(room: str, name: str) -> ModuleType:
+    """Imports agfsync_jax/<room>/<name>.py.
+
+    Raises:
+        ValueError: the room has no such file; the message lists those it has.
+    """
+    known = names(room)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{name!r} is not in {PACKAGE}/{room}, which has: {', '.join(known)}.{hint}"
+            f" To add it, write {PACKAGE}/{room}/{name}.py."
+        )
+    return importlib.import_module(f"{PACKAGE}.{room}.{name}")

@@ -1,0 +1,104 @@
+"""What every experiment shares: one block a verb, each key with its meaning; and `parse_arg`."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The blocks that every verb reads. An experiment starts from these and changes lines."""
+    c = ConfigDict()
+    c.seed = 0  # every random draw derives from it, the round, the prompt and the candidate
+    c.rounds = 1  # how often the loop repeats, each time from the last policy
+
+    c.backbone = ConfigDict()  # the text-to-image model
+    c.backbone.name = "stable_diffusion"  # a file of agfsync_jax/backbones
+    c.backbone.path = ""  # a diffusers folder, or micro:NAME for one that ships with the package
+    c.backbone.dtype = "float32"  # of the computation; parameters stay float32
+
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices an axis; -1: all that are left
+    c.sharding = ()  # (path regex, axes) rules, the first match wins; unmatched is replicated
+
+    c.prompts = ConfigDict()
+    c.prompts.source = "micro"  # a file of agfsync_jax/prompt_sources
+    c.prompts.num_prompts = 512
+    c.prompts.split = "train"
+
+    c.questions = ConfigDict()
+    c.questions.source = "micro"
+
+    c.sample = ConfigDict()
+    c.sample.height = 512
+    c.sample.width = 512
+    c.sample.num_inference_steps = 20
+    c.sample.guidance_scale = 7.5
+    c.sample.num_candidates = 8  # a prompt
+    c.sample.sampler = "ddim"
+    c.sample.batch_size = 16  # images on all devices together
+    c.sample.conditioning_noise = 0.1  # std of the noise on the text embedding, candidates 1, 2, ...
+    c.sample.negative_prompt = ""
+    c.sample.prompts_per_shard = 32
+
+    c.scorers = ConfigDict()  # a block a scorer: its file in agfsync_jax/scorers, and its arguments
+    c.score = ConfigDict()
+    c.score.batch_size = 64  # images on all devices together
+
+    c.pair = ConfigDict()
+    c.pair.weights = ConfigDict()  # a number a score column; those not named have no say
+    c.pair.normalize = "zscore"  # none | zscore | rank, within a prompt's candidates
+    c.pair.min_margin = 0.0  # of the weighted score; smaller pairs are dropped, as are ties
+    c.pair.strategy = "best_worst"
+    c.pair.shuffle_labels = False  # a control: which of a pair is chosen is left to chance
+
+    c.loss = ConfigDict()
+    c.loss.name = "diffusion_dpo"  # a file of agfsync_jax/losses
+    c.loss.beta = 2000.0
+
+    c.train = ConfigDict()
+    c.train.batch_size = 32  # pairs on all devices together
+    c.train.num_steps = 200
+    c.train.learning_rate = 1e-5
+    c.train.warmup_steps = 20
+    c.train.schedule = "constant"
+    c.train.weight_decay = 0.01
+    c.train.max_grad_norm = 1.0
+    c.train.lora_rank = 0  # 0: all of the denoiser is trained
+    c.train.save_every = 100  # steps
+    c.train.seed = 0
+
+    c.evaluate = ConfigDict()
+    c.evaluate.source = "micro"
+    c.evaluate.split = "test"  # prompts that training never sees
+    c.evaluate.num_prompts = 300
+    c.evaluate.num_seeds = 2  # images a prompt
+
+    c.report = ConfigDict()
+    c.report.num_examples = 12  # prompts shown in the grids
+    return c
+
+
+def parse_arg(arg: str | None, **known: bool | int | float | str) -> ConfigDict:
+    """Reads the part after the colon of `--config=FILE:arg`, such as "tiny,rounds=3".
+
+    Args:
+        arg: comma-separated `key=value`, or `key` alone for a switch.
+        **known: the keys that may be given, with their defaults, which fix the types.
+
+    Raises:
+        ValueError: a key that is not known, or a value of another type.
+    """
+    values = ConfigDict(known)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if key not in known:
+            raise ValueError(f"config argument {key!r} is unknown; known: {', '.join(known)}")
+        kind = type(known[key])
+        if kind is bool:
+            if equals and text not in ("true", "false"):
+                raise ValueError(f"config argument {key}={text}: expected true or false")
+            values[key] = text != "false"
+            continue
+        try:
+            values[key] = kind(text)
+        except ValueError:
+            message = f"config argument {key}={text}: expected {kind.__name__}"
+            raise ValueError(message) from None
+    return values
