@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     c.sample.num_candidates = 8  # a prompt
     c.sample.sampler = "ddim"
     c.sample.batch_size = 16  # images on all devices together
-    c.sample.conditioning_noise = 0.1  # std of the noise on the text embedding, candidates 1, 2, ...
+    c.sample.conditioning_noise = (
+        0.1  # std of the noise on the text embedding, candidates 1, 2, ...
+    )
     c.sample.negative_prompt = ""
     c.sample.prompts_per_shard = 32
 

@@ -1,0 +1,135 @@
+"""Checkpoints of a pytree of arrays, by Orbax: asynchronous, atomic, readable by any sharding.
+
+A state is stored as one flat table from its path ("params.mid_block.resnets.0.conv1.kernel") to
+the array, so that what made the tree (nnx, optax) may change and a part of it can be read alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+class Checkpoints:
+    """The checkpoints of one folder, the newest `keep` of them.
+
+        with Checkpoints(round_dir / "checkpoints") as checkpoints:
+            checkpoints.save(step, state)
+
+    Saving copies the state off the devices and returns while it is written; leaving the `with`
+    block waits for the last one. A folder of a step appears only when it is whole.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
+        # The handler is named so that a manager which has saved nothing can read, too.
+        self._manager = ocp.CheckpointManager(
+            self.folder, item_handlers=ocp.PyTreeCheckpointHandler(), options=options
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The newest step that is whole; None in an empty folder."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, wait: bool = False) -> None:
+        """Stores `state` (arrays and numbers) as `step`; an existing step is left as it is."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.PyTreeSave(_flatten(state)))
+        if wait:
+            self.wait()
+
+    def restore(self, step: int, abstract_state: PyTree) -> PyTree:
+        """Reads the leaves of `abstract_state` at `step`, each into its sharding.
+
+        Args:
+            abstract_state: arrays or jax.ShapeDtypeStruct; a part of what was saved is enough.
+                A leaf without a sharding is put on the first device.
+
+        Raises:
+            FileNotFoundError: there is no such step.
+            ValueError: leaves are missing in the checkpoint or have another shape; lists all.
+        """
+        if step not in self._manager.all_steps():
+            steps = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder} (has: {steps})")
+        abstract = {name: _placed(leaf) for name, leaf in _flatten(abstract_state).items()}
+        self._check(step, abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
+        leaves = [restored[name] for name in abstract]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far lies on the disk."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _check(self, step: int, abstract: dict[str, Any]) -> None:
+        found = self._manager.item_metadata(step)
+        wrong = []
+        for name, leaf in abstract.items():
+            if name not in found:
+                wrong.append(f"{name}: missing")
+            elif tuple(getattr(found[name], "shape", ())) != tuple(getattr(leaf, "shape", ())):
+                wrong.append(f"{name}: {tuple(found[name].shape)}, expected {tuple(leaf.shape)}")
+        if wrong:
+            raise ValueError(
+                f"the checkpoint {self.folder / str(step)} does not fit the model: "
+                + "; ".join(wrong)
+            )
+
+
+def restore_denoiser(folder: Path, abstract_params: PyTree) -> PyTree:
+    """The denoiser's parameters from the newest checkpoint in `folder`.
+
+    They are what was saved under the key "params" of the state.
+
+    Args:
+        abstract_params: the denoiser's parameters, or their shapes and shardings.
+
+    Raises:
+        FileNotFoundError: `folder` holds no checkpoint.
+        ValueError: the checkpoint is of another model; lists every parameter that does not fit.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
+        return checkpoints.restore(step, {"params": abstract_params})["params"]
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def _placed(leaf: Any) -> Any:
+    """An abstract leaf that says where it goes."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    return leaf

@@ -1,0 +1,187 @@
+"""What a stage costs: progress and rate while it runs, seconds and items when it is done."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal
+ESTIMATE_AFTER_SECONDS = 3.0  # of steady work; the first step compiles and says nothing
+ESTIMATE_ABOVE_SECONDS = 60.0
+
+
+class Stage:
+    """One verb's clock.
+
+        with Stage(round_dir, "sample") as stage:
+            stage.skipped(2, 8)
+            with stage.progress(num_images) as progress:
+                for shard in shards:
+                    ...
+                    progress.update(len(shard))
+
+    Seconds and items add up over restarts in round_dir/stages.json, also when the stage is
+    stopped halfway: {verb: {"seconds", "items", "items_per_second"}}. Only the main process
+    prints and writes.
+
+    Args:
+        round_dir: the folder of the round; it is made.
+        verb: the key in stages.json and the head of every line.
+        unit: what an item is, in the plural.
+    """
+
+    def __init__(self, round_dir: Path, verb: str, unit: str = "images"):
+        self.path = Path(round_dir) / "stages.json"
+        self.verb = verb
+        self.unit = unit
+        self.items = 0
+        self._seconds = 0.0
+        self._since: float | None = None  # None while the clock stands still
+        self._before = {"seconds": 0.0, "items": 0}
+        self._main = jax.process_index() == 0
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Stage":
+        self._before = read_stages(self.path).get(self.verb, self._before)
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._stop()
+        # A run that found everything done leaves the figures of the run that did it.
+        if self.items or self.verb not in read_stages(self.path):
+            self._write()
+        if kind is None and self.items:
+            rate = self.items / max(self._seconds, 1e-9)
+            self.print(f"{self.items} {self.unit} in {_duration(self._seconds)} ({rate:.4g}/s)")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this run, without pauses."""
+        running = 0.0 if self._since is None else time.monotonic() - self._since
+        return self._seconds + running
+
+    def print(self, message: str) -> None:
+        """One line on stderr, headed by the verb, from the main process only."""
+        if self._main:
+            tqdm.write(f"{self.verb}: {message}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def skipped(self, done: int, total: int, what: str = "shards") -> None:
+        """Says how much an earlier run has left; nothing when that is nothing."""
+        if done:
+            self.print(f"skipped {done} of {total} {what} already there")
+
+    def estimate(self, seconds: float, total: int) -> None:
+        """Says how long the stage will take, when it is more than a minute."""
+        if seconds >= ESTIMATE_ABOVE_SECONDS:
+            self.print(f"about {_duration(seconds)} for {total} {self.unit}")
+
+    def progress(self, work: int | Iterable, desc: str = "") -> "Progress":
+        """A bar over `work`: a number of items, or an iterable of which each element is one."""
+        return Progress(self, work, desc)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The clock stands still inside: for saves and evaluations."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
+
+    def _stop(self) -> None:
+        self._seconds, self._since = self.seconds, None
+
+    def _write(self) -> None:
+        if not self._main:
+            return
+        seconds = self._before["seconds"] + self.seconds
+        items = self._before["items"] + self.items
+        stages = read_stages(self.path)
+        stages[self.verb] = {
+            "seconds": round(seconds, 3),
+            "items": items,
+            "items_per_second": round(items / max(seconds, 1e-9), 4),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f"{self.path.name}.tmp")
+        aside.write_text(json.dumps(stages, indent=2) + "\n")
+        os.replace(aside, self.path)
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere. Made by Stage.progress."""
+
+    def __init__(self, stage: Stage, work: int | Iterable, desc: str):
+        self._stage = stage
+        self._work = work
+        self._total = work if isinstance(work, int) else len(work) if isinstance(work, Sized) else 0
+        self._done = 0
+        self._desc = f" {desc}" if desc else ""
+        self._steady: tuple[float, int] | None = None  # stage seconds, items: after the first step
+        self._estimated = False
+        self._lined = time.monotonic()
+        self._bar = tqdm(
+            total=self._total or None,
+            desc=f"{stage.verb}{self._desc}",
+            unit=f" {stage.unit}",
+            disable=not (stage._main and stage._terminal),
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for item in range(self._work) if isinstance(self._work, int) else self._work:
+                yield item
+                self.update()
+
+    def update(self, n: int = 1) -> None:
+        """Counts `n` more items."""
+        self._done += n
+        self._stage.items += n
+        self._bar.update(n)
+        seconds, now = self._stage.seconds, time.monotonic()
+        if self._steady is None:
+            self._steady = seconds, self._done
+            return
+        # From the second step on: the first one compiled.
+        rate = (self._done - self._steady[1]) / max(seconds - self._steady[0], 1e-9)
+        left = max(self._total - self._done, 0) / rate
+        if not self._estimated and seconds - self._steady[0] >= ESTIMATE_AFTER_SECONDS:
+            self._estimated = True
+            if self._total:
+                self._stage.estimate(seconds + left, self._total)
+        if now - self._lined >= PLAIN_LINE_SECONDS:
+            self._lined = now
+            self._stage._write()  # a killed run loses ten seconds of its figures at most
+            if not self._stage._terminal:
+                of = f"/{self._total}" if self._total else ""
+                to_go = f", {_duration(left)} left" if self._total else ""
+                head = f"{self._desc.strip()} " if self._desc else ""
+                self._stage.print(f"{head}{self._done}{of} {self._stage.unit}, {rate:.4g}/s{to_go}")
+
+
+def read_stages(path: Path) -> dict[str, dict[str, float]]:
+    """The contents of a stages.json; {} when there is none."""
+    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

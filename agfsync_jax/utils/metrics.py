@@ -1,0 +1,117 @@
+"""Metrics on disk, one JSON object a line, and the bootstrap behind every error bar."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class MetricWriter:
+    """Appends {"step": n, name: number, ...} lines to a file.
+
+    A restarted run passes the step it restored: lines past it, and a half-written last line,
+    are dropped, so the file reads as if the run had never stopped.
+
+    Args:
+        path: the file; its folder is made.
+        step: the last step that counts; 0 starts afresh.
+        enabled: false on all but the main process, where nothing is written.
+    """
+
+    def __init__(self, path: Path, step: int = 0, enabled: bool = True):
+        self.path = Path(path)
+        self._file = None
+        if not enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        aside = self.path.with_name(f"{self.path.name}.tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(aside, self.path)
+        self._file = self.path.open("a")
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Adds one line; `values` are numbers or arrays of one element."""
+        if self._file is None:
+            return
+        row = {"step": int(step)} | {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file, without a half-written last line; [] when there is no file."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def bootstrap(
+    values: np.ndarray, clusters: np.ndarray | None = None, num: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """The mean of `values` and its 95% percentile bootstrap interval.
+
+    Images of one prompt are no independent draws, so whole clusters are resampled: `num` times,
+    as many prompts as there are, with replacement, each with all its rows (Field and Welsh,
+    "Bootstrapping clustered data", 2007). For a paired comparison pass differences.
+
+    Args:
+        values: [n] numbers.
+        clusters: [n] labels, such as prompt ids; None makes every row its own cluster.
+        num: resamples.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Returns:
+        {"mean", "low", "high"}.
+
+    Raises:
+        ValueError: no values, values that are not finite, or lengths that differ.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"bootstrap needs a vector of at least one value, got {values.shape}")
+    if not np.isfinite(values).all():
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        raise ValueError(f"bootstrap got {bad} of {values.size} values that are not finite")
+    labels = np.arange(values.size) if clusters is None else np.asarray(clusters)
+    if labels.shape != values.shape:
+        raise ValueError(f"bootstrap got {values.size} values and clusters of {labels.shape}")
+    _, index = np.unique(labels, return_inverse=True)
+    sums = np.bincount(index, weights=values)
+    sizes = np.bincount(index).astype(np.float64)
+
+    # Resampling n clusters with replacement is a multinomial draw of how often each one appears.
+    n = sums.size
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // n)  # counts held at once
+    means = []
+    for start in range(0, num, chunk):
+        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=min(chunk, num - start))
+        means.append((counts @ sums) / (counts @ sizes))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def format_interval(interval: dict[str, float], digits: int = 3, signed: bool = False) -> str:
+    """ "0.512 [0.480, 0.544]"; with `signed`, "+0.031 [+0.010, +0.052]"."""
+    sign = "+" if signed else ""
+    mean, low, high = (
+        "nan" if math.isnan(interval[key]) else format(interval[key], f"{sign}.{digits}f")
+        for key in ("mean", "low", "high")
+    )
+    return f"{mean} [{low}, {high}]"

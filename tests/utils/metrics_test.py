@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from agfsync_jax.utils import metrics
+
+
+def test_rows_past_the_restored_step_are_dropped(tmp_path):
+    path = tmp_path / "checkpoints" / "metrics.jsonl"
+    with metrics.MetricWriter(path) as writer:
+        for step in range(1, 5):
+            writer.write(step, {"loss": np.float32(step)})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    with metrics.MetricWriter(path, step=2) as writer:
+        writer.write(3, {"loss": 30})
+    rows = metrics.read_metrics(path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_step_zero_starts_afresh(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with metrics.MetricWriter(path) as writer:
+        writer.write(1, {"loss": 1.0})
+    metrics.MetricWriter(path).close()
+    assert metrics.read_metrics(path) == []
+
+
+def test_a_disabled_writer_writes_nothing(tmp_path):
+    with metrics.MetricWriter(tmp_path / "metrics.jsonl", enabled=False) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bootstrap_has_the_normal_interval():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 2000)
+    interval = metrics.bootstrap(values)
+    half = 1.96 * values.std() / np.sqrt(values.size)
+    assert interval["mean"] == pytest.approx(values.mean())
+    assert interval["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert interval["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert interval == metrics.bootstrap(values)
+    assert interval != metrics.bootstrap(values, seed=1)
+
+
+def test_bootstrap_resamples_clusters():
+    values = np.random.default_rng(0).normal(size=300)
+    copies, clusters = np.repeat(values, 4), np.repeat(np.arange(300), 4)
+    alone, clustered = metrics.bootstrap(values), metrics.bootstrap(copies, clusters)
+    # Four equal rows of a prompt say no more than one.
+    assert clustered == pytest.approx(alone)
+    rows = metrics.bootstrap(copies)
+    assert rows["high"] - rows["low"] < 0.6 * (alone["high"] - alone["low"])
+
+
+def test_bootstrap_covers_the_truth():
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        prompt = rng.normal(0.0, 1.0, 40)  # a prompt's own level, and two seeds of it
+        values = np.repeat(prompt, 2) + rng.normal(0.0, 0.5, 80)
+        interval = metrics.bootstrap(values, np.repeat(np.arange(40), 2), num=500)
+        hits += interval["low"] <= 0 <= interval["high"]
+    assert 180 <= hits <= 199
+
+
+def test_bootstrap_takes_strings_and_clusters_of_all_sizes():
+    interval = metrics.bootstrap([1.0, 1.0, 4.0], ["a", "a", "b"])
+    assert interval["mean"] == pytest.approx(2.0)
+    assert interval["low"] == pytest.approx(1.0) and interval["high"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "message"),
+    [
+        ([], None, "at least one"),
+        ([1.0, float("nan")], None, "1 of 2 values"),
+        ([1.0, 2.0], ["a"], "2 values and clusters"),
+    ],
+)
+def test_bootstrap_rejects(values, clusters, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.bootstrap(values, clusters)
+
+
+def test_format_interval():
+    interval = {"mean": 0.03, "low": -0.01, "high": 0.07}
+    assert metrics.format_interval(interval, signed=True) == "+0.030 [-0.010, +0.070]"
+    assert metrics.format_interval(interval, digits=2) == "0.03 [-0.01, 0.07]"
