@@ -1,0 +1,1 @@
+"""The embedded default suite: a small drawn world and models trained on it."""
