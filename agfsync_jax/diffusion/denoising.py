@@ -1,0 +1,62 @@
+"""Guidance and denoising errors: what samplers and losses see of a denoiser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from agfsync_jax.diffusion.schedules import Schedule
+
+
+def guide(
+    denoise: Callable[[Array, Array, Any], Array],
+    conditioning: Any,
+    unconditional: Any,
+    guidance_scale: float,
+) -> Callable[[Array, Array], Array]:
+    """Classifier-free guidance (arXiv:2207.12598, eq. 6) as one batch of 2 b rows.
+
+    Args:
+        denoise: (latents [b, ...], timesteps [b], conditioning) -> prediction [b, ...].
+        conditioning, unconditional: pytrees of arrays [b, ...] alike.
+        guidance_scale: 1 means no guidance: the unconditional half is not computed.
+
+    Returns:
+        (latents [b, ...], timesteps [b]) -> guided prediction [b, ...].
+    """
+    if guidance_scale == 1:
+        return lambda latents, timesteps: denoise(latents, timesteps, conditioning)
+
+    def double(first, second):
+        # Row by row, not half by half: with a sharded batch both rows then stay on their device.
+        return jnp.stack([first, second], axis=1).reshape((-1,) + first.shape[1:])
+
+    both = jax.tree.map(double, unconditional, conditioning)
+
+    def guided(latents, timesteps):
+        predictions = denoise(double(latents, latents), double(timesteps, timesteps), both)
+        predictions = predictions.reshape((-1, 2) + latents.shape[1:]).astype(jnp.float32)
+        return predictions[:, 0] + guidance_scale * (predictions[:, 1] - predictions[:, 0])
+
+    return guided
+
+
+def denoising_error(
+    denoise: Callable[[Any, Array, Array, Any], Array],
+    params: Any,
+    latents: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    timesteps: Int[Array, " b"],
+    conditioning: Any,
+    schedule: Schedule,
+) -> Float[Array, " b"]:
+    """Squared error of `denoise(params, x_t, timesteps, conditioning)` at its target.
+
+    The mean over a latent's elements: DDPM's simple loss (arXiv:2006.11239, eq. 14) a row.
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    prediction = denoise(params, noisy, timesteps, conditioning).astype(jnp.float32)
+    error = jnp.square(prediction - schedule.target(latents, noise, timesteps))
+    return jnp.mean(error, axis=tuple(range(1, error.ndim)))

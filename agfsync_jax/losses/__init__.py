@@ -1,0 +1,1 @@
+"""Preference losses, a file each: per-example denoising errors in, per-example loss out."""

@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import numpy as np
+
+from agfsync_jax.diffusion.denoising import denoising_error, guide
+from agfsync_jax.diffusion.schedules import Schedule
+
+
+def test_guidance_runs_one_batch_of_twice_the_rows():
+    calls = []
+
+    def denoise(latents, timesteps, conditioning):
+        calls.append(latents.shape[0])
+        return latents * conditioning["x"][:, None] + timesteps[:, None]
+
+    latents = jnp.arange(6.0).reshape(3, 2)
+    timesteps = jnp.array([1.0, 2.0, 3.0])
+    conditional, unconditional = (
+        {"x": jnp.array([1.0, 2.0, 3.0])},
+        {"x": jnp.array([0.5, 0.5, 0.5])},
+    )
+    guided = guide(denoise, conditional, unconditional, 5.0)(latents, timesteps)
+    first = latents * 0.5 + timesteps[:, None]
+    second = latents * conditional["x"][:, None] + timesteps[:, None]
+    np.testing.assert_allclose(guided, first + 5.0 * (second - first), rtol=1e-6)
+    plain = guide(denoise, conditional, unconditional, 1.0)(latents, timesteps)
+    np.testing.assert_allclose(plain, second, rtol=1e-6)
+    assert calls == [6, 3]
+
+
+def test_denoising_error_is_the_mean_over_a_latents_elements():
+    schedule = Schedule.from_config({"clip_sample": False})
+    rng = np.random.default_rng(0)
+    latents, noise = jnp.asarray(rng.normal(size=(2, 3, 4, 4, 2)), jnp.float32)
+    timesteps = jnp.array([1, 400, 900])
+    args = (latents, noise, timesteps, {"shift": jnp.array([0.0, 1.0, 2.0])})
+
+    def denoise(params, noisy, timesteps, conditioning):
+        return params * noise + conditioning["shift"][:, None, None, None]
+
+    errors = denoising_error(denoise, jnp.float32(1.0), *args, schedule)
+    np.testing.assert_allclose(errors, [0.0, 1.0, 4.0], atol=1e-6)
