@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen images alone (DDPM's simple loss, arXiv:2006.11239, eq. 14)."""
+"""Supervised fine-tuning on the chosen images: DDPM's simple loss (arXiv:2006.11239, eq. 14)."""
 
 from jaxtyping import Array, Float
 

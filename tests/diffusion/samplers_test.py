@@ -1,4 +1,4 @@
-"""Schedules and samplers against diffusers' schedulers, driven by the same denoiser from the same noise."""
+"""Samplers against diffusers' schedulers, driven by the same denoiser from the same noise."""
 
 import diffusers
 import jax

@@ -1,4 +1,4 @@
-"""The preference loss against the paper's formula in torch float64, value and gradient, through a linear denoiser."""
+"""The preference loss and its gradient against the paper's formula in torch float64."""
 
 import jax
 import jax.numpy as jnp
