@@ -1,0 +1,100 @@
+"""Preference pairs as sharded batches, in an order that depends on (seed, step) alone."""
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
+
+FIELDS = ("chosen_latents", "rejected_latents", "token_ids")
+
+
+class PairLoader:
+    """Batches of preference pairs: `loader.batch(step)` has no state to save or restore.
+
+    Step s holds rows s*b to (s+1)*b of an endless stream: one permutation of the pairs after
+    another, each drawn from (seed, epoch). A batch may span two epochs, so no pair is left out.
+    """
+
+    def __init__(self, pairs: Mapping[str, Any], batch_size: int, seed: int, mesh: Mesh):
+        """Checks sizes before any device time is spent.
+
+        Args:
+          pairs: what `records.read_pairs` gives: at least pair_id, chosen_latents,
+            rejected_latents and token_ids, one row per pair.
+          batch_size: rows of the global batch, over all processes.
+          seed: of the order.
+          mesh: batches are split over its data and fsdp axes.
+
+        Raises:
+          ValueError: no pairs, a missing field, fields of different lengths, or a batch that the
+            mesh does not divide.
+        """
+        if missing := [name for name in ("pair_id", *FIELDS) if name not in pairs]:
+            raise ValueError(f"Pairs lack the fields {missing}; they have {sorted(pairs)}.")
+        lengths = {name: len(pairs[name]) for name in ("pair_id", *FIELDS)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"Pairs have fields of different lengths: {lengths}.")
+        if not lengths["pair_id"]:
+            raise ValueError("There are no pairs to train on.")
+        if batch_size < 1 or batch_size % batch_shards(mesh):
+            raise ValueError(
+                f"A batch of {batch_size} cannot be split over {batch_shards(mesh)} devices "
+                f"(data x fsdp of the mesh {dict(mesh.shape)}): make it a multiple."
+            )
+        self.num_pairs = lengths["pair_id"]
+        self.batch_size = batch_size
+        self.seed = seed
+        self._sharding = batch_sharding(mesh)
+        self._arrays = {name: np.asarray(pairs[name]) for name in FIELDS}
+        self._arrays["example"] = example_ids(pairs["pair_id"])
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps to see every pair once; not a whole number when a batch spans two epochs."""
+        return self.num_pairs / self.batch_size
+
+    def epoch(self, step: int) -> float:
+        """Epochs seen before `step`."""
+        return step / self.steps_per_epoch
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which pairs the global batch of a step holds, int64 [batch_size]."""
+        stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, positions = np.divmod(stream, self.num_pairs)
+        return np.array(
+            [self._permutation(int(e))[p] for e, p in zip(epochs, positions, strict=True)]
+        )
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The global batch of a step, of which each process fills only its own devices.
+
+        Returns:
+          chosen_latents, rejected_latents float32 [b, h, w, c]; token_ids int32 [b, n]; example
+          int32 [b], a number that belongs to the pair wherever it turns up (for noise keys).
+        """
+        rows = self.rows(step)
+        return {name: self._put(array, rows) for name, array in self._arrays.items()}
+
+    def _put(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
+        dtype = np.float32 if array.dtype.kind == "f" else np.int32
+        shape = (len(rows), *array.shape[1:])
+        # Asked once per device of this process, for that device's rows only.
+        return jax.make_array_from_callback(
+            shape, self._sharding, lambda index: array[rows[index[0]]].astype(dtype)
+        )
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+
+
+def example_ids(pair_ids: Sequence[str]) -> np.ndarray:
+    """Non-negative int32 [b] from each pair's name, so that other pairs cannot shift them."""
+    digests = [hashlib.sha256(pair_id.encode()).digest() for pair_id in pair_ids]
+    return np.array([int.from_bytes(d[:4], "big") >> 1 for d in digests], np.int32)

@@ -1,0 +1,1 @@
+"""Meshes, shardings by parameter path, and several processes."""
