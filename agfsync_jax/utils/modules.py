@@ -14,8 +14,8 @@ def names(room: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def load(room: str, name: str) -> ModuleType:
-    """Imports agfsync_jax/<room>/<name>.py.
+def check(room: str, name: str) -> None:
+    """Does nothing where agfsync_jax/<room>/<name>.py exists; imports nothing of it.
 
     Raises:
         ValueError: the room has no such file; the message lists those it has.
@@ -28,4 +28,9 @@ def load(room: str, name: str) -> ModuleType:
             f"{name!r} is not in {PACKAGE}/{room}, which has: {', '.join(known)}.{hint}"
             f" To add it, write {PACKAGE}/{room}/{name}.py."
         )
+
+
+def load(room: str, name: str) -> ModuleType:
+    """Imports agfsync_jax/<room>/<name>.py; ValueError as in `check` where there is none."""
+    check(room, name)
     return importlib.import_module(f"{PACKAGE}.{room}.{name}")

@@ -1,0 +1,64 @@
+"""The closed loop: every verb in order, for `config.rounds` rounds, then the report.
+
+Each round writes prompts and questions, draws candidates, scores and pairs them, trains on the
+pairs and evaluates; the next round draws from the model that the last one trained. What lies in
+the workdir is not done again: the same command continues a run that was stopped.
+
+    agfsync run --config=configs/micro.py --workdir=runs/micro
+"""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from agfsync_jax import evaluate, pair, prompts, questions, report, sample, score, train
+from agfsync_jax.utils.metrics import format_interval
+
+ROUND = (prompts, questions, sample, score, pair, train, evaluate)
+
+
+def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
+    """Runs rounds `round_index` to `config.rounds` - 1 and prints what came out."""
+    for index in range(round_index, config.rounds):
+        for verb in ROUND:
+            verb.main(config, workdir, round_index=index, repair=repair)
+            jax.clear_caches()  # the programs of one verb are of no use to the next
+            gc.collect()
+    report.main(config, workdir)
+    if jax.process_index() == 0:
+        summary = json.loads((workdir / "summary.json").read_text())
+        print(table(summary))
+        print(f"report: {workdir / 'report.html'}")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Base against tuned, last round of a summary.json, with 95% intervals."""
+    last = summary["rounds"][-1]
+    rows = [("", "base", "tuned", "tuned - base", "win rate")]
+    for metric, base in last["base"].items():
+        win = last["win_rate"].get(metric)
+        rows.append(
+            (
+                metric,
+                format_interval(base),
+                format_interval(last["tuned"][metric]),
+                format_interval(last["delta"][metric], signed=True),
+                format_interval(win) if win else "",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    seconds = sum(
+        stage["seconds"] for entry in summary["rounds"] for stage in entry["stages"].values()
+    )
+    pairs = sum(entry["pairs"] for entry in summary["rounds"])
+    rounds = len(summary["rounds"])
+    lines.append(f"{rounds} round{'s' * (rounds > 1)}, {pairs} pairs, {seconds / 60:.1f} min")
+    return "\n".join(lines)

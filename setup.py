@@ -1,0 +1,53 @@
+"""pip install -e . ; extras: tpu, cuda, torch (export and its check), test."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "agfsync_jax/__init__.py").read_text())[1]
+README = ROOT / "README.md"
+
+TORCH = ["torch==2.13.0", "diffusers>=0.40", "accelerate"]
+LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+setup(
+    name="agfsync_jax",
+    version=VERSION,
+    description="AGFSync in JAX: text-to-image diffusion models aligned with AI feedback only",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # configs travels along, so that --config=configs/micro.py works without the repository.
+    packages=find_packages(include=["agfsync_jax", "agfsync_jax.*", "configs"]),
+    package_data={"agfsync_jax.micro": ["weights/**/*"]},
+    entry_points={"console_scripts": ["agfsync = agfsync_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "jaxtyping",
+        "ml-collections>=1.0",
+        "numpy>=2",
+        "safetensors",
+        "tokenizers",
+        "transformers>=5",  # tokenizers and their files; its models need torch and are not used
+        "tensorflow-datasets>=4.9.8",
+        f"tensorflow-cpu>=2.19; {LINUX_X86}",  # reads and writes records; never on a device
+        "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        "pyarrow",
+        "pillow",
+        "tqdm",
+        "filelock",  # jax takes it to share its compilation cache between processes
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "torch": TORCH,
+        "test": TORCH + ["pytest>=8", "pytest-timeout", "ruff>=0.12", "scipy"],
+    },
+)
