@@ -39,6 +39,7 @@ setup(
         "tensorflow-datasets>=4.9.8",
         f"tensorflow-cpu>=2.19; {LINUX_X86}",  # reads and writes records; never on a device
         "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        "google-crc32c",
         "pyarrow",
         "pillow",
         "tqdm",

@@ -28,11 +28,9 @@ def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: boo
             verb.main(config, workdir, round_index=index, repair=repair)
             jax.clear_caches()  # the programs of one verb are of no use to the next
             gc.collect()
-    report.main(config, workdir)
     if jax.process_index() == 0:
-        summary = json.loads((workdir / "summary.json").read_text())
-        print(table(summary))
-        print(f"report: {workdir / 'report.html'}")
+        report.main(config, workdir)  # prints where it is
+        print(table(json.loads((workdir / "summary.json").read_text())))
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -44,10 +44,11 @@ def get_config() -> ConfigDict:
     c.score.batch_size = 64  # images on all devices together
 
     c.pair = ConfigDict()
-    c.pair.weights = ConfigDict()  # a number a score column; those not named have no say
+    c.pair.weights = ConfigDict()  # a number a score column; those without one have no say
     c.pair.normalize = "zscore"  # none | zscore | rank, within a prompt's candidates
     c.pair.min_margin = 0.0  # of the weighted score; smaller pairs are dropped, as are ties
-    c.pair.strategy = "best_worst"
+    c.pair.strategy = "best_worst"  # or all_above_margin: every two candidates, a prompt
+    c.pair.max_pairs = 0  # a prompt, with all_above_margin; 0: no limit
     c.pair.shuffle_labels = False  # a control: which of a pair is chosen is left to chance
 
     c.loss = ConfigDict()
@@ -59,7 +60,7 @@ def get_config() -> ConfigDict:
     c.train.num_steps = 200
     c.train.learning_rate = 1e-5
     c.train.warmup_steps = 20
-    c.train.schedule = "constant"
+    c.train.schedule = "constant"  # or cosine
     c.train.weight_decay = 0.01
     c.train.max_grad_norm = 1.0
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
     c.evaluate.split = "test"  # prompts that training never sees
     c.evaluate.num_prompts = 300
     c.evaluate.num_seeds = 2  # images a prompt
+    c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers
 
     c.report = ConfigDict()
     c.report.num_examples = 12  # prompts shown in the grids

@@ -40,6 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     c.train.learning_rate = 2e-5
 
+    c.evaluate.evaluators = ("referee",)
+
     if arg.tiny:
         shrink(c)
     return c

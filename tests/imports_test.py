@@ -1,0 +1,171 @@
+"""Who may import whom: every arrow of the design, read from the source with ast."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "agfsync_jax"
+ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+ENTRANCES = {"cli", "__main__", "__init__"}
+VERBS = {path.stem for path in PACKAGE.glob("*.py")} - ENTRANCES
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room -> the rooms that its files may import besides their own.
+ARROWS = {
+    "evaluators": {"scorers", "data", "utils"},
+    "scorers": {"models", "data", "parallel", "utils"},
+    "backbones": {"models", "diffusion", "data", "parallel", "utils"},
+    "prompt_sources": {"micro", "data", "utils"},
+    "models": set(),
+    "diffusion": set(),
+    "losses": set(),
+    "data": {"parallel", "utils"},
+    "parallel": set(),
+    "utils": set(),
+    "micro": set(),
+}
+# A file -> what it alone may import besides.
+ALSO = {
+    "evaluators/referee.py": {"micro"},  # the judge of that world
+    "micro/suite.py": ROOMS,  # trains the shipped weights: a program, like a verb
+}
+# Files of a room that may be imported by their neighbors there; elsewhere all may.
+SHARED = {"models": {"layers", "t5"}}  # a BLIP-2 contains a T5
+# A room -> the only libraries that it may import.
+LIBRARIES = {
+    "losses": {"jax", "jaxtyping"},
+    "diffusion": {"jax", "jaxtyping", "numpy"},
+    "micro/world.py": {"numpy"},
+    "models": {"jax", "jaxtyping", "numpy", "flax"},
+}
+
+
+class Import(NamedTuple):
+    line: int
+    name: str  # dotted, such as agfsync_jax.data.records
+    inside: bool  # inside a function
+
+
+def imports(path: Path) -> list[Import]:
+    """All that a file imports; `from a import b` is a.b, which may be a module or a name."""
+    found = []
+
+    def visit(node, inside):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend(Import(child.lineno, alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}:{child.lineno}: relative import"
+                found.extend(
+                    Import(child.lineno, f"{child.module}.{alias.name}", inside)
+                    for alias in child.names
+                )
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            visit(child, inside or function)
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def _ours(path: Path) -> list[tuple[Import, str, str]]:
+    """(import, part of the package, what of it) for each import from the package."""
+    ours = [found for found in imports(path) if found.name.split(".")[0] == "agfsync_jax"]
+    parts = [(found, *(found.name.split(".") + ["", ""])[1:3]) for found in ours]
+    # `from agfsync_jax import __version__` is a name, not a module
+    return [(found, part, what) for found, part, what in parts if part != "__version__"]
+
+
+def _libraries(path: Path) -> list[tuple[Import, str]]:
+    found = [(item, item.name.split(".")[0]) for item in imports(path)]
+    ours = {"agfsync_jax", "configs"} | sys.stdlib_module_names
+    return [(item, library) for item, library in found if library not in ours]
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_every_room_has_its_arrows():
+    assert set(ARROWS) == ROOMS
+
+
+def test_every_room_is_a_package():
+    missing = [folder for folder in ROOMS if not (PACKAGE / folder / "__init__.py").exists()]
+    assert not missing, f"setup.py would leave out {missing}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_id)
+def test_arrows(path):
+    name = _id(path)
+    room = name.split("/")[0] if "/" in name else None
+    if room:
+        allowed = ARROWS[room] | {room} | ALSO.get(name, set())
+    elif path.stem == "run":
+        allowed = ROOMS | VERBS
+    elif path.stem == "__main__":
+        allowed = {"cli"}
+    else:
+        allowed = ROOMS
+    for found, part, what in _ours(path):
+        place = f"agfsync_jax/{name}:{found.line} imports {found.name}"
+        assert part in allowed, f"{place}; it may import {sorted(allowed)}"
+        if part == room and part in SHARED:
+            assert what in SHARED[part], f"{place}; of its own room it may import {SHARED[part]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_id)
+def test_libraries(path):
+    name = _id(path)
+    room = name.split("/")[0]
+    for found, library in _libraries(path):
+        place = f"agfsync_jax/{name}:{found.line} imports {found.name}"
+        assert library not in {"torch", "diffusers", "accelerate"}, f"{place}; only tests may"
+        assert library != "configs", f"{place}; a config is an argument"
+        if library in {"tensorflow", "tensorflow_datasets"}:
+            assert room == "data" and found.inside, f"{place}; only in functions of data/"
+        if library == "transformers":
+            assert found.inside, f"{place}; only inside functions, it takes long"
+        allowed = LIBRARIES.get(name, LIBRARIES.get(room))
+        assert allowed is None or library in allowed, f"{place}; it may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_configs_import_only_their_common_part(path):
+    for found in imports(path):
+        library = found.name.split(".")[0]
+        allowed = library in sys.stdlib_module_names or library == "ml_collections"
+        assert allowed or found.name == "configs.common", f"configs/{path.name} imports {found}"
+
+
+def test_every_library_is_in_setup():
+    """What the package imports must be installed with it, and not by chance."""
+    setup = (ROOT / "setup.py").read_text()
+    required = setup[setup.index("install_requires") : setup.index("extras_require")]
+    listed = {
+        re.match(r"[\w-]+", text)[0].lower().replace("-", "_")
+        for text in re.findall(r'"([\w-][^"]*)"', required)
+    }
+    listed |= {"tensorflow_cpu", "jaxlib", "protobuf"}  # by marker; of jax; of tensorflow
+    distributions = packages_distributions()
+    for path in FILES:
+        for found, library in _libraries(path):
+            top = "google.protobuf" if found.name.startswith("google.protobuf") else library
+            names = {"protobuf"} if top == "google.protobuf" else set(distributions[library])
+            names = {name.lower().replace("-", "_") for name in names}
+            assert names & listed, f"{_id(path)}:{found.line} imports {found.name}: in no setup.py"
+
+
+def test_a_forbidden_import_is_seen(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text("import os\ndef f():\n    from agfsync_jax.data import records, images\n")
+    assert imports(path) == [
+        Import(1, "os", False),
+        Import(3, "agfsync_jax.data.records", True),
+        Import(3, "agfsync_jax.data.images", True),
+    ]
