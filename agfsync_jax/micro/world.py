@@ -169,6 +169,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+@functools.cache
 def _scene_is_heldout(scene: Scene) -> bool:
     # "A above B" and "B below A" are one picture, so they share a split.
     if scene.relation in ("below", "to the right of"):
