@@ -1,0 +1,147 @@
+"""The backbone against diffusers' StableDiffusionPipeline, there and back."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec
+
+from agfsync_jax.backbones.stable_diffusion import Backbone
+from agfsync_jax.diffusion import samplers
+from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.parallel.mesh import create_mesh
+from tests.twins import tiny_stable_diffusion
+
+PROMPTS = ["red circle", "blue square on a red square and a circle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("stable_diffusion")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return tiny_stable_diffusion(folder)
+
+
+@pytest.fixture(scope="module")
+def backbone(folder, pipeline):
+    return Backbone.load(folder)
+
+
+def draw(backbone, noise, num_steps, guidance_scale):
+    @jax.jit
+    def program(params, tokens, negative, noise):
+        conditioning, unconditional = (
+            backbone.encode_prompt(params, ids) for ids in (tokens, negative)
+        )
+        denoise = guide(
+            lambda *args: backbone.denoise(params, *args),
+            conditioning,
+            unconditional,
+            guidance_scale,
+        )
+        latents = samplers.ddim(denoise, backbone.schedule, noise, num_steps)
+        return latents, backbone.decode_latents(params, latents)
+
+    tokens, negative = (backbone.tokenize(texts) for texts in (PROMPTS, [""] * len(PROMPTS)))
+    return jax.device_get(program(backbone.params, tokens, negative, noise))
+
+
+def draw_diffusers(pipeline, noise, num_steps, guidance_scale):
+    latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
+    kwargs = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
+    kwargs |= {"prompt": PROMPTS, "height": 32, "width": 32, "latents": latents}
+    final = pipeline(**kwargs, output_type="latent").images.permute(0, 2, 3, 1).numpy()
+    images = pipeline(**kwargs, output_type="np").images
+    return final, (images * 255).round().astype(np.uint8)
+
+
+def test_images_equal_diffusers(pipeline, backbone):
+    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+    theirs, their_images = draw_diffusers(pipeline, noise, 20, 5.0)
+    ours, our_images = draw(backbone, noise, 20, 5.0)
+    assert np.abs(ours - theirs).max() <= 1e-3
+    assert np.abs(our_images.astype(float) - their_images).mean() <= 2
+    assert our_images.std() > 1
+
+
+def test_tokens_and_hidden_states_equal_transformers(pipeline, backbone):
+    tokens = backbone.tokenize(PROMPTS)
+    theirs = pipeline.tokenizer(PROMPTS, padding="max_length", truncation=True)["input_ids"]
+    assert tokens.tolist() == theirs
+    with torch.no_grad():
+        hidden = pipeline.text_encoder(torch.tensor(theirs))[0].numpy()
+    ours = backbone.encode_prompt(backbone.params, jnp.asarray(tokens))["encoder_hidden_states"]
+    np.testing.assert_allclose(ours, hidden, atol=1e-5)
+
+
+def test_encode_image_is_the_scaled_posterior_mean(pipeline, backbone):
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        mean = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+    ours = backbone.encode_image(backbone.params, jnp.asarray(images))
+    np.testing.assert_allclose(ours, mean.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+def test_a_saved_folder_loads_in_diffusers(pipeline, backbone, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    params = dict(backbone.params)
+    params["unet"] = jax.tree.map(lambda x: x * 1.5, params["unet"])
+    backbone.save(tmp_path / "saved", params)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert again.safety_checker is None
+    for name in ("unet", "vae", "text_encoder"):
+        scale = 1.5 if name == "unet" else 1.0
+        saved = getattr(again, name).state_dict()
+        for key, value in getattr(pipeline, name).state_dict().items():
+            torch.testing.assert_close(saved[key], value * scale, rtol=1e-6, atol=1e-7)
+    with pytest.raises(FileExistsError, match="not empty"):
+        backbone.save(tmp_path / "saved", params)
+
+
+def test_parameters_load_straight_into_their_shardings(folder, pipeline):
+    mesh = create_mesh({"data": 2, "fsdp": 4})
+    rules = [(r"(to_q|to_k|to_v)\.kernel", (None, "fsdp"))]
+    backbone = Backbone.load(folder, mesh=mesh, rules=rules)
+    block = backbone.params["unet"]["down_blocks"][0]["attentions"][0]["transformer_blocks"][0]
+    assert block["attn1"]["to_q"]["kernel"][...].sharding.spec == PartitionSpec(None, "fsdp")
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(backbone.params))
+
+
+def test_latent_shape(backbone):
+    assert backbone.latent_shape(32, 64) == (16, 32, 4)
+    with pytest.raises(ValueError, match="34x32 pixels.*multiples of 4"):
+        backbone.latent_shape(34, 32)
+
+
+def test_other_folders_are_refused(folder, pipeline, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ValueError, match="is of a StableDiffusionXLPipeline"):
+        Backbone.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+        Backbone.load("no/such/folder")
+
+
+def test_inpainting_models_are_refused(folder, pipeline, tmp_path):
+    for part in folder.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "unet").unlink()
+    (tmp_path / "unet").mkdir()
+    config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    from agfsync_jax.models.unet import UNet2DConditionModel
+    from agfsync_jax.utils.weights import init_model, save_model
+
+    _, params = init_model(
+        UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(config)
+    )
+    save_model(UNet2DConditionModel, tmp_path / "unet", params, config)
+    with pytest.raises(ValueError, match="takes 9 and gives 4 channels"):
+        Backbone.load(tmp_path)
