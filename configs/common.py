@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.source = "micro"
-    c.evaluate.split = "test"  # prompts that training never sees
+    c.evaluate.split = "heldout"  # prompts that training never sees
     c.evaluate.num_prompts = 300
     c.evaluate.num_seeds = 2  # images a prompt
     c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers

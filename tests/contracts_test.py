@@ -179,7 +179,7 @@ def test_the_source_of_the_shipped_config():
     assert all(set(row) == PROMPT_FIELDS for row in train)
     texts = {row["prompt"] for row in train}
     assert len(texts) == len({row["id"] for row in train}) == 12
-    assert not texts & {row["prompt"] for row in module.prompts(split="test", **draw)}
+    assert not texts & {row["prompt"] for row in module.prompts(split="heldout", **draw)}
     assert texts != {row["prompt"] for row in module.prompts(split="train", **draw | {"seed": 4})}
     questions = module.questions(train, seed=3)
     assert all(set(row) == QUESTION_FIELDS for row in questions)

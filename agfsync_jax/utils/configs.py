@@ -97,8 +97,8 @@ def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
     path = workdir / "config.json"
-    public = {key: value for key, value in flatten(config).items() if not re.fullmatch(SECRET, key)}
-    now = json.loads(json.dumps(public))  # tuples are lists in JSON
+    text = json.dumps(_public(config.to_dict()), indent=2)
+    now = flatten(ConfigDict(json.loads(text)))  # tuples are lists in JSON
     before = flatten(ConfigDict(json.loads(path.read_text()))) if path.exists() else now
     differ, stale = [], set()
     for key in sorted(before.keys() | now.keys()):
@@ -118,10 +118,8 @@ def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
         )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)
-        nested = ConfigDict()
-        nested.update_from_flattened_dict(now)
         aside = workdir / "config.json.tmp"
-        aside.write_text(json.dumps(nested.to_dict(), indent=2) + "\n")
+        aside.write_text(text + "\n")
         os.replace(aside, path)
 
 
@@ -134,6 +132,15 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _public(block: dict[str, Any]) -> dict[str, Any]:
+    """The block without secrets."""
+    return {
+        key: _public(value) if isinstance(value, dict) else value
+        for key, value in block.items()
+        if not re.fullmatch(SECRET, key)
+    }
 
 
 def _made_with(workdir: Path, key: str) -> set[str]:

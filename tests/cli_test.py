@@ -1,0 +1,197 @@
+"""The command line, in this process where that will do, and as users start it where it must."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from agfsync_jax import cli
+
+CONFIG = "--config=configs/micro.py:tiny"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setenv("AGFSYNC_CACHE", "")
+    monkeypatch.delenv("AGFSYNC_TRACEBACK", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Puts a function in the place of `agfsync prompts`; returns the calls that it got."""
+    calls = []
+
+    def install(act=lambda: None):
+        def main(config, workdir, *, round_index, repair):
+            calls.append((config, workdir, round_index, repair))
+            act()
+
+        monkeypatch.setitem(sys.modules, "agfsync_jax.prompts", types.SimpleNamespace(main=main))
+        return calls
+
+    return install
+
+
+def fails(error):
+    def act():
+        raise error
+
+    return act
+
+
+def agfsync(*args, **kwargs):
+    command = [sys.executable, "-m", "agfsync_jax", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize("args", [["--help"], []])
+def test_help_lists_the_verbs(args):
+    done = agfsync(*args)
+    assert done.returncode == 0
+    for name in cli.verbs():
+        assert f"\n  {name} " in done.stdout
+    assert "closed loop" in done.stdout and "AGFSYNC_TRACEBACK" in done.stdout
+
+
+def test_help_imports_no_jax():
+    code = "import sys; from agfsync_jax import cli; sys.argv = ['agfsync', 'sample', '--help']\n"
+    code += "try: cli.main()\nfinally: print('jax' in sys.modules, 'tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("False False")
+
+
+@pytest.mark.parametrize("name", cli.verbs())
+def test_help_of_a_verb(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert cli.docstring(name) in out and "--workdir DIR" in out
+    assert f"--config.{'backbone.name' if name == 'run' else name + '.'}" in out
+
+
+def test_help_shows_the_values_of_a_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--help", CONFIG, "--config.sample.height=96"])
+    out = capsys.readouterr().out
+    assert "--config.sample.height=96" in out and "--config.sample.num_candidates=3" in out
+    assert "a prompt" in out  # what the key means
+
+
+def test_a_verb_gets_what_was_given(tmp_path, verb):
+    calls = verb()
+    workdir = tmp_path / "work"
+    args = ["prompts", CONFIG, f"--workdir={workdir}", "--round=1", "--repair"]
+    assert cli.main([*args, "--config.prompts.num_prompts=5"]) == 0
+    ((config, given, round_index, repair),) = calls
+    assert (given, round_index, repair) == (workdir, 1, True)
+    assert config.prompts.num_prompts == 5 and config.is_locked
+    assert (workdir / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["prompts"], "needs --config, such as --config=configs/micro.py"),
+        (["prompts", CONFIG], "needs --workdir"),
+        (["prompts", CONFIG, "--workdir=w", "--hieght=3"], "unknown argument '--hieght=3'"),
+        (["prompts", CONFIG, "--workdir=w", "--config.sample.hieght=3"], "close: sample.height"),
+        (["prompts", CONFIG, "--workdir=w", "--config.loss.name=x"], "not in agfsync_jax/losses"),
+        (["prompts", "--config=nowhere.py", "--workdir=w"], "no file nowhere.py; shipped"),
+        (["prompts", CONFIG, "--workdir=w", "--round=-1"], "rounds count from 0"),
+    ],
+)
+def test_mistakes_get_one_line_before_any_work(args, message, tmp_path, monkeypatch, verb, capsys):
+    calls = verb()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("agfsync: error: ") and err.count("\n") == 1 and message in err
+    assert not calls and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_verb_lists_the_known(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sampel"])
+    assert stop.value.code == 2
+    assert "'run', 'prompts'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("bad"), FileNotFoundError("bad"), OSError(28, "bad"), FloatingPointError("bad")],
+)
+def test_expected_errors_have_no_traceback(error, tmp_path, verb, capsys, monkeypatch):
+    verb(fails(error))
+    args = ["prompts", CONFIG, f"--workdir={tmp_path}"]
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("agfsync: error: ") and "bad" in err and "Traceback" not in err
+    monkeypatch.setenv("AGFSYNC_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main(args)
+
+
+def test_a_defect_keeps_its_traceback(tmp_path, verb):
+    verb(fails(KeyError("bug")))
+    with pytest.raises(KeyError):
+        cli.main(["prompts", CONFIG, f"--workdir={tmp_path}"])
+
+
+def test_another_config_in_the_workdir(tmp_path, verb, capsys):
+    verb()
+    args = ["prompts", CONFIG, f"--workdir={tmp_path}"]
+    assert cli.main(args) == 0
+    (tmp_path / "round_000").mkdir()
+    (tmp_path / "round_000" / "prompts.jsonl").touch()
+    assert cli.main(args) == 0
+    assert cli.main([*args, "--config.seed=1"]) == 2
+    assert "seed: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, verb, capsys):
+    verb(fails(KeyboardInterrupt()))
+    workdir = tmp_path / "a folder"
+    assert cli.main(["prompts", CONFIG, f"--workdir={workdir}"]) == 130
+    err = capsys.readouterr().err
+    assert f"agfsync prompts {CONFIG} '--workdir={workdir}'" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_cleanly(number, code, tmp_path):
+    script = (
+        "import sys, time, types\n"
+        "from agfsync_jax import cli\n"
+        "def main(*args, **kwargs):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.modules['agfsync_jax.prompts'] = types.SimpleNamespace(main=main)\n"
+        f"sys.exit(cli.main(['prompts', {CONFIG!r}, '--workdir={tmp_path}']))\n"
+    )
+    command = [sys.executable, "-c", script]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        started = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert time.monotonic() - started < 20
+    assert "the same command goes on" in err and "Traceback" not in err
+
+
+def test_prompts_and_questions_run_alone(tmp_path, capsys):
+    for name, file in (("prompts", "prompts.jsonl"), ("questions", "questions.jsonl")):
+        args = [name, CONFIG, f"--workdir={tmp_path}", "--config.prompts.num_prompts=4"]
+        assert cli.main(args) == 0
+        assert (tmp_path / "round_000" / file).read_text()
+        capsys.readouterr()
+        assert cli.main(args) == 0
+        assert "skipped 1 of 1" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+import json
+import os
+
+import pytest
+from ml_collections import ConfigDict
+
+from agfsync_jax.utils import configs
+
+MICRO = "configs/micro.py"
+
+
+def test_finds_the_shipped_config_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.load(MICRO, {}).sample.height == 64
+    assert configs.load(f"{MICRO}:tiny", {}).sample.num_candidates == 3
+
+
+def test_a_file_here_goes_first(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / MICRO).write_text(
+        "from configs import common\n"
+        "def get_config(arg=None):\n"
+        "    c = common.get_config()\n"
+        "    c.seed = 7\n"
+        "    return c\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert configs.load(MICRO, {}).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("configs/nano.py", FileNotFoundError, "no file configs/nano.py; shipped: .*micro.py"),
+        ("micro", ValueError, "expected FILE.py"),
+        (f"{MICRO}:tinny", ValueError, "'tinny' is unknown; known: tiny"),
+        (f"{MICRO}:tiny=yes", ValueError, "expected true or false"),
+    ],
+)
+def test_what_is_no_config(spec, error, message):
+    with pytest.raises(error, match=message):
+        configs.load(spec, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("sample.height", "128", 128),
+        ("train.learning_rate", "1e-3", 1e-3),
+        ("loss.beta", "500", 500.0),
+        ("pair.shuffle_labels", "true", True),
+        ("pair.normalize", "rank", "rank"),
+        ("backbone.path", "", ""),
+        ("sharding", "(('.*kernel', ('fsdp', None)),)", ((".*kernel", ("fsdp", None)),)),
+        ("evaluate.evaluators", "()", ()),
+    ],
+)
+def test_overrides_keep_the_type(key, text, value):
+    found = configs.flatten(configs.load(MICRO, {key: text}))[key]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("sample.hieght", "1", "no key of the config; close: sample.height"),
+        ("num_steps", "1", "close: train.num_steps"),
+        ("xyzzy", "1", "the blocks are: .*sample"),
+        ("sample", "1", "is a block; set one of: .*sample.height"),
+        ("sample.height", "64.5", "sample.height=64.5: expected int, as in 64"),
+        ("train.learning_rate", "fast", "expected float"),
+        ("pair.shuffle_labels", "maybe", "expected bool"),
+        ("sharding", "5", "expected tuple"),
+    ],
+)
+def test_bad_overrides(key, text, message):
+    with pytest.raises(ValueError, match=message):
+        configs.load(MICRO, {key: text})
+
+
+def test_check_names_what_is_wrong(tmp_path):
+    here = dict.fromkeys(
+        ("backbone.path", "scorers.vqa.path", "scorers.aesthetic.path", "scorers.aesthetic.head"),
+        str(tmp_path),
+    )
+    nothing = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="'dpo' is not in agfsync_jax/losses"):
+        configs.check(configs.load(MICRO, {"loss.name": "dpo"}), "prompts")
+    missing = configs.load(MICRO, here | {"backbone.path": nothing})
+    configs.check(missing, "prompts")  # reads no weights
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        configs.check(missing, "sample")
+    missing = configs.load(MICRO, here | {"scorers.clip.path": nothing})
+    configs.check(missing, "sample")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        configs.check(missing, "score")
+
+
+def _claim(workdir, **overrides):
+    configs.claim(workdir, configs.load(MICRO, overrides))
+
+
+def test_a_workdir_belongs_to_its_config(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    _claim(workdir)
+    _claim(workdir, **{"sample.height": "128"})  # nothing is made yet
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["sample"]["height"] == 128 and stored["sharding"] == []
+    (workdir / "round_000" / "candidates").mkdir(parents=True)
+    _claim(workdir, **{"sample.height": "128", "rounds": "3", "report.num_examples": "1"})
+    _claim(workdir, **{"sample.height": "128", "pair.normalize": "rank"})  # no pairs are made yet
+    assert json.loads((workdir / "config.json").read_text())["pair"]["normalize"] == "rank"
+    with pytest.raises(ValueError) as error:
+        _claim(workdir, **{"seed": "5", "pair.normalize": "none"})
+    message = str(error.value)
+    assert "seed: 0 there, 5 now" in message
+    assert "sample.height: 128 there, 64 now" in message
+    assert "pair.normalize" not in message
+    assert "remove from its rounds: candidates" in message
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+
+
+def test_later_outputs_hold_a_key_too(tmp_path):
+    _claim(tmp_path)
+    (tmp_path / "round_001" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="pair.min_margin: 0.0 there, 0.5 now"):
+        _claim(tmp_path, **{"pair.min_margin": "0.5"})
+    _claim(tmp_path, **{"evaluate.num_seeds": "5"})
+
+
+def test_secrets_stay_out(tmp_path):
+    config = ConfigDict({"llm": {"api_key": "abc", "model": "m"}, "seed": 0})
+    configs.claim(tmp_path, config)
+    stored = (tmp_path / "config.json").read_text()
+    assert "abc" not in stored and json.loads(stored)["llm"] == {"model": "m"}
+    configs.claim(tmp_path, config)
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        _claim(tmp_path / "file")
+
+
+def test_only_the_main_process_writes(tmp_path):
+    configs.claim(tmp_path / "new", configs.load(MICRO, {}), write=False)
+    assert os.listdir(tmp_path) == []
