@@ -1,0 +1,51 @@
+"""The micro world's referee: classical vision judges each image against its prompt.
+
+It shares nothing with the models that score and train, so it tells whether a higher score means
+better images. Only for prompts in the grammar of micro/world.py (the one room besides scorers,
+data and utils that this file needs).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from agfsync_jax.micro import world
+
+
+class Evaluator:
+    """Columns referee (share of checks that are true), referee_strict (1 where all are) and
+    referee/TYPE (share of the checks of an element type; NaN where a prompt has none).
+    """
+
+    def __call__(
+        self,
+        images: UInt8[np.ndarray, "b h w 3"],
+        prompts: Sequence[str],
+        questions: Sequence[Sequence[dict]] = (),
+    ) -> dict[str, Float[np.ndarray, " b"]]:
+        """Judges a batch; the questions have no say.
+
+        Raises:
+            ValueError: a prompt outside the grammar, or images of another size than the world's.
+        """
+        del questions
+        columns = {
+            name: np.full(len(prompts), np.nan, np.float32)
+            for name in (
+                "referee",
+                "referee_strict",
+                *map("referee/{}".format, world.ELEMENT_TYPES),
+            )
+        }
+        for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            checks = world.referee(np.asarray(image), world.parse_caption(prompt))
+            columns["referee"][row] = world.referee_mean(checks)
+            columns["referee_strict"][row] = world.referee_strict(checks)
+            by_type = defaultdict(list)
+            for check, true in checks.items():
+                by_type[check.partition(":")[0]].append(true)
+            for kind, results in by_type.items():
+                columns[f"referee/{kind}"][row] = np.mean(results)
+        return columns
