@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -75,9 +74,11 @@ def preprocessing(folder: str | Path) -> dict:
         for key, value in expected.items()
         if config.get(key, value) != value
     ]
+    if lacking := sorted({"size", "image_mean", "image_std"} - set(config)):
+        raise ValueError(f"{path} lacks {', '.join(lacking)}.")
     size = _size(config["size"])
     if crop:
-        crop_size = _size(config["crop_size"])
+        crop_size = _size(config.get("crop_size", config["size"]))
         if size != crop_size or size[0] != size[1]:
             errors.append(f"size {size} and crop_size {crop_size} must be one square")
     elif isinstance(config["size"], dict) and "shortest_edge" in config["size"]:
@@ -113,19 +114,19 @@ def resize_and_normalize(
 
     Returns:
       float32. Resizing is bicubic with antialiasing and rounds to whole gray levels after each
-      axis, as PIL does.
+      axis, as PIL does, to the last bit.
+
+    Raises:
+      ValueError: a crop that is not square.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    rows, columns = images.shape[1:3]
+    resized = (height, width)
     if crop:
-        scale = max(height / rows, width / columns)
-        resized = (
-            (height, max(width, int(height * columns / rows)))
-            if scale == height / rows
-            else (max(height, int(width * rows / columns)), width)
-        )
-    else:
-        resized = (height, width)
+        if height != width:
+            raise ValueError(f"A center crop must be square, got {height} x {width}.")
+        rows, columns = images.shape[1:3]
+        longer = int(height * max(rows, columns) / min(rows, columns))
+        resized = (height, longer) if rows <= columns else (longer, width)
     pixels = images.astype(jnp.float32)
     pixels = _resize_axis(pixels, 2, resized[1])
     pixels = _resize_axis(pixels, 1, resized[0])
@@ -136,8 +137,30 @@ def resize_and_normalize(
 
 
 def _resize_axis(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Float[Array, "b ..."]:
+    """Resizes one axis to the very gray levels that PIL gives.
+
+    PIL sums pixels times weights of 22 binary digits. Each weight is split in two halves of 11, so
+    that both sums are whole numbers that float32 holds exactly (when shrinking at most 16 times).
+    """
     if pixels.shape[axis] == size:
         return pixels
-    shape = (*pixels.shape[:axis], size, *pixels.shape[axis + 1 :])
-    resized = jax.image.resize(pixels, shape, "bicubic", antialias=True)
-    return jnp.clip(jnp.floor(resized + 0.5), 0.0, 255.0)
+    weights = _bicubic_weights(pixels.shape[axis], size)
+    high = np.round(weights / 2**11)
+    halves = jnp.asarray(np.stack([high, weights - high * 2**11]), jnp.float32)  # [2, out, in]
+    equation = {1: "nih,bhwc->nbiwc", 2: "niw,bhwc->nbhic"}[axis]
+    high, low = jnp.einsum(equation, halves, pixels, precision="highest").astype(jnp.int32)
+    levels = (high * 2**11 + low + 2**21) >> 22
+    return jnp.clip(levels, 0, 255).astype(jnp.float32)
+
+
+def _bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """PIL's BICUBIC with antialiasing (Keys' kernel, a = -1/2), in units of 2^-22."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    centers = (np.arange(new) + 0.5) * scale
+    distance = np.abs(np.arange(old)[None] + 0.5 - centers[:, None]) / stretch
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights /= weights.sum(1, keepdims=True)
+    return np.trunc(weights * 2**22 + np.copysign(0.5, weights))

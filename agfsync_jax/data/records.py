@@ -6,6 +6,7 @@ framed and parsed here without TensorFlow (5 s and 600 MB to import), in TensorF
 https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
+import contextlib
 import errno
 import glob
 import io
@@ -52,12 +53,13 @@ _PAIR_SHARD_BYTES = 64 << 20
 
 
 class RecordError(ValueError):
-    """A damaged file, with its `path` and the byte `offset` where the damage begins."""
+    """A damaged file, with its `path` and the byte `offset` of the record (None: not known)."""
 
-    def __init__(self, path: str | Path, offset: int, problem: str):
+    def __init__(self, path: str | Path, offset: int | None, problem: str):
         self.path, self.offset = Path(path), offset
+        where = "" if offset is None else f" at byte {offset}"
         super().__init__(
-            f"{path} is damaged at byte {offset}: {problem}. "
+            f"{path} is damaged{where}: {problem}. "
             "Give the command again with --repair to drop this file and make it anew."
         )
 
@@ -77,28 +79,35 @@ def write_file(path: str | Path, chunks: Sequence[bytes]) -> None:
       OSError: no space left, with the path and the bytes needed; nothing half-written stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(len(chunk) for chunk in chunks)
     aside = path.with_name(path.name + ".aside")
-    try:
-        with aside.open("wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    with _explain_no_space(path, sum(len(chunk) for chunk in chunks)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            _sync_folder(path.parent)
+        finally:
             aside.unlink(missing_ok=True)
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                error.errno,
-                f"No space left to write {path}: {_megabytes(needed)} are needed, "
-                f"{_megabytes(free)} are free. Make room, then give the command again",
-            ) from error
-        raise
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explain_no_space(path: Path, needed: int) -> Iterator[None]:
+    """Turns "no space left" into an error that says where and how much."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        raise OSError(
+            error.errno,
+            f"No space left to write {path}: {_megabytes(needed)} are needed, "
+            f"{_megabytes(shutil.disk_usage(there).free)} are free. "
+            "Make room, then give the command again",
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -247,9 +256,9 @@ def _check_frames(path: Path) -> None:
 
 def _example_class():
     # TFDS ships the message classes on their own, without TensorFlow.
-    from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
+    from tensorflow_datasets.proto import tf_example_pb2
 
-    return Example
+    return tf_example_pb2.Example
 
 
 def _encode_row(row: Mapping[str, Any], features: Features) -> bytes:
@@ -363,7 +372,8 @@ def write_pairs(
         lengths, num_bytes = _write_pair_shards(aside, rows)
         if not lengths:
             raise ValueError(f"There are no pairs to write to {folder}.")
-        _write_tfds_metadata(aside, lengths, num_bytes, metadata)
+        with _explain_no_space(folder, num_bytes):
+            _write_tfds_metadata(aside, lengths, num_bytes, metadata)
         card = _dataset_card(sum(lengths), num_bytes, metadata)
         write_file(aside / "README.md", [card.encode()])
         os.replace(aside, folder)
@@ -491,12 +501,15 @@ def read_pairs(folder: str | Path, fields: Sequence[str] | None = None) -> dict[
         raise FileNotFoundError(
             f"No pairs in {folder}: {info.name} is missing. Run `agfsync pair`."
         )
-    split = json.loads(info.read_text())["splits"][0]
+    try:
+        lengths = json.loads(info.read_bytes())["splits"][0]["shardLengths"]
+    except (ValueError, LookupError) as error:
+        raise RecordError(info, None, f"no split with shardLengths ({error})") from error
     rows: list[dict[str, Any]] = []
-    for index, length in enumerate(split["shardLengths"]):
+    for index, length in enumerate(lengths):
         path = folder / _pair_shard(index)
         if not path.is_file():
-            raise RecordError(path, 0, "the file is missing")
+            raise RecordError(path, None, "the file is missing")
         rows.extend(read_shard(path, PAIR_FEATURES, fields, num_rows=int(length)))
     names = PAIR_FEATURES if fields is None else fields
     return {name: _stack(name, [row[name] for row in rows]) for name in names}
@@ -552,7 +565,8 @@ def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
+    table = pa.Table.from_pylist([dict(row) for row in rows])
+    pq.write_table(table, buffer, write_page_checksum=True)
     write_file(path, [buffer.getvalue()])
 
 
@@ -571,8 +585,9 @@ def read_parquet(path: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"No Parquet file at {path}.")
     rows: list[dict[str, Any]] = []
     for name in paths:
+        data = io.BytesIO(Path(name).read_bytes())
         try:
-            rows.extend(pq.read_table(name).to_pylist())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RecordError(name, 0, f"no readable Parquet table ({error})") from error
+            rows.extend(pq.read_table(data, page_checksum_verification=True).to_pylist())
+        except (pa.ArrowException, OSError) as error:  # Arrow says OSError for damaged pages
+            raise RecordError(name, None, f"no readable Parquet table ({error})") from error
     return rows

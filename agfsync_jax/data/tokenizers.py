@@ -43,10 +43,16 @@ class TextTokenizer:
     """A text model's tokenizer (T5): `TextTokenizer(folder)(texts, length)` -> ids, mask."""
 
     def __init__(self, folder: str | Path):
-        from transformers import AutoTokenizer
+        # Not AutoTokenizer: it imports torch. tokenizer.json says all that a class would.
+        from transformers import PreTrainedTokenizerFast
 
-        folder = _tokenizer_folder(folder, ("tokenizer.json",), ("spiece.model",))
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        folder = _tokenizer_folder(folder, ("tokenizer.json",))
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True
+        )
+        for name in ("pad_token", "eos_token"):
+            if getattr(self._tokenizer, name) is None:
+                raise ValueError(f"{folder}/tokenizer_config.json must set {name}.")
 
     def __call__(
         self, texts: Sequence[str], length: int

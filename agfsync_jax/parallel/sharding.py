@@ -61,11 +61,9 @@ def infer_shardings(abstract_params: Any, mesh: Mesh, rules: Sequence[Rule] = ()
         name = path_string(path)
         for regex, pattern, spec in compiled:
             if regex.search(name):
-                errors.extend(
-                    f"{name} {tuple(leaf.shape)}, rule {pattern!r}: {error}"
-                    for error in _spec_errors(spec, leaf.shape, mesh)
-                )
-                return NamedSharding(mesh, PartitionSpec()) if errors else NamedSharding(mesh, spec)
+                found = _spec_errors(spec, leaf.shape, mesh)
+                errors.extend(f"{name} {tuple(leaf.shape)}, rule {pattern!r}: {e}" for e in found)
+                return replicated(mesh) if found else NamedSharding(mesh, spec)
         return replicated(mesh)
 
     shardings = jax.tree_util.tree_map_with_path(infer, abstract_params)

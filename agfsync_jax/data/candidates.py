@@ -1,0 +1,57 @@
+"""Drawn images to candidate shards, encoded and written on threads while the next batch runs."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agfsync_jax.data import records
+from agfsync_jax.data.images import encode_png
+
+_THREADS = 8  # zlib runs outside the interpreter's lock
+_MAX_WRITES = 2  # shards waiting to be written; then drawing waits, and memory stays bounded
+
+Row = dict[str, Any]
+
+
+def write_candidates(
+    batches: Iterable[tuple[slice, np.ndarray, np.ndarray]],
+    shards: Sequence[tuple[Path, Sequence[Row]]],
+) -> Iterator[int]:
+    """Writes each shard as soon as its last row is drawn.
+
+    Args:
+        batches: (slice of the rows, latents [b, h, w, c] float16, images [b, H, W, 3] uint8) in
+            order, over the rows of all shards; see diffusion/generation.py.
+        shards: (path, rows); a row has prompt_id, candidate and seed.
+
+    Yields:
+        The number of images of every batch.
+
+    Raises:
+        OSError: no space left; shards before are whole, later ones are absent.
+    """
+    rows = [row for _, each in shards for row in each]
+    waiting, drawn = deque(shards), []
+    writes: deque[Future] = deque()
+    with ThreadPoolExecutor(_THREADS) as encoders, ThreadPoolExecutor(1) as writer:
+        for batch, latents, images in batches:
+            for row, latent, image in zip(rows[batch], latents, images, strict=True):
+                drawn.append((row, latent, encoders.submit(encode_png, image)))
+            while waiting and len(drawn) >= len(waiting[0][1]):
+                path, planned = waiting.popleft()
+                writes.append(writer.submit(_write, path, drawn[: len(planned)]))
+                del drawn[: len(planned)]
+            while writes and (writes[0].done() or len(writes) > _MAX_WRITES):
+                writes.popleft().result()
+            yield len(images)
+        for write in writes:
+            write.result()
+
+
+def _write(path: Path, drawn: Sequence[tuple[Row, np.ndarray, Future]]) -> None:
+    rows = [row | {"latents": latent, "image": picture.result()} for row, latent, picture in drawn]
+    records.write_shard(path, rows, records.CANDIDATE_FEATURES)

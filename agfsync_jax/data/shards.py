@@ -1,0 +1,35 @@
+"""Which shards a folder must hold, as their own names tell: 00003-of-00010."""
+
+from pathlib import Path
+
+from agfsync_jax.data.records import shard_name
+
+
+def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:
+    """The paths of all shards of a folder, in order, such as candidates/00003-of-00010.tfrecord.
+
+    Args:
+        folder: where they lie; other files there are left out.
+        ending: ".tfrecord" or ".parquet".
+        made_by: the verb that makes them, for the message.
+
+    Raises:
+        FileNotFoundError: no shard, or not all of them.
+        ValueError: shards of two different counts.
+    """
+    found = sorted(Path(folder).glob(f"[0-9]*-of-[0-9]*{ending}"))
+    if not found:
+        raise FileNotFoundError(f"No shard in {folder}: run `agfsync {made_by}` first.")
+    counts = sorted({int(path.stem.split("-of-")[1]) for path in found})
+    if len(counts) > 1:
+        raise ValueError(
+            f"{folder} mixes shards of {' and of '.join(map(str, counts))}: remove the stale ones."
+        )
+    wanted = [Path(folder) / f"{shard_name(i, counts[0])}{ending}" for i in range(counts[0])]
+    missing = [path.stem for path in wanted if path not in found]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {counts[0]} shards, the first is {missing[0]}:"
+            f" run `agfsync {made_by}` to make them."
+        )
+    return wanted

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from agfsync_jax.data import candidates, records
+from agfsync_jax.data.images import decode_png
+
+
+def make(tmp_path, sizes=(3, 2, 4)):
+    shards = [
+        (
+            tmp_path / f"{index}.tfrecord",
+            [{"prompt_id": f"p{index}", "candidate": c, "seed": 10 * index + c} for c in range(n)],
+        )
+        for index, n in enumerate(sizes)
+    ]
+    total = sum(sizes)
+    images = np.random.default_rng(0).integers(0, 256, (total, 8, 8, 3), np.uint8)
+    latents = np.arange(total * 4, dtype=np.float16).reshape(total, 2, 2, 1)
+    return shards, latents, images
+
+
+def batches(latents, images, size, stop=None):
+    for start in range(0, len(images), size):
+        if stop is not None and start >= stop:
+            raise KeyboardInterrupt
+        rows = slice(start, min(start + size, len(images)))
+        yield rows, latents[rows], images[rows]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_batches_of_any_size_fill_the_shards(tmp_path, size):
+    shards, latents, images = make(tmp_path)
+    counts = list(candidates.write_candidates(batches(latents, images, size), shards))
+    assert sum(counts) == 9 and max(counts) <= size
+    read = [
+        row for path, _ in shards for row in records.read_shard(path, records.CANDIDATE_FEATURES)
+    ]
+    assert [row["seed"] for row in read] == [0, 1, 2, 10, 11, 20, 21, 22, 23]
+    for row, latent, image in zip(read, latents, images, strict=True):
+        np.testing.assert_array_equal(row["latents"], latent)
+        np.testing.assert_array_equal(decode_png(row["image"]), image)
+
+
+def test_a_stop_keeps_whole_shards_only(tmp_path):
+    shards, latents, images = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        list(candidates.write_candidates(batches(latents, images, 2, stop=6), shards))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tfrecord", "1.tfrecord"]
+
+
+def test_a_failed_write_is_raised(tmp_path):
+    shards, latents, images = make(tmp_path)
+    (tmp_path / "file").write_text("")
+    shards[0] = (tmp_path / "file" / "0.tfrecord", shards[0][1])
+    with pytest.raises(OSError):
+        list(candidates.write_candidates(batches(latents, images, 2), shards))
