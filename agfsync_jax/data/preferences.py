@@ -47,14 +47,15 @@ def normalize(scores: np.ndarray, method: str) -> np.ndarray:
     x = np.asarray(scores, np.float64)
     if method == "none":
         return x
-    spread = np.ptp(x)
-    if spread <= _ROUNDING * np.abs(x).max():
+    spread, rounding = np.ptp(x), _ROUNDING * np.abs(x).max()
+    if spread <= rounding:
         return np.zeros_like(x)
     if method == "zscore":
         return (x - x.mean()) / x.std()
     if method == "rank":
-        below = (x[:, None] > x[None, :]).sum(1) + (x[:, None] >= x[None, :]).sum(1) - 1
-        return below / 2 / (len(x) - 1)
+        higher = x[:, None] - x[None, :]
+        ranks = ((higher > rounding).sum(1) + (higher >= -rounding).sum(1) - 1) / 2
+        return ranks / (len(x) - 1)
     if method == "minmax":
         return (x - x.min()) / spread
     raise ValueError(f"config.pair.normalize={method!r}: expected {' | '.join(NORMALIZATIONS)}.")

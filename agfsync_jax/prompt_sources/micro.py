@@ -1,0 +1,42 @@
+"""The embedded default: captions and questions of the micro world."""
+
+import numpy as np
+
+from agfsync_jax.micro import world
+from agfsync_jax.prompt_sources import prompt_id
+
+
+def prompts(num_prompts: int, *, split: str, seed: int, round_index: int) -> list[dict]:
+    """`num_prompts` different captions of a split of the world; the category is the scene's kind.
+
+    The split "test" is the world's "heldout": no shipped network has seen its captions.
+
+    Raises:
+        ValueError: the world has no such split, or fewer captions in it.
+    """
+    rng = np.random.default_rng([seed, round_index])
+    part = "heldout" if split == "test" else split
+    scenes = world.sample_scenes(rng, num_prompts, split=part, unique=True)
+    return [
+        {
+            "id": prompt_id(split, round_index, index),
+            "prompt": scene.caption(),
+            "category": scene.kind,
+            "source": "micro",
+        }
+        for index, scene in enumerate(scenes)
+    ]
+
+
+def questions(prompt_rows: list[dict], *, seed: int) -> list[dict]:
+    """The fixed question set of each caption.
+
+    Raises:
+        ValueError: a prompt that is no caption of the world.
+    """
+    del seed  # a caption has one set of questions
+    return [
+        {"id": row["id"], "caption": row["prompt"], **question}
+        for row in prompt_rows
+        for question in world.questions(world.parse_caption(row["prompt"]))
+    ]

@@ -1,0 +1,104 @@
+"""CLIP score: 100 times the cosine between the embeddings of an image and of its prompt.
+
+Hessel et al. 2021 without the factor 2.5 and the clipping at 0, as AGFSync has it; for OpenAI's
+checkpoints, whose logit scale is exp(4.605) = 100, it is transformers' `logits_per_image`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from agfsync_jax.data.images import preprocessing, resize_and_normalize
+from agfsync_jax.data.tokenizers import ClipTokenizer
+from agfsync_jax.models.clip import CLIPModel
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
+from agfsync_jax.utils.weights import load_model, resolve_path
+
+_TEXT_BATCH = 16  # distinct prompts are few beside images
+
+
+class ClipEncoder:
+    """Both towers of a CLIP folder: images and texts to embeddings of length one.
+
+    Args:
+        mesh: batches are split over its data and fsdp axes, weights are whole on every device.
+        path: a folder in transformers' layout, with tokenizer and preprocessor_config.json.
+        batch_size: images at a time, rounded up to what the mesh divides.
+        dtype: of the computation.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not there, or is no CLIPModel.
+    """
+
+    def __init__(self, mesh: Mesh, path: str, batch_size: int, dtype: str):
+        folder = resolve_path(path)
+        self._tokenize = ClipTokenizer(folder)
+        self._resize = preprocessing(folder)
+        graph, params = load_model(CLIPModel, folder, dtype=jnp.dtype(dtype))
+        self._params = jax.device_put(params, replicated(mesh))
+        shards = batch_shards(mesh)
+        self._batch_size = -(-batch_size // shards) * shards
+        self._text_batch = -(-_TEXT_BATCH // shards) * shards
+        self._sharding = batch_sharding(mesh)
+
+        def embed_images(params: nnx.State, images: UInt8[Array, "b h w 3"]):
+            pixels = resize_and_normalize(images, **self._resize)
+            return unit(nnx.merge(graph, params).get_image_features(pixels))
+
+        def embed_texts(params: nnx.State, tokens):
+            return unit(nnx.merge(graph, params).get_text_features(tokens))
+
+        self._embed_images = jax.jit(embed_images)
+        self._embed_texts = jax.jit(embed_texts)
+        self._texts: dict[str, np.ndarray] = {}
+        self.size = self._params["visual_projection"]["kernel"].shape[-1]  # of an embedding
+
+    def images(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b d"]:
+        """Embeddings of images of any one size."""
+        return self._in_batches(self._embed_images, images, self._batch_size)
+
+    def texts(self, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+        """Embeddings of prompts; one that was in this or in the last call is not computed again."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            tokens = self._tokenize(new)
+            made = self._in_batches(self._embed_texts, tokens, self._text_batch)
+            self._texts.update(zip(new, made, strict=True))
+        self._texts = {prompt: self._texts[prompt] for prompt in prompts}
+        return np.stack([self._texts[prompt] for prompt in prompts])
+
+    def _in_batches(self, function: Callable, rows: np.ndarray, size: int) -> np.ndarray:
+        """Runs batches of one fixed size, the last one filled up; results are read at the end."""
+        made = []
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
+            made.append(function(self._params, jax.device_put(filled, self._sharding)))
+        return np.concatenate([np.asarray(batch) for batch in made])[: len(rows)]
+
+
+def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of length one, float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class Scorer:
+    """Column clip: 100 * cosine, float32 [b]. See `ClipEncoder` for the arguments."""
+
+    asks_questions = False
+
+    def __init__(self, mesh: Mesh, *, path: str, batch_size: int = 64, dtype: str = "float32"):
+        self._encoder = ClipEncoder(mesh, path, batch_size, dtype)
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any
+    ) -> dict[str, Float[np.ndarray, " b"]]:
+        image, text = self._encoder.images(images), self._encoder.texts(prompts)
+        return {"clip": 100 * np.sum(image * text, axis=-1)}
