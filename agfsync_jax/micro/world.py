@@ -814,6 +814,8 @@ def _shape_templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _read_part(image, background, distance, local, inside: np.ndarray) -> _Part:
     """Reads one region of a crop; `inside` is its mask, the maps are cut to the same crop."""
     core = inside & (distance >= 0.8 * local)
+    if not core.any():  # a faint region right beside a strong one
+        core = inside
     pixels = image[core]
     rgb = np.median(pixels, axis=0)
     uniform = (((pixels - rgb) ** 2).sum(1) < 70.0**2).mean() >= 0.8
@@ -825,7 +827,7 @@ def _read_part(image, background, distance, local, inside: np.ndarray) -> _Part:
     wide[:-1] |= inside[1:]
     wide[:, 1:] |= inside[:, :-1]
     wide[:, :-1] |= inside[:, 1:]
-    contrast = math.sqrt(((rgb - background) ** 2).sum())
+    contrast = max(math.sqrt(((rgb - background) ** 2).sum()), 1.0)
     coverage = np.where(wide, np.minimum(distance / contrast, 1), 0)
     mass, x, y = _moments(coverage)
     templates, owners, areas = _shape_templates()
@@ -834,7 +836,7 @@ def _read_part(image, background, distance, local, inside: np.ndarray) -> _Part:
     ious = shared / (templates.sum(1) + grid.sum() - shared)
     best = int(ious.argmax())
     shape = SHAPES[owners[best]]
-    radius = math.sqrt(mass / areas[owners[best]])
+    radius = math.sqrt(mass / float(areas[owners[best]]))
     return _Part(color, shape if ious[best] >= _MIN_SHAPE_IOU[shape] else None, x, y, radius)
 
 
@@ -853,7 +855,8 @@ def _read_image(image: np.ndarray) -> tuple[str | None, list[_Part]]:
         if areas[label] < _MIN_AREA:
             continue
         inside = labels == label
-        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        rows = np.flatnonzero(inside.any(1)).tolist()
+        columns = np.flatnonzero(inside.any(0)).tolist()
         crop = np.s_[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2]
         part = _read_part(pixels[crop], background, distance[crop], local[crop], inside[crop])
         parts.append(dataclasses.replace(part, x=part.x + crop[1].start, y=part.y + crop[0].start))

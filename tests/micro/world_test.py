@@ -245,6 +245,7 @@ def test_the_questions_cover_every_check_of_the_referee():
         checks = world.referee(world.render(scene, generator), scene)
         checked = {key.split(":")[0] for key in checks}
         assert checked == {row["element_type"] for row in world.questions(scene)}
+        assert all(type(passed) is bool for passed in checks.values())  # goes into JSON
 
 
 def test_training_questions_are_true_balanced_and_cover_the_fixed_wording():
