@@ -43,7 +43,7 @@ def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
             " with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)."
         ) from error
     graph, abstract = weights.abstract_model(AestheticPredictor, AestheticConfig(input_size))
-    return graph, weights._fill(AestheticPredictor, abstract, [file], jnp.float32, None, file)
+    return graph, weights.fill_params(AestheticPredictor, abstract, [file])
 
 
 class Scorer:

@@ -1,0 +1,146 @@
+"""How the suite trains a network, and the small steps that its stages share."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from agfsync_jax.micro import folders, world
+from agfsync_jax.utils.checkpoints import Checkpoints
+from agfsync_jax.utils.clock import Stage
+
+Batch = dict[str, np.ndarray]
+SAVE_EVERY = 250
+
+
+def fit(
+    name: str,
+    workdir: Path,
+    params: nnx.State,
+    loss_fn: Callable[[nnx.State, Batch, jax.Array], jax.Array],
+    make_batch: Callable[[np.random.Generator], Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    b2: float = 0.99,
+    ema: float = 0.0,
+    seed: int = 0,
+) -> nnx.State:
+    """Minimizes `loss_fn(params, batch, key)` with AdamW, warm-up and cosine decay.
+
+    Batch and key are functions of (seed, step), so a resumed run sees what an uninterrupted one
+    would. Returns the parameters, or their moving average of decay `ema`.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 4), steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=weight_decay)
+    )
+
+    def init(params):
+        # Copied, since the state is donated.
+        averaged = jax.tree.map(jnp.copy, params) if ema else None
+        return {"params": params, "ema": averaged, "opt_state": optimizer.init(params)}
+
+    def update(state, batch, key):
+        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, key)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        averaged = state["ema"]
+        if ema:
+            averaged = optax.incremental_update(params, averaged, 1 - ema)
+        return {"params": params, "ema": averaged, "opt_state": opt_state}, loss
+
+    update = jax.jit(update, donate_argnums=0)
+    with Checkpoints(workdir / name) as checkpoints, Stage(workdir, name, unit="steps") as stage:
+        state = init(params)
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoints.restore(start, state)
+            stage.skipped(start, steps, "steps")
+        losses: list[jax.Array] = []
+        with stage.progress(steps - start) as progress:
+            for step, batch in enumerate(_ahead(make_batch, seed, start, steps), start):
+                key = jax.random.fold_in(jax.random.key(seed), step)
+                state, loss = update(state, batch, key)
+                losses.append(loss)
+                if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                    mean = float(np.mean(jax.device_get(losses)))
+                    losses.clear()
+                    if not np.isfinite(mean):
+                        raise FloatingPointError(f"{name}: the loss is {mean} by step {step + 1}")
+                    stage.print(f"step {step + 1}: loss {mean:.4f}")
+                    checkpoints.save(step + 1, state)
+                progress.update()
+    return state["ema"] if ema else state["params"]
+
+
+def _ahead(make_batch, seed: int, start: int, steps: int) -> Iterator[Batch]:
+    """The batches of steps start..steps, made on a thread while the device works."""
+    ready: queue.Queue = queue.Queue(2)
+
+    def work():
+        for step in range(start, steps):
+            try:
+                ready.put(make_batch(np.random.default_rng((seed, step))))
+            except Exception as error:
+                ready.put(error)
+                raise
+
+    threading.Thread(target=work, daemon=True).start()
+    for _ in range(start, steps):
+        batch = ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def pixels(images: jax.Array) -> jax.Array:
+    """uint8 images in [-1, 1], as the autoencoder takes them."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def uint8(images: jax.Array) -> jax.Array:
+    """The inverse of `pixels`."""
+    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
+def clip_pixels(images: jax.Array) -> jax.Array:
+    """uint8 images normalized as CLIP and BLIP-2 take them."""
+    mean, std = jnp.asarray(folders.CLIP_MEAN), jnp.asarray(folders.CLIP_STD)
+    return (images.astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
+
+
+def in_batches(function, *arrays: np.ndarray, size: int = 64) -> np.ndarray:
+    """Applies a jitted function of [size, ...] arrays to longer ones, padding the last batch."""
+    outs, count = [], len(arrays[0])
+    for start in range(0, count, size):
+        parts = [each[start : start + size] for each in arrays]
+        short = size - len(parts[0])
+        parts = [np.concatenate([part, np.repeat(part[-1:], short, 0)]) for part in parts]
+        outs.append(np.asarray(function(*parts)))
+    return np.concatenate(outs)[:count]
+
+
+def renders(count: int, split: str, seed: int) -> tuple[list[world.Scene], np.ndarray]:
+    """Scenes of a split and their pictures uint8 [count, 64, 64, 3]."""
+    rng = np.random.default_rng(seed)
+    scenes = [world.sample_scene(rng, split) for _ in range(count)]
+    return scenes, np.stack([world.render(scene, rng) for scene in scenes])
+
+
+def strict(images: np.ndarray, scenes: list[world.Scene]) -> float:
+    """The share of pictures in which the referee finds everything right."""
+    pairs = zip(images, scenes, strict=True)
+    return float(np.mean([world.referee_strict(world.referee(*pair)) for pair in pairs]))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1 along the last axis."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,284 @@
+"""CLIP's text and vision towers (Radford et al. 2021), in the layout of transformers' CLIPModel."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from agfsync_jax.models.layers import (
+    ACTIVATIONS,
+    Conv,
+    Embed,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+    attention,
+    merge_heads,
+    split_heads,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(ModelConfig):
+    """config.json of a CLIPTextModel."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(ModelConfig):
+    """config.json of a CLIPVisionModel."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig(ModelConfig):
+    """config.json of a CLIPModel."""
+
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+
+    ignored = frozenset({"logit_scale_init_value", "text_config_dict", "vision_config_dict"})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CLIPConfig":
+        """As `ModelConfig.from_dict`, with the two nested configs."""
+        nested = {
+            "text_config": CLIPTextConfig.from_dict(values.get("text_config") or {}),
+            "vision_config": CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
+        }
+        return super().from_dict(values | nested)
+
+
+class CLIPAttention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, *, dtype, rngs):
+        self.heads = heads
+        self.q_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Array | None) -> Float[Array, "b n d"]:
+        q, k, v = (
+            split_heads(project(x), self.heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(merge_heads(attention(q, k, v, mask=mask)))
+
+
+class CLIPMLP(nnx.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, width: int, hidden: int, activation: str, *, dtype, rngs):
+        self.activation = activation
+        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs):
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.self_attn = CLIPAttention(width, config.num_attention_heads, dtype=dtype, rngs=rngs)
+        self.layer_norm1 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.mlp = CLIPMLP(
+            width, config.intermediate_size, config.hidden_act, dtype=dtype, rngs=rngs
+        )
+        self.layer_norm2 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Array | None) -> Float[Array, "b n d"]:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs):
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in layers])
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Array | None = None
+    ) -> Float[Array, "b n d"]:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token and position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype, rngs):
+        self.token_embedding = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embed(
+            config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        return (
+            self.token_embedding(input_ids)
+            + self.position_embedding(jnp.arange(input_ids.shape[1]))[None]
+        )
+
+
+class CLIPTextTransformer(nnx.Module):
+    """The causal text tower."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype, rngs):
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.final_layer_norm = LayerNorm(
+            config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, input_ids: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+        length = input_ids.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        x = self.final_layer_norm(self.encoder(self.embeddings(input_ids), causal))
+        # Old checkpoints say eos_token_id=2 and mean the largest id, which is where their end-of-
+        # text token stands.
+        if self.eos_token_id == 2:
+            end = jnp.argmax(input_ids, axis=-1)
+        else:
+            end = jnp.argmax(input_ids == self.eos_token_id, axis=-1)
+        return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Patches, the class token and position embeddings."""
+
+    def __init__(self, config: CLIPVisionConfig, *, dtype, rngs):
+        patch, width = config.patch_size, config.hidden_size
+        tokens = (config.image_size // patch) ** 2 + 1
+        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
+        self.patch_embedding = Conv(
+            config.num_channels,
+            width,
+            patch,
+            stride=patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.position_embedding = Embed(tokens, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixel_values: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        patches = self.patch_embedding(pixel_values)
+        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        start = jnp.broadcast_to(
+            self.class_embedding[...].astype(patches.dtype),
+            (patches.shape[0], 1, patches.shape[-1]),
+        )
+        tokens = jnp.concatenate([start, patches], axis=1)
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
+
+
+class CLIPVisionTransformer(nnx.Module):
+    """The vision tower."""
+
+    def __init__(self, config: CLIPVisionConfig, *, dtype, rngs):
+        norm = {"epsilon": config.layer_norm_eps, "dtype": dtype, "rngs": rngs}
+        self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, **norm)  # the checkpoint's spelling
+        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.post_layernorm = LayerNorm(config.hidden_size, **norm)
+
+    def __call__(
+        self, pixel_values: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return x, self.post_layernorm(x[:, 0])
+
+
+class CLIPTextModel(nnx.Module):
+    """The text tower alone: Stable Diffusion's text encoder."""
+
+    config_class = CLIPTextConfig
+    key_aliases = ((r"^(?!text_model\.)", "text_model."),)  # transformers 5 drops the prefix
+    ignored_keys = (r"text_model\.embeddings\.position_ids",)
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, input_ids: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+        """The last hidden states after the final norm, and the one at the end-of-text token."""
+        return self.text_model(input_ids)
+
+
+class CLIPVisionModel(nnx.Module):
+    """The vision tower alone."""
+
+    config_class = CLIPVisionConfig
+    key_aliases = ((r"^(?!vision_model\.)", "vision_model."),)
+    ignored_keys = (r"vision_model\.embeddings\.position_ids",)
+
+    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, pixel_values: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+        """The last hidden states, and the class token's after the post norm."""
+        return self.vision_model(pixel_values)
+
+
+class CLIPModel(nnx.Module):
+    """Both towers, with their projections into one space."""
+
+    config_class = CLIPConfig
+    ignored_keys = (r"(text|vision)_model\.embeddings\.position_ids",)
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        projection = {"use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.text_model = CLIPTextTransformer(config.text_config, dtype=dtype, rngs=rngs)
+        self.vision_model = CLIPVisionTransformer(config.vision_config, dtype=dtype, rngs=rngs)
+        self.text_projection = Linear(
+            config.text_config.hidden_size, config.projection_dim, **projection
+        )
+        self.visual_projection = Linear(
+            config.vision_config.hidden_size, config.projection_dim, **projection
+        )
+        self.logit_scale = nnx.Param(jnp.asarray(2.6592))
+
+    def get_text_features(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b p"]:
+        """Projected text embeddings, not normalized."""
+        return self.text_projection(self.text_model(input_ids)[1])
+
+    def get_image_features(self, pixel_values: Float[Array, "b h w 3"]) -> Float[Array, "b p"]:
+        """Projected image embeddings, not normalized."""
+        return self.visual_projection(self.vision_model(pixel_values)[1])

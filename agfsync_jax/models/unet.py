@@ -1,0 +1,398 @@
+"""UNet2DConditionModel: the denoiser of Stable Diffusion, as in diffusers (Rombach et al. 2022)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from agfsync_jax.models.layers import (
+    Conv,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+    attention,
+    merge_heads,
+    split_heads,
+)
+
+_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # block type -> has attention
+_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(ModelConfig):
+    """config.json of a diffusers UNet2DConditionModel."""
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    cross_attention_dim: int = 1280
+    # Diffusers' name is wrong and kept: this is the number of heads, one for all blocks or one a
+    # block.
+    attention_head_dim: int | tuple[int, ...] = 8
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+    fixed = {
+        "act_fn": ("silu",),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1, 1.0),
+        "center_input_sample": (False,),
+        "dual_cross_attention": (False,),
+        "only_cross_attention": (False,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "mid_block_only_cross_attention": (None, False),
+        "upcast_attention": (None, False, True),  # softmax is in float32 anyway
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1, 1.0),
+        "time_embedding_type": ("positional",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "transformer_layers_per_block": (1,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "cross_attention_norm": (None,),
+        "dropout": (0, 0.0),
+    } | dict.fromkeys(
+        """addition_embed_type addition_time_embed_dim class_embed_type encoder_hid_dim
+        encoder_hid_dim_type num_attention_heads num_class_embeds
+        projection_class_embeddings_input_dim reverse_transformer_layers_per_block
+        time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act""".split(),
+        (None,),
+    )
+    ignored = frozenset({"addition_embed_type_num_heads"})
+
+    def __post_init__(self):
+        for field, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            unknown = [name for name in getattr(self, field) if name not in known]
+            if unknown or len(getattr(self, field)) != len(self.block_out_channels):
+                raise ValueError(
+                    f"UNet2DConditionModel: {field}={list(getattr(self, field))} is not supported: "
+                    f"one of {sorted(known)} is needed for each of the "
+                    f"{len(self.block_out_channels)} block_out_channels."
+                )
+
+    def heads(self, level: int) -> int:
+        """The number of attention heads at a resolution level, 0 the highest."""
+        heads = self.attention_head_dim
+        return heads if isinstance(heads, int) else heads[level]
+
+
+def timestep_embedding(
+    timesteps: Int[Array, " b"], channels: int, flip_sin_to_cos: bool, shift: int
+) -> Float[Array, "b c"]:
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017), float32."""
+    half = channels // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    pair = (
+        (jnp.cos(angles), jnp.sin(angles))
+        if flip_sin_to_cos
+        else (jnp.sin(angles), jnp.cos(angles))
+    )
+    return jnp.concatenate(pair, axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers around SiLU."""
+
+    def __init__(self, features_in: int, features_out: int, *, dtype, rngs):
+        self.linear_1 = Linear(features_in, features_out, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(features_out, features_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b d"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, conv twice, with the timestep added between them."""
+
+    def __init__(
+        self, features_in: int, features_out: int, config: UNet2DConditionConfig, *, dtype, rngs
+    ):
+        groups, epsilon = config.norm_num_groups, config.norm_eps
+        self.norm1 = GroupNorm(features_in, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
+        self.time_emb_proj = Linear(
+            4 * config.block_out_channels[0], features_out, dtype=dtype, rngs=rngs
+        )
+        self.norm2 = GroupNorm(features_out, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(features_out, features_out, dtype=dtype, rngs=rngs)
+        if features_in != features_out:
+            self.conv_shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"]
+    ) -> Float[Array, "b h w d"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of x over a context, or over itself."""
+
+    def __init__(self, width: int, context_width: int, heads: int, *, dtype, rngs):
+        self.heads = heads
+        self.to_q = Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(width, width, dtype=dtype, rngs=rngs)])
+
+    def __call__(
+        self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]
+    ) -> Float[Array, "b s c"]:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (split_heads(each, self.heads) for each in (q, k, v))
+        return self.to_out[0](merge_heads(attention(q, k, v)))
+
+
+class GEGLU(nnx.Module):
+    """A linear layer gated by the GELU of another (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, rngs):
+        self.proj = Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU, (dropout, which keeps its place in the checkpoint's numbering), linear."""
+
+    def __init__(self, width: int, *, dtype, rngs):
+        self.net = nnx.List(
+            [
+                GEGLU(width, 4 * width, dtype=dtype, rngs=rngs),
+                nnx.Dropout(0.0, deterministic=True),
+                Linear(4 * width, width, dtype=dtype, rngs=rngs),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s c"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; all pre-norm."""
+
+    def __init__(self, width: int, context_width: int, heads: int, *, dtype, rngs):
+        self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(width, width, heads, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(width, context_width, heads, dtype=dtype, rngs=rngs)
+        self.norm3 = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]
+    ) -> Float[Array, "b s c"]:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """A transformer over the pixels of a feature map, with a residual connection."""
+
+    def __init__(self, channels: int, heads: int, config: UNet2DConditionConfig, *, dtype, rngs):
+        if channels % heads:
+            raise ValueError(
+                f"UNet2DConditionModel: {channels} channels do not divide into {heads} heads."
+            )
+        project = Linear if config.use_linear_projection else Conv
+        size = () if config.use_linear_projection else (1,)
+        self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.proj_in = project(channels, channels, *size, dtype=dtype, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(
+                    channels, config.cross_attention_dim, heads, dtype=dtype, rngs=rngs
+                )
+            ]
+        )
+        self.proj_out = project(channels, channels, *size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.reshape(b, h, w, c))
+
+
+class Downsample2D(nnx.Module):
+    """Strided convolution; the UNet's pads (1, 1), unlike the VAE's."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = Conv(
+            channels, channels, stride=2, padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbor doubling, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*2 w*2 c"]:
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class DownBlock2D(nnx.Module):
+    """Resnets, each with a transformer in the cross-attention type, then a downsampler.
+
+    The last block has no downsampler.
+    """
+
+    def __init__(self, level: int, config: UNet2DConditionConfig, *, dtype, rngs):
+        widths = config.block_out_channels
+        width = widths[level]
+        ins = [widths[max(level - 1, 0)]] + [width] * (config.layers_per_block - 1)
+        self.resnets = nnx.List(
+            [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
+        )
+        if _DOWN[config.down_block_types[level]]:
+            heads = config.heads(level)
+            self.attentions = nnx.List(
+                [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs) for _ in ins]
+            )
+        if level < len(widths) - 1:
+            self.downsamplers = nnx.List([Downsample2D(width, dtype=dtype, rngs=rngs)])
+
+    def __call__(
+        self, x, time, context
+    ) -> tuple[Float[Array, "b h w c"], list[Float[Array, "b h w c"]]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class UNetMidBlock2DCrossAttn(nnx.Module):
+    """Resnet, transformer, resnet at the lowest resolution."""
+
+    def __init__(self, config: UNet2DConditionConfig, *, dtype, rngs):
+        width, heads = config.block_out_channels[-1], config.heads(-1)
+        self.resnets = nnx.List(
+            [ResnetBlock2D(width, width, config, dtype=dtype, rngs=rngs) for _ in range(2)]
+        )
+        self.attentions = nnx.List(
+            [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs)]
+        )
+
+    def __call__(self, x, time, context) -> Float[Array, "b h w c"]:
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock2D(nnx.Module):
+    """The mirror of the down block: each resnet takes one skip connection.
+
+    The last block has no upsampler.
+    """
+
+    def __init__(self, index: int, config: UNet2DConditionConfig, *, dtype, rngs):
+        widths = config.block_out_channels[::-1]
+        level, layers = len(widths) - 1 - index, config.layers_per_block + 1
+        width, previous, below = (
+            widths[index],
+            widths[max(index - 1, 0)],
+            widths[min(index + 1, len(widths) - 1)],
+        )
+        ins = [
+            (previous if i == 0 else width) + (below if i == layers - 1 else width)  # input + skip
+            for i in range(layers)
+        ]
+        self.resnets = nnx.List(
+            [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
+        )
+        if _UP[config.up_block_types[index]]:
+            heads = config.heads(level)
+            self.attentions = nnx.List(
+                [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs) for _ in ins]
+            )
+        if level > 0:
+            self.upsamplers = nnx.List([Upsample2D(width, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x, skips, time, context) -> Float[Array, "b h w c"]:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts the noise, or the velocity, in latents."""
+
+    config_class = UNet2DConditionConfig
+
+    def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.dtype = dtype
+        widths = config.block_out_channels
+        levels = range(len(widths))
+        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [DownBlock2D(level, config, dtype=dtype, rngs=rngs) for level in levels]
+        )
+        self.mid_block = UNetMidBlock2DCrossAttn(config, dtype=dtype, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [UpBlock2D(index, config, dtype=dtype, rngs=rngs) for index in levels]
+        )
+        self.conv_norm_out = GroupNorm(
+            widths[0], config.norm_num_groups, config.norm_eps, dtype=dtype, rngs=rngs
+        )
+        self.conv_out = Conv(widths[0], config.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        sample: Float[Array, "b h w c"],
+        timesteps: Int[Array, " b"],
+        encoder_hidden_states: Float[Array, "b n d"],
+    ) -> Float[Array, "b h w c"]:
+        """The prediction for noisy latents at timesteps, given the text's hidden states."""
+        config = self.config
+        embedded = timestep_embedding(
+            timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+        )
+        time = self.time_embedding(embedded.astype(self.dtype))
+        context = encoder_hidden_states.astype(self.dtype)
+        x = self.conv_in(sample.astype(self.dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = block(x, time, context)
+            skips.extend(new)
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -1,0 +1,292 @@
+"""AutoencoderKL: images [b, h, w, 3] in [-1, 1] <-> latents [b, h/f, w/f, c].
+
+As in diffusers; Rombach et al. 2022 (arXiv 2112.10752).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from agfsync_jax.models.layers import (
+    Conv,
+    GroupNorm,
+    Linear,
+    ModelConfig,
+    attention,
+    merge_heads,
+    split_heads,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig(ModelConfig):
+    """config.json of a diffusers AutoencoderKL."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    sample_size: int = 32
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+
+    fixed = {
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "shift_factor": (None,),
+        "latents_mean": (None,),
+    } | {"latents_std": (None,)}
+    ignored = frozenset({"force_upcast"})
+
+    def __post_init__(self):
+        expected = (("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
+        found = (tuple(sorted(set(self.down_block_types))), tuple(sorted(set(self.up_block_types))))
+        if found != expected:
+            raise ValueError(
+                f"AutoencoderKL: block types {found} are not supported, only {expected}."
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along each axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, conv twice, with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, features_in: int, features_out: int, groups: int, *, dtype, rngs):
+        self.norm1 = GroupNorm(features_in, groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(features_out, groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(features_out, features_out, dtype=dtype, rngs=rngs)
+        if features_in != features_out:
+            self.conv_shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class Attention(nnx.Module):
+    """Single-head self-attention over the pixels, with a residual connection."""
+
+    def __init__(self, channels: int, groups: int, *, dtype, rngs):
+        self.group_norm = GroupNorm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.to_q = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = self.group_norm(x).reshape(b, h * w, c)
+        q, k, v = (split_heads(project(tokens), 1) for project in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out[0](merge_heads(attention(q, k, v))).reshape(b, h, w, c)
+
+
+class MidBlock2D(nnx.Module):
+    """Resnet, attention, resnet at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, *, dtype, rngs):
+        self.resnets = nnx.List(
+            [ResnetBlock2D(channels, channels, groups, dtype=dtype, rngs=rngs) for _ in range(2)]
+        )
+        self.attentions = nnx.List([Attention(channels, groups, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample2D(nnx.Module):
+    """Strided convolution; the VAE's pads (0, 1), unlike the UNet's."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = Conv(
+            channels, channels, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbor doubling, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*2 w*2 c"]:
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class DownEncoderBlock2D(nnx.Module):
+    """Resnets, then a downsampler in all blocks but the last."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        layers: int,
+        groups: int,
+        *,
+        downsample: bool,
+        dtype,
+        rngs,
+    ):
+        widths = [features_in] + [features_out] * layers
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(widths[i], features_out, groups, dtype=dtype, rngs=rngs)
+                for i in range(layers)
+            ]
+        )
+        if downsample:
+            self.downsamplers = nnx.List([Downsample2D(features_out, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.downsamplers[0](x) if hasattr(self, "downsamplers") else x
+
+
+class UpDecoderBlock2D(nnx.Module):
+    """Resnets, then an upsampler in all blocks but the last."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        layers: int,
+        groups: int,
+        *,
+        upsample: bool,
+        dtype,
+        rngs,
+    ):
+        widths = [features_in] + [features_out] * layers
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(widths[i], features_out, groups, dtype=dtype, rngs=rngs)
+                for i in range(layers)
+            ]
+        )
+        if upsample:
+            self.upsamplers = nnx.List([Upsample2D(features_out, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+class Encoder(nnx.Module):
+    """Images to the moments of the latents."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, dtype, rngs):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                DownEncoderBlock2D(
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block,
+                    groups,
+                    downsample=i < len(widths) - 1,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.mid_block = MidBlock2D(widths[-1], groups, dtype=dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h/f w/f 2*c"]:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to images."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, dtype, rngs):
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv(config.latent_channels, widths[0], dtype=dtype, rngs=rngs)
+        self.mid_block = MidBlock2D(widths[0], groups, dtype=dtype, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                UpDecoderBlock2D(
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block + 1,
+                    groups,
+                    upsample=i < len(widths) - 1,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(widths[-1], groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.conv_out = Conv(widths[-1], config.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h*f w*f 3"]:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """The autoencoder of Stable Diffusion.
+
+    Latents here are unscaled: multiply by `config.scaling_factor` outside.
+    """
+
+    config_class = AutoencoderKLConfig
+    key_aliases = (
+        # The spelling of attention that the first Stable Diffusion checkpoints carry.
+        (r"(mid_block\.attentions\.\d+)\.query\.", r"\1.to_q."),
+        (r"(mid_block\.attentions\.\d+)\.key\.", r"\1.to_k."),
+        (r"(mid_block\.attentions\.\d+)\.value\.", r"\1.to_v."),
+        (r"(mid_block\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+    )
+
+    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        channels = config.latent_channels
+        if config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, 2 * channels, 1, dtype=dtype, rngs=rngs)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+
+    def encode(
+        self, images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b h/f w/f c"], Float[Array, "b h/f w/f c"]]:
+        """Mean and log-variance of the posterior; the log-variance is clamped to [-30, 20]."""
+        moments = self.encoder(images)
+        if hasattr(self, "quant_conv"):
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h*f w*f 3"]:
+        """Images, nominally in [-1, 1], of unscaled latents."""
+        if hasattr(self, "post_quant_conv"):
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
