@@ -154,7 +154,7 @@ class Generator:
             self.guidance_scale,
         )
         latents = self.sampler(denoise, backbone.schedule, latents, self.num_inference_steps)
-        return latents.astype(jnp.float16), backbone.decode_latents(params, latents)
+        return latents, backbone.decode_latents(params, latents)
 
     def _place(self, params: Any) -> Any:
         """Parameters that are not on the mesh go to all of it, once, and not at every batch."""
@@ -178,7 +178,7 @@ class Generator:
 def _fetch(rows: slice, arrays: tuple[Array, Array]) -> Batch:
     """Waits for a batch and takes this process's rows, without the padding."""
     latents, images = (_local_rows(array)[: rows.stop - rows.start] for array in arrays)
-    return rows, latents, images
+    return rows, latents.astype(np.float16), images
 
 
 def _local_rows(array: Array) -> np.ndarray:

@@ -15,4 +15,4 @@ def loss(
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Per-pair loss [b]: the policy's error on the chosen image; nothing else plays a part."""
     del policy_rejected, reference_chosen, reference_rejected, beta
-    return policy_chosen, {"errors/chosen": policy_chosen}
+    return policy_chosen, {}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from agfsync_jax.backbones.stable_diffusion import Backbone
 from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.parallel.mesh import create_mesh
 from tests.twins import tiny_stable_diffusion
 
@@ -113,6 +114,33 @@ def test_parameters_load_straight_into_their_shardings(folder, pipeline):
     block = backbone.params["unet"]["down_blocks"][0]["attentions"][0]["transformer_blocks"][0]
     assert block["attn1"]["to_q"]["kernel"][...].sharding.spec == PartitionSpec(None, "fsdp")
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(backbone.params))
+
+
+def test_candidates_are_the_same_on_one_device_and_on_eight(folder, pipeline):
+    """In float32, before latents are rounded for the disk."""
+    prompts, seeds = [*PROMPTS, "", "circle"] * 2, np.arange(8, dtype=np.uint32)
+    perturb = np.arange(8) % 4 > 0
+    drawn = {}
+    for spec, num_devices in (({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)):
+        mesh = create_mesh(spec, devices=jax.devices()[:num_devices])
+        rules = [(r"attn.*(to_q|to_k|to_v)\.kernel", ("fsdp", "tensor"))]
+        backbone = Backbone.load(folder, mesh=mesh, rules=rules if num_devices > 1 else ())
+        generate = Generator(
+            backbone,
+            mesh,
+            height=32,
+            width=32,
+            num_inference_steps=6,
+            guidance_scale=3.0,
+            batch_size=8,
+            conditioning_noise=0.1,
+        )
+        tokens = backbone.tokenize(prompts)
+        arguments = (generate._negative, tokens, seeds, perturb)
+        drawn[num_devices] = jax.device_get(generate._program(backbone.params, *arguments))
+    scale = np.abs(drawn[1][0]).max()
+    assert np.abs(drawn[1][0] - drawn[8][0]).max() <= 1e-4 * max(1.0, scale)
+    assert np.abs(drawn[1][1].astype(int) - drawn[8][1].astype(int)).max() <= 1
 
 
 def test_latent_shape(backbone):

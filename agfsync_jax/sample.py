@@ -1,0 +1,113 @@
+"""Sample: prompts -> candidates/, several images a prompt by the current policy.
+
+Candidate 0 is drawn as it is; the others have Gaussian noise on their text embedding
+(`config.sample.conditioning_noise`), so that they differ in what they show. Round 0 draws with
+`config.backbone`, a later round with the denoiser that the round before trained.
+
+A candidate depends on (config.seed, round, prompt id, candidate index) alone, not on batches or
+devices. Shards of `config.sample.prompts_per_shard` prompts are whole or absent; those that are
+there are not drawn again.
+"""
+
+from pathlib import Path
+
+from agfsync_jax.data import records
+from agfsync_jax.data.candidates import write_candidates
+from agfsync_jax.diffusion.generation import Generator, row_seed
+from agfsync_jax.parallel import multihost
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.utils import modules
+from agfsync_jax.utils.checkpoints import restore_denoiser
+from agfsync_jax.utils.clock import Stage
+
+PLAN = ("num_candidates", "prompts_per_shard")  # the other keys of the block go to the generator
+
+Shard = tuple[Path, list[dict]]
+
+
+def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
+    """Fills round_NNN/candidates/.
+
+    Raises:
+        FileNotFoundError: no prompts, no weights, or no checkpoint of the round before.
+        ValueError: settings that the backbone or the mesh cannot do.
+        OSError: no space left.
+    """
+    workdir = Path(workdir)
+    round_dir = workdir / f"round_{round_index:03d}"
+    if not (round_dir / "prompts.jsonl").exists():
+        raise FileNotFoundError(f"{round_dir} has no prompts.jsonl: run `agfsync prompts` first.")
+    prompts = {row["id"]: row["prompt"] for row in records.read_jsonl(round_dir / "prompts.jsonl")}
+    every = plan(config, list(prompts), round_dir / "candidates", round_index)
+    if repair and multihost.is_main():
+        for path in (path for path, _ in every if path.exists()):
+            records.repair_shard(path)
+    multihost.barrier("sample repair")
+
+    mine = [every[index] for index in multihost.shards_of_process(len(every))]
+    undrawn = [shard for shard in mine if not shard[0].exists()]
+    drawing = any(not path.exists() for path, _ in every)
+    multihost.barrier("sample plan")
+    with Stage(round_dir, "sample") as stage:
+        stage.skipped(len(mine) - len(undrawn), len(mine))
+        if drawing:  # all processes draw together, those without shards of their own too
+            draw(config, workdir, round_index, undrawn, prompts, stage)
+    multihost.barrier("sample")
+
+
+def plan(config, prompt_ids: list[str], folder: Path, round_index: int) -> list[Shard]:
+    """Every shard of the round, with rows {prompt_id, candidate, seed}."""
+    size, count = config.sample.prompts_per_shard, config.sample.num_candidates
+    if size < 1 or count < 1:
+        raise ValueError(
+            f"config.sample.prompts_per_shard={size} and config.sample.num_candidates={count}: "
+            "expected at least 1."
+        )
+    num_shards = -(-len(prompt_ids) // size)
+    return [
+        (
+            folder / f"{records.shard_name(index, num_shards)}.tfrecord",
+            [
+                {
+                    "prompt_id": prompt_id,
+                    "candidate": candidate,
+                    "seed": row_seed(config.seed, round_index, prompt_id, candidate),
+                }
+                for prompt_id in prompt_ids[index * size : (index + 1) * size]
+                for candidate in range(count)
+            ],
+        )
+        for index in range(num_shards)
+    ]
+
+
+def draw(
+    config,
+    workdir: Path,
+    round_index: int,
+    shards: list[Shard],
+    prompts: dict[str, str],
+    stage: Stage,
+) -> None:
+    """Draws the shards' rows as one stream, so that a batch may span several of them."""
+    mesh = create_mesh(config.mesh)
+    backbone = modules.load("backbones", config.backbone.name).Backbone.load(
+        config.backbone.path, dtype=config.backbone.dtype, mesh=mesh, rules=config.sharding
+    )
+    settings = {key: value for key, value in config.sample.items() if key not in PLAN}
+    generator = Generator(backbone, mesh, **settings)
+    params = backbone.params
+    if round_index:
+        name = backbone.denoiser_name
+        checkpoints = workdir / f"round_{round_index - 1:03d}" / "checkpoints"
+        params = params | {name: restore_denoiser(checkpoints, params[name])}
+    rows = [row for _, each in shards for row in each]
+    batches = generator.stream(
+        params,
+        [prompts[row["prompt_id"]] for row in rows],
+        [row["seed"] for row in rows],
+        [row["candidate"] > 0 for row in rows],
+    )
+    with stage.progress(len(rows)) as progress:
+        for count in write_candidates(batches, shards):
+            progress.update(count)
