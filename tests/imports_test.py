@@ -34,6 +34,7 @@ ARROWS = {
 ALSO = {
     "evaluators/referee.py": {"micro"},  # the judge of that world
     "micro/suite.py": ROOMS,  # trains the shipped weights: a program, like a verb
+    "micro/folders.py": ROOMS,  # the folders that it writes
 }
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
 SHARED = {"models": {"layers", "t5"}}  # a BLIP-2 contains a T5
