@@ -13,18 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 # The kernels that diffusers' own LoRA scripts adapt.
-TARGETS = r"(^|/)(to_q|to_k|to_v|to_out/0)/kernel$"
+TARGETS = r"(^|\.)(to_q|to_k|to_v|to_out\.0)\.kernel$"
 
 Adapters = dict[str, dict[str, Float[Array, "_ _"]]]
-
-
-def _path(keys) -> str:
-    # A flax variable adds ".value" below the name that its module gave it.
-    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
-
-
-def _name(path: str) -> str:
-    return path.removesuffix("/kernel").replace("/", ".")
 
 
 def init_adapters(
@@ -63,7 +54,10 @@ def init_adapters(
     for index, (path, kernel) in enumerate(sorted(kernels.items())):
         inputs, outputs = kernel.shape
         noise = jax.random.normal(jax.random.fold_in(key, index), (inputs, rank), jnp.float32)
-        adapters[_name(path)] = {"A": noise / rank, "B": jnp.zeros((rank, outputs), jnp.float32)}
+        adapters[path.removesuffix(".kernel")] = {
+            "A": noise / rank,
+            "B": jnp.zeros((rank, outputs), jnp.float32),
+        }
     return adapters
 
 
@@ -77,8 +71,8 @@ def merge(params: PyTree[Array], adapters: Adapters, *, alpha: float) -> PyTree[
 
     def adapted(keys, leaf):
         path = _path(keys)
-        name = _name(path)
-        if not path.endswith("kernel") or name not in adapters:
+        name = path.removesuffix(".kernel")
+        if name == path or name not in adapters:
             return leaf
         unused.discard(name)
         a, b = adapters[name]["A"], adapters[name]["B"]
@@ -88,3 +82,8 @@ def merge(params: PyTree[Array], adapters: Adapters, *, alpha: float) -> PyTree[
     if unused:
         raise ValueError(f"LoRA adapters of unknown kernels: {', '.join(sorted(unused))}")
     return merged
+
+
+def _path(keys) -> str:
+    # A flax variable adds ".value" below the name that its module gave it.
+    return jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")

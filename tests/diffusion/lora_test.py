@@ -95,7 +95,7 @@ def test_errors(net):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         lora.init_adapters(key, params, rank=0)
-    with pytest.raises(ValueError, match=r"rank 7.*at least 7.*attn1/to_k/kernel \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"rank 7.*at least 7.*attn1.to_k.kernel \(5, 8\)"):
         lora.init_adapters(key, params, rank=7)
     with pytest.raises(ValueError, match="no parameter matches.*'nothing'"):
         lora.init_adapters(key, params, rank=2, targets="nothing")

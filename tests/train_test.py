@@ -1,0 +1,410 @@
+import copy
+import functools
+import json
+import math
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from agfsync_jax import train
+from agfsync_jax.backbones.stable_diffusion import StableDiffusion
+from agfsync_jax.data import records
+from agfsync_jax.data.images import encode_png
+from agfsync_jax.losses import diffusion_dpo, sft
+from agfsync_jax.models.unet import UNet2DConditionModel
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.utils.checkpoints import restore_denoiser
+from agfsync_jax.utils.metrics import MetricWriter, read_metrics
+from agfsync_jax.utils.optimizer import make_optimizer
+from agfsync_jax.utils.weights import load_model
+from configs import common
+from tests.twins import tiny_stable_diffusion
+
+PROMPTS = ("red circle", "blue square", "blue circle", "red square", "red circle")
+BETA = 100.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """Runs of one shape share their program."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny Stable Diffusion, and its UNet in torch."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return folder, tiny_stable_diffusion(folder).unet.eval()
+
+
+def make_config(folder, **changes):
+    config = common.get_config()
+    config.backbone.path = str(folder)
+    config.loss.beta = BETA
+    config.train.batch_size = 8
+    config.train.num_steps = 5
+    config.train.save_every = 2
+    config.train.warmup_steps = 2
+    config.train.learning_rate = 1e-4
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+def make_workdir(path, config, round_index=0, num_pairs=12):
+    """A workdir with random pairs."""
+    rng = np.random.default_rng(round_index)
+    tokens = StableDiffusion.load(config.backbone.path).tokenize(PROMPTS)
+    png = encode_png(np.zeros((8, 8, 3), np.uint8))
+    rows = []
+    for index in range(num_pairs):
+        prompt = index % len(PROMPTS)
+        latents = rng.normal(size=(2, 16, 16, 4)).astype(np.float16)
+        rows.append(
+            {
+                "pair_id": f"p{prompt}-{index}",
+                "prompt_id": f"p{prompt}",
+                "prompt": PROMPTS[prompt],
+                "token_ids": tokens[prompt],
+                "chosen_latents": latents[0],
+                "rejected_latents": latents[1],
+                "chosen_candidate": 0,
+                "rejected_candidate": 1,
+                "chosen_image": png,
+                "rejected_image": png,
+                "chosen_score": 1.0,
+                "rejected_score": 0.0,
+                "margin": 1.0,
+            }
+        )
+    records.write_pairs(path / f"round_{round_index:03d}/pairs", rows, {"description": "random"})
+    return path
+
+
+def tuned(workdir, config, round_index=0):
+    base = StableDiffusion.load(config.backbone.path).params["unet"]
+    return restore_denoiser(workdir / f"round_{round_index:03d}/checkpoints", base)
+
+
+def metrics(workdir, round_index=0):
+    return read_metrics(workdir / f"round_{round_index:03d}/checkpoints/metrics.jsonl")
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def largest_difference(left, right):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), left, right)))
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A run that nothing disturbed: its config and workdir."""
+    config = make_config(model[0])
+    workdir = make_workdir(tmp_path_factory.mktemp("run"), config)
+    train.main(config, workdir)
+    return config, workdir
+
+
+# One step
+
+
+def make_batch(backbone, rows):
+    rng = np.random.default_rng(3)
+    latents = rng.normal(size=(2, rows, 16, 16, 4)).astype(np.float32)
+    tokens = backbone.tokenize([PROMPTS[i % len(PROMPTS)] for i in range(rows)])
+    return {
+        "chosen_latents": jnp.asarray(latents[0]),
+        "rejected_latents": jnp.asarray(latents[1]),
+        "example": jnp.arange(rows, dtype=jnp.int32) * 1000,
+        "conditioning": jax.jit(backbone.encode_prompt)(backbone.params, tokens),
+    }
+
+
+def make_step(backbone, loss=diffusion_dpo, lora_rank=0, **optimizer):
+    optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
+    step = functools.partial(
+        train.train_step,
+        denoise=lambda params, *args: backbone.denoise({"unet": params}, *args),
+        schedule=backbone.schedule,
+        loss_fn=functools.partial(loss.loss, beta=BETA),
+        uses_reference=loss.uses_reference,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        seed=7,
+    )
+    init = functools.partial(train.init_state, optimizer=optimizer, lora_rank=lora_rank, seed=7)
+    return init, jax.jit(step)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_steps_equal_a_torch_reference(model, tmp_path, prediction_type):
+    """Diffusion-DPO with AdamW, as its paper and released script do it, on the same noise."""
+    folder, unet = model
+    backbone = StableDiffusion.load(folder)
+    backbone.schedule = type(backbone.schedule)(
+        backbone.schedule.alphas_cumprod, prediction_type=prediction_type
+    )
+    batch = make_batch(backbone, 4)
+    base = backbone.params["unet"]
+    settings = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}
+    init, step = make_step(backbone, **settings, warmup_steps=2)
+    state, got = init(base), []
+    for _ in range(3):
+        state, values = step(state, base, batch)
+        got.append(jax.device_get(values))
+
+    def to_torch(x):
+        x = torch.from_numpy(np.array(x))
+        return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+    policy, reference = copy.deepcopy(unet), unet
+    adamw = torch.optim.AdamW(policy.parameters(), lr=1e-4, eps=1e-8, weight_decay=0.01)
+    alphas = torch.from_numpy(backbone.schedule.alphas_cumprod)
+    text = to_torch(batch["conditioning"]["encoder_hidden_states"])
+    chosen, rejected = (to_torch(batch[f"{side}_latents"]) for side in ("chosen", "rejected"))
+    for index in range(3):
+        noise, timesteps = train.draw_noise(
+            7, jnp.int32(index), batch["example"], (16, 16, 4), 1000
+        )
+        noise, timesteps = to_torch(noise), to_torch(timesteps).long()
+        signal_, sigma = (a.sqrt()[timesteps].view(-1, 1, 1, 1) for a in (alphas, 1 - alphas))
+
+        def error(network, latents, noise=noise, timesteps=timesteps, a=signal_, s=sigma):
+            target = noise if prediction_type == "epsilon" else a * noise - s * latents
+            prediction = network(a * latents + s * noise, timesteps, text).sample
+            return (prediction - target).pow(2).mean(dim=(1, 2, 3))
+
+        with torch.no_grad():
+            reference_gap = error(reference, chosen) - error(reference, rejected)
+        gap = error(policy, chosen) - error(policy, rejected)
+        inside = -0.5 * BETA * (gap - reference_gap)
+        loss = -torch.nn.functional.logsigmoid(inside).mean()
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        rate = 1e-4 * min(1, (index + 1) / 3)
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+        np.testing.assert_allclose(got[index]["loss"], loss.item(), rtol=1e-4)
+        np.testing.assert_allclose(got[index]["grad_norm"], norm.item(), rtol=1e-3)
+        np.testing.assert_allclose(got[index]["learning_rate"], rate, rtol=1e-6)
+    assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    policy.save_pretrained(tmp_path / "unet")
+    _, expected = load_model(UNet2DConditionModel, tmp_path / "unet")
+    print(largest_difference(state.params, expected), largest_difference(state.params, base))
+    assert largest_difference(state.params, base) > 1e-4
+    assert largest_difference(state.params, expected) < 1e-5
+
+
+def test_adapters_train_beside_a_base_that_stays(model):
+    folder, _ = model
+    backbone = StableDiffusion.load(folder)
+    batch, base = make_batch(backbone, 2), backbone.params["unet"]
+    before = jax.tree.map(np.array, base)
+    init, step = make_step(backbone, lora_rank=2, learning_rate=1e-2)
+    state = init(base)
+    for index in range(2):
+        state, values = step(state, base, batch)
+        if index == 0:  # B is zero: policy and reference are the same
+            assert float(values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert_equal(base, before)
+    assert {name.rpartition(".")[2] for name in state.params} == {"to_q", "to_k", "to_v", "0"}
+    assert all(float(jnp.abs(factors["B"]).max()) > 0 for factors in state.params.values())
+    assert float(values["loss"]) != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_noise_belongs_to_the_example():
+    draw = functools.partial(train.draw_noise, 3, shape=(2, 2, 4), num_timesteps=1000)
+    noise, timesteps = draw(jnp.int32(5), jnp.array([10, 20, 30]))
+    again, times = draw(jnp.int32(5), jnp.array([30, 10]))
+    np.testing.assert_array_equal(again, noise[np.array([2, 0])])
+    np.testing.assert_array_equal(times, timesteps[np.array([2, 0])])
+    other, _ = draw(jnp.int32(6), jnp.array([10]))
+    assert not np.allclose(other, noise[:1])
+    many, timesteps = jax.jit(draw)(jnp.int32(0), jnp.arange(4000))
+    assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
+    assert timesteps.min() < 10 and timesteps.max() > 989 and timesteps.max() < 1000
+    assert abs(float(timesteps.mean()) - 499.5) < 15
+
+
+def test_a_loss_without_reference(model):
+    backbone = StableDiffusion.load(model[0])
+    batch = make_batch(backbone, 2)
+    init, step = make_step(backbone, loss=sft, learning_rate=1e-4)
+    _, values = step(init(backbone.params["unet"]), None, batch)
+    assert float(values["loss"]) == pytest.approx(float(values["chosen_error"]))
+
+
+# The verb
+
+
+def test_a_run_leaves_metrics_and_a_denoiser(run):
+    config, workdir = run
+    rows = metrics(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
+    names = {"loss", "grad_norm", "learning_rate", "chosen_error", "rejected_error", "seconds"}
+    rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")}
+    assert set(rows[0]) == {"step"} | names | rewards
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    np.testing.assert_allclose(
+        [row["learning_rate"] for row in rows], np.array([1 / 3, 2 / 3, 1, 1, 1]) * 1e-4, rtol=1e-6
+    )
+    base = StableDiffusion.load(config.backbone.path).params["unet"]
+    assert 1e-5 < largest_difference(tuned(workdir, config), base) < 1e-2
+    stages = json.loads((workdir / "round_000/stages.json").read_text())
+    assert stages["train"]["items"] == 5 * 8
+
+
+def test_a_finished_run_is_skipped(run, capsys, monkeypatch):
+    config, workdir = run
+    monkeypatch.setattr(records, "read_pairs", None)
+    train.main(config, workdir)
+    assert "skipped 5 of 5 steps already there" in capsys.readouterr().err
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(run, tmp_path, monkeypatch):
+    config, workdir = run
+    make_workdir(tmp_path, config)
+
+    def die(self, step, values):
+        if step == 4:
+            raise RuntimeError("killed")
+        return write(self, step, values)
+
+    write = MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main(config, tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    monkeypatch.setattr(MetricWriter, "write", write)
+    train.main(config, tmp_path)  # from step 2
+    assert timeless(metrics(tmp_path)) == timeless(metrics(workdir))
+    assert_equal(tuned(tmp_path, config), tuned(workdir, config))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_stops(run, tmp_path, monkeypatch, number):
+    config, workdir = run
+    make_workdir(tmp_path, config)
+
+    def stop(self, step, values):
+        if step == 2 and not caught:
+            caught.append(step)
+            signal.raise_signal(number)
+        return write(self, step, values)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    caught, write = [], MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", stop)
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config, tmp_path)
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+    saved = sorted(
+        int(path.name)
+        for path in (tmp_path / "round_000/checkpoints").iterdir()
+        if path.name.isdecimal()
+    )
+    assert saved == [2, 3]  # step 3 was on the devices when 2's metrics were read
+    train.main(config, tmp_path)
+    assert timeless(metrics(tmp_path)) == timeless(metrics(workdir))
+    assert_equal(tuned(tmp_path, config), tuned(workdir, config))
+
+
+@pytest.mark.parametrize("mesh", ["one device", "fsdp"])
+def test_devices_do_not_matter(run, tmp_path, monkeypatch, mesh):
+    config, workdir = run
+    make_workdir(tmp_path, config)
+    config = copy.deepcopy(config)
+    if mesh == "fsdp":
+        config.mesh.update(data=2, fsdp=4)
+        config.sharding = ((r"(ff\.net\.2|to_q)\.kernel$", ("fsdp", None)),)
+    else:
+        one = functools.partial(create_mesh, devices=jax.devices()[:1])
+        monkeypatch.setattr(train, "create_mesh", one)
+    train.main(config, tmp_path)
+    assert largest_difference(tuned(tmp_path, config), tuned(workdir, config)) < 1e-5
+    for got, want in zip(metrics(tmp_path), metrics(workdir), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-4)
+
+
+def test_rounds_and_adapters(run, tmp_path):
+    """Round 1 of LoRA starts from round 0 and leaves a whole denoiser."""
+    config, workdir = run
+    (tmp_path / "round_000").symlink_to(workdir / "round_000")
+    make_workdir(tmp_path, config, round_index=1)
+    config = make_config(config.backbone.path, **{"train.lora_rank": 2, "train.num_steps": 2})
+    train.main(config, tmp_path, round_index=1)
+    rows = metrics(tmp_path, 1)
+    # The reference is round 0's model, not the backbone's.
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    start, end = tuned(workdir, config), tuned(tmp_path, config, round_index=1)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for path, change in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start, end)
+        )
+        if change
+    }
+    assert moved and all(".attn" in path and path.endswith("kernel") for path in moved)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(run, tmp_path):
+    config = copy.deepcopy(run[0])
+    config.train.learning_rate, config.train.max_grad_norm = 1e30, 1e30
+    config.train.warmup_steps, config.train.save_every = 0, 1
+    make_workdir(tmp_path, config)
+    with pytest.raises(FloatingPointError, match=r"step 2: loss .* state of step 1\."):
+        train.main(config, tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+
+
+def test_bad_settings_are_told_before_any_work(run, tmp_path):
+    config, _ = run
+    with pytest.raises(FileNotFoundError, match="agfsync pair"):
+        train.main(config, tmp_path)
+    make_workdir(tmp_path, config, round_index=1)
+    with pytest.raises(FileNotFoundError, match="agfsync train"):
+        train.main(config, tmp_path, round_index=1)
+    bad = make_config(config.backbone.path, **{"train.batch_size": 12})
+    with pytest.raises(ValueError, match="12 .* 8 devices"):
+        train.main(bad, tmp_path, round_index=1)
+    bad = make_config(config.backbone.path, **{"train.schedule": "linear"})
+    with pytest.raises(ValueError, match="train.schedule='linear': expected constant | cosine"):
+        train.main(bad, tmp_path, round_index=1)
+
+
+def test_learning_rate_schedules():
+    with pytest.raises(ValueError, match="warmup_steps=9 .* below train.num_steps=9"):
+        make_optimizer(learning_rate=1, num_steps=9, warmup_steps=9, schedule="cosine")
+    with pytest.raises(ValueError, match="max_grad_norm=0"):
+        make_optimizer(learning_rate=1, num_steps=9, max_grad_norm=0)
+    _, rate = make_optimizer(learning_rate=2.0, num_steps=10, warmup_steps=2, schedule="cosine")
+    got = [float(rate(step)) for step in range(11)]
+    cosine = [1 + math.cos(math.pi * step / 8) for step in range(9)]
+    np.testing.assert_allclose(got, [2 / 3, 4 / 3, *cosine], atol=1e-6)
+    _, rate = make_optimizer(learning_rate=2.0, num_steps=10)
+    assert float(rate(0)) == float(rate(9)) == 2.0
