@@ -17,7 +17,7 @@ import numpy as np
 
 from agfsync_jax.data import preferences, records
 from agfsync_jax.data.preferences import Choice
-from agfsync_jax.data.shards import shard_paths
+from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
@@ -43,7 +43,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
 
 def _pair(config, round_dir: Path, round_index: int, stage: Stage) -> None:
     preferences.check_settings(config.pair)
-    prompt_rows = records.read_jsonl(round_dir / "prompts.jsonl")
+    prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
     prompts = {row["id"]: row["prompt"] for row in prompt_rows}
     shards = shard_paths(round_dir / "scores", ".parquet", "score")
     scores = {path.stem: records.read_parquet(path) for path in shards}

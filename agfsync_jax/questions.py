@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agfsync_jax import scorers
 from agfsync_jax.data import records
+from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
@@ -32,7 +33,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
             elif not scorers.asks_questions(config.scorers):
                 stage.print("no scorer of this config asks any")
             else:
-                rows = ask(config, records.read_jsonl(round_dir / "prompts.jsonl"))
+                rows = ask(config, read_rows(round_dir / "prompts.jsonl", "prompts"))
                 records.write_jsonl(path, rows)
                 stage.items += len(rows)
     multihost.barrier("questions")

@@ -4,12 +4,11 @@ A shard of candidates gives scores/<shard>.parquet, one column a scorer, and, wh
 questions, scores/answers-<shard>.parquet. Each process scores its share of the shards.
 """
 
-import itertools
 from pathlib import Path
 
 from agfsync_jax import scorers
 from agfsync_jax.data import records
-from agfsync_jax.data.shards import shard_paths
+from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
 
@@ -42,10 +41,10 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
 
 def read_inputs(round_dir: Path, specs: dict) -> tuple[dict[str, str], dict[str, list]]:
     """Prompt id -> text, and prompt id -> question rows ({} where no scorer asks any)."""
-    prompt_rows = records.read_jsonl(round_dir / "prompts.jsonl")
+    prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
     questions = {}
     if scorers.asks_questions(specs):
-        question_rows = records.read_jsonl(round_dir / "questions.jsonl")
+        question_rows = read_rows(round_dir / "questions.jsonl", "questions")
         scorers.check_questions(prompt_rows, question_rows)
         questions = scorers.by_prompt(question_rows)
     return {row["id"]: row["prompt"] for row in prompt_rows}, questions
@@ -65,14 +64,10 @@ def _score(config, todo: list[Path], images: int, prompts, questions, stage: Sta
     size = config.score.batch_size
     mesh = scorers.local_mesh(config.mesh)
     models = scorers.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
-    batches = scorers.score_shards(models, todo, prompts, questions, batch_size=size)
     with stage.progress(images) as progress:
-        for path, group in itertools.groupby(batches, key=lambda batch: batch[0]):
-            rows, answers = [], []
-            for _, scored, answered in group:
-                rows += scored
-                answers += answered
-                progress.update(len(scored))
+        for path, rows, answers in scorers.score_shards(
+            models, todo, prompts, questions, batch_size=size, scored=progress.update
+        ):
             if answers:
                 records.write_parquet(answers_path(path), answers)
             records.write_parquet(scores_path(path), rows)  # last: it says that the shard is done

@@ -1,12 +1,26 @@
-"""Which shards a folder must hold, as their own names tell: 00003-of-00010."""
+"""What a verb needs of the verbs before it: whole folders of shards, and files of rows."""
 
 from pathlib import Path
 
-from agfsync_jax.data.records import shard_name
+from agfsync_jax.data.records import read_jsonl, shard_name
+
+
+def read_rows(path: Path, made_by: str) -> list[dict]:
+    """The rows of a .jsonl file.
+
+    Raises:
+        FileNotFoundError: it is not there; the message names the verb that makes it.
+        RecordError: a broken line.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: run `agfsync {made_by}` first.")
+    return read_jsonl(path)
 
 
 def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:
     """The paths of all shards of a folder, in order, such as candidates/00003-of-00010.tfrecord.
+
+    How many there must be is in their own names.
 
     Args:
         folder: where they lie; other files there are left out.

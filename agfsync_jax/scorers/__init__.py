@@ -8,7 +8,7 @@ the questions says so with `asks_questions = False`.
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def score_shards(
     questions: Mapping[str, Sequence[Mapping]],
     *,
     batch_size: int,
+    scored: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[Path, list[dict], list[dict]]]:
     """Scores shards of candidates batch by batch, decoding the next ones meanwhile.
 
@@ -128,26 +129,33 @@ def score_shards(
         paths: TFRecord files of candidates.
         prompts: prompt id -> text.
         questions: prompt id -> its question rows; others count as having none.
+        batch_size: images at a time; a batch lies in one shard.
+        scored: called with the number of images after each batch.
 
     Yields:
-        (path, rows of scores, rows of answers) of each batch; a batch lies in one shard.
+        (path, rows of scores, rows of answers) of each shard, as soon as its last image is scored.
 
     Raises:
         RecordError: a damaged shard.
         ValueError: a candidate of a prompt that is not in `prompts`.
     """
-    for path, rows, images in _ahead(_decoded(paths, batch_size)):
+    scores, answers = [], []
+    for path, rows, images, is_last in _ahead(_decoded(paths, batch_size)):
         for row in rows:
             if row["prompt_id"] not in prompts:
                 raise ValueError(f"{path} draws prompt {row['prompt_id']!r}, which is not listed.")
         ids = [row["prompt_id"] for row in rows]
         asked = [questions.get(prompt, []) for prompt in ids]
-        columns, answers = score_images(scorers, images, [prompts[i] for i in ids], asked)
-        scores = [
+        columns, replies = score_images(scorers, images, [prompts[i] for i in ids], asked)
+        scores += [
             {key: row[key] for key in _KEYS} | {name: float(v[i]) for name, v in columns.items()}
             for i, row in enumerate(rows)
         ]
-        yield path, scores, list(_answer_rows(rows, asked, answers))
+        answers += _answer_rows(rows, asked, replies)
+        scored(len(rows))
+        if is_last:
+            yield path, scores, answers
+            scores, answers = [], []
 
 
 def by_prompt(question_rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
@@ -174,11 +182,18 @@ def _answer_rows(rows: list[dict], asked: list, answers: dict[str, list]) -> Ite
                 }
 
 
-def _decoded(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, list[dict], Any]]:
+def _decoded(
+    paths: Sequence[Path], batch_size: int
+) -> Iterator[tuple[Path, list[dict], np.ndarray, bool]]:
+    """(path, rows, images, whether the shard ends here) of each batch."""
     for path in paths:
         rows = records.read_shard(path, records.CANDIDATE_FEATURES, _FIELDS)
-        while batch := list(itertools.islice(rows, batch_size)):
-            yield path, batch, png.decode_pngs([row.pop("image") for row in batch])
+        batch = list(itertools.islice(rows, batch_size))
+        while batch:
+            following = list(itertools.islice(rows, batch_size))
+            images = png.decode_pngs([row.pop("image") for row in batch])
+            yield path, batch, images, not following
+            batch = following
 
 
 def _ahead(work: Iterator) -> Iterator:

@@ -1,0 +1,251 @@
+"""`agfsync score`: every scorer on every candidate, shard by shard, with scorers that are quick."""
+
+import json
+
+import numpy as np
+import pytest
+
+from agfsync_jax import score, scorers
+from agfsync_jax.data import images, records
+from configs import micro
+
+PROMPTS = {f"p{n}": f"prompt {n}" for n in range(5)}
+CANDIDATES, PER_SHARD = 3, 2
+
+
+class Brightness:
+    """One column; what it was called with is on the class."""
+
+    asks_questions = False
+    calls: list = []
+
+    def __init__(self, mesh, *, batch_size):
+        self.mesh, self.batch_size = mesh, batch_size
+
+    def __call__(self, images, prompts, questions):
+        self.calls.append((images.shape, list(prompts)))
+        return {"whatever": images.mean((1, 2, 3)) + [len(prompt) for prompt in prompts]}
+
+
+class Asker:
+    """Two columns and answers."""
+
+    asks_questions = True
+
+    def __init__(self, mesh, *, batch_size, bias=0.0):
+        self.bias = bias
+
+    def __call__(self, images, prompts, questions):
+        answers = [
+            [
+                {"question": q["question"], "answer": "no", "p_yes": 0.25, "correct": False}
+                for q in asked
+            ]
+            for asked in questions
+        ]
+        number = np.array([len(asked) for asked in questions])
+        return {"accuracy": number + self.bias, "number": number, "answers": answers}
+
+
+@pytest.fixture
+def config(monkeypatch):
+    fakes = {"brightness": Brightness, "asker": Asker}
+    monkeypatch.setattr(scorers, "scorer_class", lambda column, spec: fakes[spec["name"]])
+    monkeypatch.setattr(Brightness, "calls", [])
+    config = micro.get_config("tiny")
+    config.scorers = {"light": {"name": "brightness"}, "vqa": {"name": "asker", "bias": 0.5}}
+    config.pair.weights = {"light": 1.0, "vqa/accuracy": 1.0}
+    config.sample.num_candidates = CANDIDATES
+    config.score.batch_size = 4
+    return config
+
+
+def image(prompt, candidate):
+    return np.full((8, 8, 3), 40 * prompt + candidate, np.uint8)
+
+
+def question(prompt_id, text):
+    return {
+        "id": prompt_id,
+        "caption": PROMPTS[prompt_id],
+        "question": text,
+        "choices": ["yes", "no"],
+        "answer": "yes",
+        "element_type": "object",
+        "element": "",
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Five prompts with 1 to 5 questions, three candidates each, two prompts a shard."""
+    folder = tmp_path / "round_000"
+    rows = [
+        {"id": i, "prompt": text, "category": "", "source": "test"} for i, text in PROMPTS.items()
+    ]
+    records.write_jsonl(folder / "prompts.jsonl", rows)
+    asked = [question(f"p{n}", f"q{m}?") for n in range(5) for m in range(n + 1)]
+    records.write_jsonl(folder / "questions.jsonl", asked)
+    for shard in range(3):
+        candidates = [
+            {
+                "prompt_id": f"p{n}",
+                "candidate": c,
+                "seed": 0,
+                "image": images.encode_png(image(n, c)),
+                "latents": np.zeros((2, 2, 4), np.float16),
+            }
+            for n in range(PER_SHARD * shard, min(PER_SHARD * (shard + 1), 5))
+            for c in range(CANDIDATES)
+        ]
+        path = folder / "candidates" / f"{records.shard_name(shard, 3)}.tfrecord"
+        records.write_shard(path, candidates, records.CANDIDATE_FEATURES)
+    return tmp_path
+
+
+def table(workdir, prefix=""):
+    return records.read_parquet(workdir / f"round_000/scores/{prefix}[0-9]*.parquet")
+
+
+def test_every_candidate_is_scored(config, workdir, capsys):
+    score.main(config, workdir)
+    rows = table(workdir)
+    assert [(row["prompt_id"], row["candidate"]) for row in rows] == [
+        (f"p{n}", c) for n in range(5) for c in range(CANDIDATES)
+    ]
+    for row in rows:
+        number = int(row["prompt_id"][1:])
+        assert row["light"] == 40 * number + row["candidate"] + len("prompt 0")
+        assert row["vqa/accuracy"] == number + 1.5 and row["vqa/number"] == number + 1
+    assert set(rows[0]) == {"prompt_id", "candidate", "light", "vqa/accuracy", "vqa/number"}
+    assert [shape[0] for shape, _ in Brightness.calls] == [4, 2, 4, 2, 3]
+    stages = json.loads((workdir / "round_000/stages.json").read_text())
+    assert stages["score"]["items"] == 15
+    assert "15 images in" in capsys.readouterr().err
+
+
+def test_answers(config, workdir):
+    score.main(config, workdir)
+    answers = table(workdir, "answers-")
+    assert len(answers) == CANDIDATES * (1 + 2 + 3 + 4 + 5)
+    assert answers[-1] == {
+        "prompt_id": "p4",
+        "candidate": 2,
+        "scorer": "vqa",
+        "index": 4,
+        "question": "q4?",
+        "element_type": "object",
+        "expected": "yes",
+        "answer": "no",
+        "p_yes": 0.25,
+        "correct": False,
+    }
+
+
+def test_only_what_is_missing_is_scored(config, workdir, capsys):
+    score.main(config, workdir)
+    whole = table(workdir)
+    (workdir / "round_000/scores/00001-of-00003.parquet").unlink()
+    Brightness.calls.clear()
+    score.main(config, workdir)
+    assert [shape[0] for shape, _ in Brightness.calls] == [4, 2]
+    assert table(workdir) == whole
+    assert "skipped 2 of 3 shards already there" in capsys.readouterr().err
+    Brightness.calls.clear()
+    score.main(config, workdir)
+    assert not Brightness.calls
+
+
+def test_a_killed_run_leaves_whole_shards(config, workdir, monkeypatch):
+    plain = Brightness.__call__
+
+    def dies(self, images, prompts, questions):
+        if "prompt 3" in prompts:
+            raise KeyboardInterrupt
+        return plain(self, images, prompts, questions)
+
+    monkeypatch.setattr(Brightness, "__call__", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score.main(config, workdir)
+    scores = workdir / "round_000/scores"
+    names = sorted(path.name for path in scores.iterdir())
+    assert names == ["00000-of-00003.parquet", "answers-00000-of-00003.parquet"]
+
+
+def test_without_questions(config, workdir):
+    del config.scorers.vqa
+    config.pair.weights = {"light": 1.0}
+    (workdir / "round_000/questions.jsonl").unlink()
+    score.main(config, workdir)
+    assert set(table(workdir)[0]) == {"prompt_id", "candidate", "light"}
+    assert not list((workdir / "round_000/scores").glob("answers-*"))
+
+
+def test_errors_before_any_work(config, workdir):
+    folder = workdir / "round_000"
+    asked = records.read_jsonl(folder / "questions.jsonl")
+    records.write_jsonl(folder / "questions.jsonl", [q for q in asked if q["id"] != "p3"])
+    with pytest.raises(ValueError, match="1 of 5 prompts have no question, the first is p3"):
+        score.main(config, workdir)
+    (folder / "questions.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="run `agfsync questions` first"):
+        score.main(config, workdir)
+    records.write_jsonl(folder / "questions.jsonl", asked)
+    config.pair.weights = {"clipp": 1.0}
+    with pytest.raises(ValueError, match="'clipp', which no scorer makes: .* 'light', 'vqa'"):
+        score.main(config, workdir)
+    config.pair.weights = {"light": 1.0}
+    (folder / "candidates/00001-of-00003.tfrecord").unlink()
+    with pytest.raises(FileNotFoundError, match="run `agfsync sample`"):
+        score.main(config, workdir)
+    assert not Brightness.calls
+
+
+def test_a_prompt_that_is_not_listed(config, workdir):
+    folder = workdir / "round_000"
+    rows = records.read_jsonl(folder / "prompts.jsonl")
+    records.write_jsonl(folder / "prompts.jsonl", rows[:4])
+    with pytest.raises(ValueError, match="00002-of-00003.tfrecord draws prompt 'p4'"):
+        score.main(config, workdir)
+
+
+def test_a_scorer_with_wrong_shapes(config, workdir, monkeypatch):
+    monkeypatch.setattr(Brightness, "__call__", lambda *_: {"clip": np.zeros((4, 1))})
+    with pytest.raises(ValueError, match=r"'light' made clip of shape \(4, 1\): expected \(4,\)"):
+        score.main(config, workdir)
+
+
+def test_repair(config, workdir):
+    score.main(config, workdir)
+    whole, folder = table(workdir), workdir / "round_000"
+    for name in ("00000-of-00003.parquet", "answers-00001-of-00003.parquet"):
+        path = folder / "scores" / name
+        path.write_bytes(path.read_bytes()[:-9])
+    Brightness.calls.clear()
+    score.main(config, workdir, repair=True)
+    assert len(Brightness.calls) == 4 and table(workdir) == whole
+    path = folder / "candidates/00002-of-00003.tfrecord"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="00002-of-00003.tfrecord. Run `agfsync sample`"):
+        score.main(config, workdir, repair=True)
+    assert not path.exists()
+
+
+def test_a_damaged_shard_is_named(config, workdir):
+    path = workdir / "round_000/candidates/00001-of-00003.tfrecord"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(records.RecordError, match=r"00001-of-00003.tfrecord is damaged at byte"):
+        score.main(config, workdir)
+
+
+def test_decoding_runs_ahead():
+    made = []
+
+    def work():
+        for number in range(6):
+            made.append(number)
+            yield number
+
+    ahead = scorers._ahead(work())
+    assert next(ahead) == 0
+    assert list(ahead) == [1, 2, 3, 4, 5] and made == [0, 1, 2, 3, 4, 5]
