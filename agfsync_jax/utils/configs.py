@@ -76,7 +76,7 @@ def check(config: ConfigDict, verb: str) -> None:
     for name in config.evaluate.evaluators:
         modules.check("evaluators", name)
     paths = []
-    if verb in ("run", "sample", "train", "evaluate"):
+    if verb in ("run", "sample", "pair", "train", "evaluate"):
         paths.append(config.backbone.path)
     if verb in ("run", "score", "evaluate"):
         for scorer in config.scorers.values():
