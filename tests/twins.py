@@ -189,3 +189,142 @@ def tiny_stable_diffusion(folder, seed=0, **scheduler):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(str(folder))
     return pipeline
+
+
+_VQA_WORDS = (
+    "is the there a red blue circle square yes no where above below left of right dark question"
+    " choices answer what color ? : [ ] ' ,"
+)
+
+
+def blip2_folder(folder, seed=0, **changes):
+    """Saves `tiny_blip2` as a whole transformers folder (with tokenizer) and returns the model."""
+    import json
+    from pathlib import Path
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    folder = Path(folder)
+    model = tiny_blip2(seed, **changes)
+    model.save_pretrained(folder)
+    words = ["<pad>", "</s>", "<unk>", *_VQA_WORDS.split()]
+    vocab = {word: index for index, word in enumerate(words)} | {"<image>": 63}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "BlipImageProcessor",
+            "do_resize": True,
+            "size": {"height": 16, "width": 16},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.48, 0.46, 0.41],
+            "image_std": [0.27, 0.26, 0.28],
+        },
+        "processor_config.json": {"processor_class": "Blip2Processor", "num_query_tokens": 5},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return model
+
+
+def transformers_answers(folder, images, texts, choices):
+    """What transformers' own BLIP-2 processor and model answer, from a folder.
+
+    Args:
+        images: uint8 [b, h, w, 3]; texts: b prompts; choices: b lists of answers.
+
+    Returns:
+        (probabilities of each row's choices: the product over a choice's tokens, the end token
+        included where any choice of the row has several, normalized; greedy texts).
+    """
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+    processor = Blip2Processor.from_pretrained(folder)
+    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, start = processor.tokenizer, model.config.text_config.decoder_start_token_id
+    probabilities, greedy = [], []
+    for image, text, offered in zip(images, texts, choices, strict=True):
+        inputs = processor(images=Image.fromarray(image), text=text, return_tensors="pt")
+        ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in offered]
+        if any(len(tokens) > 1 for tokens in ids):
+            ids = [[*tokens, tokenizer.eos_token_id] for tokens in ids]
+        totals = []
+        with torch.no_grad():
+            for tokens in ids:
+                decoder_ids = torch.tensor([[start, *tokens[:-1]]])
+                logits = model(**inputs, decoder_input_ids=decoder_ids).logits[0]
+                log_probs = logits.log_softmax(-1)
+                totals.append(log_probs[range(len(tokens)), tokens].sum())
+            made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=6)
+        probabilities.append(torch.stack(totals).softmax(0).numpy())
+        greedy.append(processor.batch_decode(made, skip_special_tokens=True)[0])
+    return probabilities, greedy
+
+
+def spread(model, seed=0):
+    """Random weights of about unit gain, norms and biases included, so that no path is near zero."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim <= 1:
+                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                value.copy_(offset + 0.2 * torch.randn_like(value))
+            elif "embedding" in name and value.ndim == 2:
+                value.copy_(torch.randn_like(value))
+            else:
+                value.copy_(torch.randn_like(value) * value[0].numel() ** -0.5)
+    return model.eval()
+
+
+def relative_error(actual, expected):
+    """Largest difference as a share of the largest expected value."""
+    import numpy as np
+
+    expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
+    assert np.std(expected) > 1e-3, "the expected values hardly vary: the test would prove nothing"
+    return np.abs(np.asarray(actual, np.float32) - expected).max() / np.abs(expected).max()
+
+
+def assert_same_gradients(grads, twin, prefix="", tolerance=1e-4):
+    """Each of our gradients equals the .grad of the torch parameter with its checkpoint key.
+
+    The error of a parameter is a share of the largest gradient in it.
+    """
+    import numpy as np
+    from flax import nnx
+
+    from agfsync_jax.utils.weights import checkpoint_key
+
+    theirs = {prefix + name: value.grad for name, value in twin.named_parameters()}
+    compared = 0
+    largest = max(float(grad.abs().max()) for grad in theirs.values() if grad is not None)
+    for path, leaf in nnx.to_flat_state(grads):
+        key, axes = checkpoint_key(path, leaf.ndim)
+        if theirs[key] is None:  # not on the way to the output
+            assert not np.any(np.asarray(leaf[...])), key
+            continue
+        ours, expected = np.asarray(leaf[...]), theirs[key].numpy()
+        ours = ours.transpose(axes) if axes else ours
+        # A gradient that is zero but for rounding (a key's bias under softmax) has no own scale.
+        scale = max(np.abs(expected).max(), 1e-3 * largest)
+        assert np.abs(ours - expected).max() <= tolerance * scale, key
+        compared += 1
+    assert compared > 5

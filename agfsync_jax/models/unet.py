@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -95,7 +96,9 @@ def timestep_embedding(
 ) -> Float[Array, "b c"]:
     """Sinusoidal embedding of timesteps (Vaswani et al. 2017), float32."""
     half = channels // 2
-    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    # Constants in torch's roundings: an angle of some 900 turns an ulp of its frequency into 1e-4.
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / (half - shift)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
     pair = (
         (jnp.cos(angles), jnp.sin(angles))

@@ -225,7 +225,7 @@ def fill_params(
                     value = np.array(value, param_dtype, order="C")
                     sharding = flat_placed.get(path)
                     filled[path] = jax.device_put(
-                        value, sharding[...] if hasattr(sharding, "get_value") else sharding
+                        value, getattr(sharding, "get_value", lambda s=sharding: s)()
                     )
         except SafetensorError as error:
             raise ValueError(

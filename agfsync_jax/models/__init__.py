@@ -1,0 +1,1 @@
+"""Plain NNX networks: no mesh, no config file, no input or output."""
