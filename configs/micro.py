@@ -29,7 +29,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.guidance_scale = 3.0
     c.sample.batch_size = 64
 
-    c.scorers.vqa = ConfigDict(dict(name="vqa", path="micro:blip2", score="probability"))
+    # This BLIP-2 was trained on bare questions.
+    c.scorers.vqa = ConfigDict(
+        dict(name="vqa", path="micro:blip2", prompt="{question}", score="probability")
+    )
     c.scorers.clip = ConfigDict(dict(name="clip", path="micro:clip"))
     c.scorers.aesthetic = ConfigDict(
         dict(name="aesthetic", path="micro:clip", head="micro:aesthetic.safetensors")

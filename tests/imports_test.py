@@ -35,6 +35,7 @@ ALSO = {
     "evaluators/referee.py": {"micro"},  # the judge of that world
     "micro/suite.py": ROOMS,  # trains the shipped weights: a program, like a verb
     "micro/folders.py": ROOMS,  # the folders that it writes
+    "micro/training.py": {"utils"},  # and how it trains
 }
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
 SHARED = {"models": {"layers", "t5"}}  # a BLIP-2 contains a T5

@@ -52,9 +52,9 @@ def train_clip(workdir: Path, output: Path, *, steps: int = 1500) -> dict[str, f
     config = folders.clip_config(tokenize)
     graph, params = weights.init_model(CLIPModel, CLIPModel.config_class.from_dict(config), seed=1)
 
-    def make_batch(rng, half=48, split="train"):
+    def make_batch(rng, half=48, split="train", changed="train"):
         scenes = [world.sample_scene(rng, split) for _ in range(half)]
-        scenes += [world.mutate(scene, rng, split) for scene in scenes]
+        scenes += [world.mutate(scene, rng, changed) for scene in scenes]
         images = np.stack([world.render(scene, rng) for scene in scenes])
         return {"images": images, "ids": tokenize([scene.caption() for scene in scenes])}
 
@@ -90,7 +90,7 @@ def train_clip(workdir: Path, output: Path, *, steps: int = 1500) -> dict[str, f
         both = in_batches(embed, images, tokenize([scene.caption() for scene in scenes]), size=100)
         image, text = np.split(both, 2, axis=-1)
         right.append((np.argmax(image @ text.T, -1) == np.arange(100)).mean())
-    pairs = make_batch(rng, 500, "heldout")
+    pairs = make_batch(rng, 500, "heldout", "all")
     both = in_batches(embed, pairs["images"], pairs["ids"], size=100)
     image, text = np.split(both, 2, axis=-1)
     own = (image * text).sum(-1)
@@ -222,7 +222,7 @@ class Painter:
         return in_batches(self.decode, latents)
 
 
-def train_unet(workdir: Path, output: Path, *, steps: int = 3000) -> dict[str, float]:
+def train_unet(workdir: Path, output: Path, *, steps: int = 2600) -> dict[str, float]:
     """The denoiser: epsilon prediction with min-SNR-5 weights (Hang et al. 2023), 10% of captions
     left out for guidance. Trained short on purpose: the loop is to have something to mend."""
     painter = Painter(output)
