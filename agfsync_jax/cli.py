@@ -7,6 +7,7 @@ is its help text. What a user can get wrong is checked here, before a device is 
 import argparse
 import ast
 import importlib
+import logging
 import os
 import platform
 import re
@@ -139,7 +140,7 @@ def print_help(
 
 
 def start_jax() -> bool:
-    """Joins the other processes, if any, and turns on the cache of compiled programs.
+    """Joins the other processes, if any; turns on the cache of compiled programs.
 
     Returns:
         Whether this is the main process.
@@ -155,6 +156,8 @@ def start_jax() -> bool:
         jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; locks and evicts
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if os.environ.get("AGFSYNC_TRACEBACK") != "1":
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises anyway
     multihost.initialize()
     return multihost.is_main()
 

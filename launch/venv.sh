@@ -25,7 +25,7 @@ find_python() {
 }
 
 pip() {
-  "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"
+  PYTHONWARNINGS=ignore "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"
 }
 
 prepare() {

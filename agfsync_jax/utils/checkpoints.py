@@ -4,6 +4,9 @@ A state is stored as one flat table from its path ("params.mid_block.resnets.0.c
 the array, so that what made the tree (nnx, optax) may change and a part of it can be read alone.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ class Checkpoints:
             checkpoints.save(step, state)
 
     Saving copies the state off the devices and returns while it is written; leaving the `with`
-    block waits for the last one. A folder of a step appears only when it is whole.
+    block waits for the last one. A folder of a step appears only when it is whole. What goes wrong
+    while writing is raised by the next call: OSError where no space is left.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -47,7 +51,8 @@ class Checkpoints:
         """Stores `state` (arrays and numbers) as `step`; an existing step is left as it is."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.PyTreeSave(_flatten(state)))
+        with self._no_space():
+            self._manager.save(step, args=ocp.args.PyTreeSave(_flatten(state)))
         if wait:
             self.wait()
 
@@ -80,11 +85,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with self._no_space():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the last save and lets go of the folder."""
+        with self._no_space():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _no_space(self) -> Iterator[None]:
+        """Orbax tells of a full disk by a ValueError of many lines."""
+        try:
+            yield
+        except ValueError as error:
+            if f"os_error_code='{errno.ENOSPC}'" not in str(error):
+                raise
+            message = "no space left for a checkpoint: free some, and the same command goes on"
+            raise OSError(errno.ENOSPC, message, str(self.folder)) from error
 
     def _check(self, step: int, abstract: dict[str, Any]) -> None:
         found = self._manager.item_metadata(step)

@@ -120,3 +120,17 @@ def test_no_checkpoint_says_what_to_run(tmp_path):
     assert not (tmp_path / "nowhere").exists()
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="step 5"):
         checkpoints.restore(5, {})
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    told = "RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"
+
+    def fail(*_, **__):
+        raise ValueError(told)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(OSError, match="no space left for a checkpoint") as error:
+            checkpoints.save(1, {"params": jnp.zeros(4)}, wait=True)
+        assert error.value.errno == 28 and str(tmp_path) in str(error.value)
+        monkeypatch.undo()
