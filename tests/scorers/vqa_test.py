@@ -1,0 +1,186 @@
+"""The VQA score equals what transformers' own processor and model make of the same folder."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from agfsync_jax.data.images import preprocessing, resize_and_normalize
+from agfsync_jax.data.tokenizers import TextTokenizer
+from agfsync_jax.micro import world
+from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.scorers import vqa
+from agfsync_jax.utils.weights import load_model
+from tests.twins import blip2_folder, transformers_answers
+
+SHIPPED = Path(world.__file__).parent / "weights" / "blip2"
+YES_NO = ["yes", "no"]
+QUESTIONS = [
+    ("Is there a red circle?", YES_NO, "yes"),
+    ("what color is the square ?", ["red", "blue", "dark"], "blue"),
+    ("where is the circle", ["above the square", "below", "left of the square"], "below"),
+    ("Is the square blue?", YES_NO, "no"),
+    ("is there a circle left of the blue square ?", ["no", "yes"], "no"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip2")
+    blip2_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return create_mesh({"data": -1})
+
+
+@pytest.fixture(scope="module")
+def scorer(folder, mesh):
+    return vqa.Scorer(
+        mesh, path=str(folder), prompt="{question}", score="probability", batch_size=8
+    )
+
+
+def rows(*numbers):
+    names = ("question", "choices", "answer")
+    return [dict(zip(names, QUESTIONS[number], strict=True)) for number in numbers]
+
+
+def draw(number, size=16):
+    return np.random.default_rng(0).integers(0, 256, (number, size, size, 3)).astype(np.uint8)
+
+
+def compare(folder, images, questions, prompt, scores, *, atol):
+    """Every probability and answer of `scores` against transformers."""
+    flat = [(image, row) for image, asked in enumerate(questions) for row in asked]
+    texts = [
+        prompt.format(question=row["question"], choices=str(row["choices"]).replace(", ", ","))
+        for _, row in flat
+    ]
+    probabilities, greedy = transformers_answers(
+        folder, [images[image] for image, _ in flat], texts, [row["choices"] for _, row in flat]
+    )
+    answers = list(itertools.chain.from_iterable(scores["answers"]))
+    for (_, row), answer, expected in zip(flat, answers, probabilities, strict=True):
+        assert answer["question"] == row["question"]
+        assert answer["answer"] == row["choices"][expected.argmax()]
+        assert answer["correct"] == (answer["answer"] == row["answer"] == answer["expected"])
+        np.testing.assert_allclose(answer["p_answer"], expected.max(), atol=atol)
+        at = row["choices"].index(row["answer"])
+        np.testing.assert_allclose(answer["p_expected"], expected[at], atol=atol)
+        if set(row["choices"]) == {"yes", "no"}:
+            np.testing.assert_allclose(
+                answer["p_yes"], expected[row["choices"].index("yes")], atol=atol
+            )
+        else:
+            assert np.isnan(answer["p_yes"])
+    return greedy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "size"),
+    [("{question}", 16), (vqa.PROMPT, 24)],  # 24 is resized to the tower's 16
+    ids=["bare", "agfsync"],
+)
+def test_equals_transformers(folder, mesh, prompt, size):
+    images = draw(3, size)
+    questions = [rows(0, 1, 2), rows(3), rows(2, 4, 0, 1)]
+    scorer = vqa.Scorer(mesh, path=str(folder), prompt=prompt, batch_size=2)
+    scores = scorer(images, [""] * 3, questions)
+    compare(folder, images, questions, prompt, scores, atol=2e-5)
+    expected = [np.mean([answer["correct"] for answer in a]) for a in scores["answers"]]
+    np.testing.assert_allclose(scores["vqa"], expected, rtol=1e-6)
+    assert scores["vqa"].dtype == np.float32
+
+
+def test_an_image_scores_the_same_in_any_batch(scorer):
+    """More images than a batch, more questions than a batch, other neighbours."""
+    images = draw(19)
+    questions = [rows(*(np.arange(1 + i % 4) + i) % 5) for i in range(19)]
+    scores = scorer(images, [""] * 19, questions)
+    together = scores["vqa"]
+    expected = [np.mean([answer["p_expected"] for answer in a]) for a in scores["answers"]]
+    np.testing.assert_allclose(together, expected, rtol=1e-6)
+    for index in (0, 7, 18):
+        part = slice(index, index + 1)
+        alone = scorer(images[part], [""], questions[part])["vqa"]
+        np.testing.assert_allclose(alone, together[part], atol=1e-5)
+    assert together.std() > 0.01
+
+
+def test_an_image_is_read_once(scorer, monkeypatch):
+    read, calls = scorer._read_images, []
+    monkeypatch.setattr(
+        scorer, "_read_images", lambda p, images: calls.append(len(images)) or read(p, images)
+    )
+    scorer(draw(8), [""] * 8, [rows(*range(5)) * 4] * 8)
+    assert calls == [8]
+
+
+def test_weights_may_be_sharded(folder, scorer):
+    mesh = create_mesh({"data": 4, "tensor": 2})
+    rules = [(r"DenseReluDense\.wi\.kernel", (None, "tensor"))]
+    split = vqa.Scorer(
+        mesh,
+        path=str(folder),
+        prompt="{question}",
+        score="probability",
+        batch_size=8,
+        sharding=rules,
+    )
+    asked = draw(2), [""] * 2, [rows(0, 2), rows(1)]
+    np.testing.assert_allclose(split(*asked)["vqa"], scorer(*asked)["vqa"], atol=1e-5)
+
+
+def test_greedy_text_equals_transformers(folder):
+    graph, params = load_model(Blip2ForConditionalGeneration, folder)
+    tokenizer, images = TextTokenizer(folder), draw(5)
+    texts = [question for question, _, _ in QUESTIONS]
+    _, expected = transformers_answers(folder, images, texts, [YES_NO] * 5)
+
+    @jax.jit
+    def generate(params, images, ids, mask):
+        model = nnx.merge(graph, params)
+        pixels = resize_and_normalize(images, **preprocessing(folder))
+        return model.generate(model.get_image_tokens(pixels), ids, mask, 6)
+
+    made = generate(params, images, *tokenizer(texts, 16))
+    assert [tokenizer.decode(ids) for ids in np.asarray(made)] == expected
+
+
+def test_errors(folder, mesh, scorer):
+    with pytest.raises(ValueError, match=r"takes \{question\}"):
+        vqa.Scorer(mesh, path=str(folder), prompt="Q: {q}")
+    with pytest.raises(ValueError, match="expected one of accuracy, probability"):
+        vqa.Scorer(mesh, path=str(folder), score="mean")
+    with pytest.raises(ValueError, match="image 1 of the batch has no question"):
+        scorer(draw(2), [""] * 2, [rows(0), []])
+    with pytest.raises(ValueError, match="expects 'maybe', which is not among its choices"):
+        scorer(draw(1), [""], [[{**rows(0)[0], "answer": "maybe"}]])
+    unknown = {"question": "is it", "choices": ["apple", "pear"], "answer": "pear"}
+    with pytest.raises(ValueError, match="not all different for the tokenizer"):
+        scorer(draw(1), [""], [[unknown]])
+
+
+@pytest.mark.skipif(
+    not SHIPPED.is_dir(), reason=f"{SHIPPED} is made by `python -m agfsync_jax.micro.suite`"
+)
+def test_the_shipped_weights_equal_transformers(mesh):
+    """transformers gives the answers that agfsync_jax gives, from the folder that ships."""
+    rng = np.random.default_rng(0)
+    scenes = world.sample_scenes(rng, 4)
+    images = np.stack([world.render(scene, rng) for scene in scenes])
+    questions = [world.questions(scene)[:8] for scene in scenes]
+    scorer = vqa.Scorer(mesh, path="micro:blip2", prompt="{question}", batch_size=8)
+    scores = scorer(images, [""] * 4, questions)
+    greedy = compare(SHIPPED, images, questions, "{question}", scores, atol=2e-5)
+    answers = list(itertools.chain.from_iterable(scores["answers"]))
+    same = [text == answer["answer"] for text, answer in zip(greedy, answers, strict=True)]
+    assert np.mean(same) > 0.9  # free text may be a word that was not offered
+    assert np.mean(scores["vqa"]) > 0.8
