@@ -28,7 +28,8 @@ class Generator:
     """Draws images with a backbone; a row depends on (params, prompt, seed, perturb) alone.
 
     One program, compiled once, encodes the text, walks the whole trajectory and decodes the images.
-    (It encodes a prompt again for each of its candidates: at most a thousandth of the work.)
+    It encodes a prompt again for each of its candidates: in Stable Diffusion 1.5, 20 guided steps,
+    that is 13 GFLOP beside 32,000.
 
     Args:
         backbone: see backbones/; its `params` are given at the call.
@@ -75,7 +76,7 @@ class Generator:
         self.rows_per_batch = self.batch_size // self.num_processes
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        self._negative = jnp.asarray(backbone.tokenize([negative_prompt]))
+        self._negative = backbone.tokenize([negative_prompt])
         self._program = jax.jit(
             self._draw,
             in_shardings=(None, self._replicated, self._batch, self._batch, self._batch),
