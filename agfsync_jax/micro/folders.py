@@ -223,7 +223,7 @@ def blip2_config(tokenizer: TextTokenizer) -> dict:
             "hidden_act": "quick_gelu",
             "hidden_size": 128,
             "image_size": 64,
-            "intermediate_size": 384,
+            "intermediate_size": 512,
             "layer_norm_eps": 1e-6,
             "num_attention_heads": 4,
             "num_hidden_layers": 4,

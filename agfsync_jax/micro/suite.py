@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from agfsync_jax.data.tokenizers import ClipTokenizer, TextTokenizer
-from agfsync_jax.diffusion.denoising import guide
-from agfsync_jax.diffusion.samplers import ddim
-from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.micro import folders, world
+from agfsync_jax.micro.answering import train_blip2, train_blip2_generated
+from agfsync_jax.micro.painter import Painter
 from agfsync_jax.micro.training import (
     clip_pixels,
     fit,
@@ -36,8 +34,7 @@ from agfsync_jax.micro.training import (
     unit,
 )
 from agfsync_jax.models.aesthetic import AestheticPredictor
-from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
-from agfsync_jax.models.clip import CLIPModel, CLIPTextModel
+from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.utils import weights
@@ -152,77 +149,6 @@ def train_vae(workdir: Path, output: Path, *, steps: int = 1600) -> dict[str, fl
 
 
 # ----------------------------------------------------------------------------------------- unet
-class Painter:
-    """The suite's own Stable Diffusion, as far as it is trained."""
-
-    def __init__(self, output: Path, unet: tuple[Any, nnx.State] | None = None):
-        folder = output / "stable-diffusion"
-        self.tokenize = ClipTokenizer(folder / "tokenizer")
-        self.schedule = Schedule.from_config(folders.SCHEDULER)
-        text_graph, text = weights.load_model(CLIPTextModel, folder / "text_encoder")
-        vae_graph, vae = weights.load_model(AutoencoderKL, folder / "vae")
-        factor = weights.read_json(folder / "vae" / "config.json")["scaling_factor"]
-        self.encode_text = jax.jit(lambda ids: nnx.merge(text_graph, text)(ids)[0])
-        self.encode = jax.jit(lambda x: nnx.merge(vae_graph, vae).encode(pixels(x))[0] * factor)
-        self.decode = jax.jit(lambda z: uint8(nnx.merge(vae_graph, vae).decode(z / factor)))
-        self.blank = self.encode_text(self.tokenize([""]))  # [1, n, d]
-        if unet is None and (folder / "unet" / "config.json").exists():
-            unet = weights.load_model(UNet2DConditionModel, folder / "unet")
-        self.unet = unet
-
-    def embed(self, captions: list[str]) -> np.ndarray:
-        """Hidden states [b, n, d] of captions."""
-        return in_batches(self.encode_text, self.tokenize(captions))
-
-    def guided(self, params: nnx.State, context: jax.Array, guidance_scale: float):
-        """The guided denoiser of a batch of contexts."""
-        graph = self.unet[0]
-        blank = jnp.broadcast_to(self.blank, context.shape)
-        return guide(
-            lambda x, t, c: nnx.merge(graph, params)(x, t, c), context, blank, guidance_scale
-        )
-
-    def draw(self, captions: list[str], seed: int, *, steps: int = 20, guidance: float = 5.0):
-        """Pictures uint8 [b, 64, 64, 3] of captions."""
-
-        @jax.jit
-        def sample(params, latents, context):
-            return ddim(self.guided(params, context, guidance), self.schedule, latents, steps)
-
-        shape = (len(captions), *folders.LATENT_SHAPE)
-        noise = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        latents = in_batches(
-            lambda *batch: sample(self.unet[1], *batch), noise, self.embed(captions)
-        )
-        return in_batches(self.decode, latents)
-
-    def redraw(self, images: np.ndarray, captions: list[str], seed: int, *, level: int, steps: int):
-        """Noises pictures to timestep `level` and denoises them in `steps` steps."""
-        alphas = jnp.asarray(self.schedule.alphas_cumprod)
-        times = np.linspace(level, 0, steps + 1).round().astype(np.int32)
-
-        @jax.jit
-        def run(params, latents, noise, context):
-            denoise = self.guided(params, context, 3.0)
-            a = alphas[times[0]]
-            noisy = jnp.sqrt(a) * latents + jnp.sqrt(1 - a) * noise
-
-            def step(x, pair):
-                now, after = alphas[pair[0]], alphas[pair[1]]
-                epsilon = denoise(x, jnp.full(x.shape[:1], pair[0]))
-                clean = (x - jnp.sqrt(1 - now) * epsilon) / jnp.sqrt(now)
-                return jnp.sqrt(after) * clean + jnp.sqrt(1 - after) * epsilon, None
-
-            return jax.lax.scan(step, noisy, np.stack([times[:-1], times[1:]], 1))[0]
-
-        latents = in_batches(self.encode, images)
-        noise = np.random.default_rng(seed).standard_normal(latents.shape).astype(np.float32)
-        latents = in_batches(
-            lambda *batch: run(self.unet[1], *batch), latents, noise, self.embed(captions)
-        )
-        return in_batches(self.decode, latents)
-
-
 def train_unet(workdir: Path, output: Path, *, steps: int = 2600) -> dict[str, float]:
     """The denoiser: epsilon prediction with min-SNR-5 weights (Hang et al. 2023), 10% of captions
     left out for guidance. Trained short on purpose: the loop is to have something to mend."""
@@ -313,139 +239,6 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 1500) -> dict[s
     weights.save_params(output / "aesthetic.safetensors", params, dtype=np.float16)
     high, low = (nnx.merge(graph, params)(each) for each in pairs(1000, "heldout", 22))
     return {"clean_above_degraded": float((high > low).mean())}
-
-
-# ---------------------------------------------------------------------------------------- blip2
-def train_blip2(workdir: Path, output: Path, *, steps: int = 2600) -> dict[str, float]:
-    """BLIP-2 on renders, degraded renders and what the autoencoder makes of renders."""
-    return _train_blip2("blip2", workdir, output, steps=steps, learning_rate=1e-3)
-
-
-def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 800) -> dict[str, float]:
-    """Goes on with pictures that the denoiser redrew from noised renders, so that BLIP-2 judges
-    generated pictures too. They keep the answers of the render: nothing here asks the referee."""
-    painter = Painter(output)
-    scenes, images = renders(4000, "train", 31)
-    captions = [scene.caption() for scene in scenes]
-    drawn = [
-        painter.redraw(images[part::4], captions[part::4], seed=part, level=level, steps=count)
-        for part, (level, count) in enumerate([(250, 4), (400, 6), (500, 8), (600, 10)])
-    ]
-    pool = [
-        (scene, image)
-        for part in range(4)
-        for scene, image in zip(scenes[part::4], drawn[part], strict=True)
-    ]
-    return _train_blip2(
-        "blip2_generated", workdir, output, steps=steps, learning_rate=4e-4, generated=pool
-    )
-
-
-def _train_blip2(name, workdir, output, *, steps, learning_rate, generated=()) -> dict[str, float]:
-    folder = output / "blip2"
-    folders.write_blip2_tokenizer(folder)
-    tokenizer = TextTokenizer(folder)
-    config = folders.blip2_config(tokenizer)
-    if generated:
-        graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
-    else:
-        graph, params = weights.init_model(
-            Blip2ForConditionalGeneration,
-            Blip2ForConditionalGeneration.config_class.from_dict(config),
-            seed=5,
-        )
-    painter = Painter(output)
-    scenes, images = renders(6000, "train", 32)
-    rebuilt = in_batches(painter.decode, in_batches(painter.encode, images))
-    pool = list(zip(scenes, rebuilt, strict=True))
-    start = config["text_config"]["decoder_start_token_id"]
-
-    def picture(rng) -> tuple[world.Scene, np.ndarray]:
-        draw = rng.random()
-        if generated and draw < 0.5:
-            return generated[rng.integers(len(generated))]
-        if draw < 0.7:
-            return pool[rng.integers(len(pool))]
-        scene = world.sample_scene(rng, "train")
-        image = world.render(scene, rng)
-        return scene, (world.degrade(image, rng) if draw > 0.85 else image)
-
-    def make_batch(rng, count=48, asked=10):
-        images, texts, answers = [], [], []
-        for _ in range(count):
-            scene, image = picture(rng)
-            images.append(image)
-            for question, answer, _ in world.training_questions(scene, rng, asked):
-                texts.append(question)
-                answers.append(answer)
-        ids, mask = tokenizer(texts, folders.QUESTION_LENGTH)
-        targets, _ = tokenizer(answers, 2)  # the answer, the end
-        before = np.concatenate([np.full_like(targets[:, :1], start), targets[:, :1]], axis=1)
-        images = np.stack(images)
-        return {"images": images, "ids": ids, "mask": mask, "before": before, "targets": targets}
-
-    def loss_fn(params, batch, _):
-        model = nnx.merge(graph, params)
-        tokens = model.get_image_tokens(clip_pixels(batch["images"]))
-        tokens = jnp.repeat(tokens, len(batch["ids"]) // len(tokens), axis=0)
-        logits = model.forward(tokens, batch["ids"], batch["mask"], batch["before"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean() * 2
-
-    params = fit(
-        name, workdir, params, loss_fn, make_batch,
-        steps=steps, learning_rate=learning_rate, weight_decay=0.02, ema=0.995,
-    )  # fmt: skip
-    weights.save_model(Blip2ForConditionalGeneration, folder, params, config, dtype=np.float16)
-    return _examine(graph, params, tokenizer, painter, start)
-
-
-def _examine(graph, params, tokenizer, painter, start) -> dict[str, float]:
-    """Shares of right answers on held-out renders, and how far the score tracks the referee on the
-    base model's own candidates (correlation within a prompt)."""
-    read = jax.jit(lambda x: nnx.merge(graph, params).get_image_tokens(clip_pixels(x)))
-
-    @jax.jit
-    def answer(tokens, ids, mask):
-        before = jnp.full((len(ids), 1), start, jnp.int32)
-        return nnx.merge(graph, params).forward(tokens, ids, mask, before)[:, 0]
-
-    def ask(scenes, images):
-        """Rows (image, element type, right, probability of the right answer)."""
-        rows = [(i, row) for i, scene in enumerate(scenes) for row in world.questions(scene)]
-        ids, mask = tokenizer([row["question"] for _, row in rows], folders.QUESTION_LENGTH)
-        tokens = in_batches(read, images)[[i for i, _ in rows]]
-        logits = in_batches(answer, tokens, ids, mask, size=512)
-        for (i, row), scores in zip(rows, logits, strict=True):
-            choices = [tokenizer.encode(choice, special=False)[0] for choice in row["choices"]]
-            odds = np.exp(scores[choices] - scores[choices].max())
-            right = row["choices"].index(row["answer"])
-            yield i, row["element_type"], odds.argmax() == right, odds[right] / odds.sum()
-
-    scenes, images = renders(1000, "heldout", 33)
-    answers = list(ask(scenes, images))
-    figures = {"all": float(np.mean([right for _, _, right, _ in answers]))}
-    for kind in world.ELEMENT_TYPES:
-        figures[kind] = float(np.mean([right for _, each, right, _ in answers if each == kind]))
-    if painter.unet is not None:
-        scenes = world.sample_scenes(np.random.default_rng(34), 64, "heldout", unique=True)
-        scenes = [scene for scene in scenes for _ in range(8)]
-        drawn = painter.draw([scene.caption() for scene in scenes], seed=35)
-        judged = [
-            world.referee_mean(world.referee(*pair)) for pair in zip(drawn, scenes, strict=True)
-        ]
-        answers = list(ask(scenes, drawn))
-        owner = np.array([i for i, *_ in answers])
-        for label, column in (("accuracy", 2), ("probability", 3)):
-            values = np.array([row[column] for row in answers], np.float64)
-            score = np.bincount(owner, values) / np.bincount(owner)
-            figures[f"correlation_{label}"] = _correlation_within(score, np.array(judged), 8)
-    return figures
-
-
-def _correlation_within(first: np.ndarray, second: np.ndarray, group: int) -> float:
-    first, second = (each.reshape(-1, group) for each in (first, second))
-    first, second = (each - each.mean(-1, keepdims=True) for each in (first, second))
-    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
 
 
 STAGES: dict[str, Callable[[Path, Path], dict[str, float]]] = {

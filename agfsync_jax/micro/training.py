@@ -4,17 +4,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from agfsync_jax.micro import folders, world
 from agfsync_jax.utils.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import Stage
 
+PyTree = Any
 Batch = dict[str, np.ndarray]
 SAVE_EVERY = 250
 
@@ -22,8 +23,8 @@ SAVE_EVERY = 250
 def fit(
     name: str,
     workdir: Path,
-    params: nnx.State,
-    loss_fn: Callable[[nnx.State, Batch, jax.Array], jax.Array],
+    params: PyTree,
+    loss_fn: Callable[[PyTree, Batch, jax.Array], jax.Array],
     make_batch: Callable[[np.random.Generator], Batch],
     *,
     steps: int,
@@ -32,7 +33,7 @@ def fit(
     b2: float = 0.99,
     ema: float = 0.0,
     seed: int = 0,
-) -> nnx.State:
+) -> PyTree:
     """Minimizes `loss_fn(params, batch, key)` with AdamW, warm-up and cosine decay.
 
     Batch and key are functions of (seed, step), so a resumed run sees what an uninterrupted one
