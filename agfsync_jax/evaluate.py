@@ -17,12 +17,16 @@ from typing import NamedTuple
 from agfsync_jax import evaluators, scorers
 from agfsync_jax.data import images as png
 from agfsync_jax.data import records
+from agfsync_jax.data.candidates import write_candidates
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.checkpoints import restore_denoiser
+from agfsync_jax.utils.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.utils.clock import Stage
+
+# Of config.sample, what is of candidates alone.
+PERTURBED = ("num_candidates", "prompts_per_shard", "conditioning_noise")
 
 
 class Shard(NamedTuple):
@@ -56,8 +60,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     plan = {name: shards(config, prompts, folder, name) for name, folder in folders.items()}
     every = plan["base"] + plan["tuned"]
     if repair and multihost.is_main():
-        for path in (p for s in every for p in (s.images, s.scores, s.answers) if p.exists()):
-            records.repair_shard(path)
+        _repair(every)
     multihost.barrier("evaluate repair")
 
     mine = [shard for shards in plan.values() for shard in _of_process(shards)]
@@ -68,6 +71,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     with Stage(round_dir, "evaluate") as stage:
         stage.skipped(len(mine) - len(undrawn), len(mine))
         if drawing:  # the processes draw together, those without work too
+            _check_trained(config, round_dir / "checkpoints")
             _draw(config, round_dir / "checkpoints", undrawn, prompts, stage)
         if unscored:
             _score(config, unscored, prompts, questions, stage)
@@ -86,7 +90,7 @@ def held_out(config) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Prompt rows and question rows by prompt id; the same in every round."""
     spec = config.evaluate.to_dict()
     for key in ("num_seeds", "evaluators"):
-        spec.pop(key, None)
+        spec.pop(key)
     source = modules.load("prompt_sources", spec.pop("source"))
     rows = source.prompts(**spec, seed=config.seed, round_index=0)
     asked = []
@@ -116,6 +120,27 @@ def shards(config, prompts: dict[str, dict], folder: Path, model: str) -> list[S
     ]
 
 
+def _repair(every: list[Shard]) -> None:
+    """Drops damaged files; scores without their answers go too, as they say that all is there."""
+    for shard in every:
+        for path in (shard.images, shard.scores, shard.answers):
+            if path.exists() and records.repair_shard(path) and path == shard.answers:
+                shard.scores.unlink(missing_ok=True)
+
+
+def _check_trained(config, folder: Path) -> None:
+    """Half-trained images would stay when the training is over."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest_step() or 0
+    if step < config.train.num_steps:
+        raise ValueError(
+            f"{folder} ends at step {step} of config.train.num_steps={config.train.num_steps}:"
+            " run `agfsync train` to the end first"
+        )
+
+
 def _of_process(found: Sequence[Shard]) -> list[Shard]:
     return [found[index] for index in multihost.shards_of_process(len(found))]
 
@@ -131,38 +156,24 @@ def _draw(
     name = backbone.denoiser_name
     tuned = restore_denoiser(checkpoints, backbone.params[name])
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
-    settings = config.sample.to_dict()
-    for key in ("num_candidates", "prompts_per_shard", "conditioning_noise"):
-        settings.pop(key)
+    settings = {key: value for key, value in config.sample.items() if key not in PERTURBED}
     generator = Generator(backbone, mesh, **settings)
     with stage.progress(sum(len(shard.rows) for shard in undrawn)) as progress:
         for model, weights in params.items():
-            waiting = [shard for shard in undrawn if shard.model == model]
-            rows = [row for shard in waiting for row in shard.rows]
+            files = [(shard.images, shard.rows) for shard in undrawn if shard.model == model]
+            rows = [row for _, each in files for row in each]
             texts = [prompts[row["prompt_id"]]["prompt"] for row in rows]
             seeds = [row["seed"] for row in rows]
-            drawn: list[dict] = []
-            for batch, latents, images in generator.stream(
-                weights, texts, seeds, [False] * len(rows)
-            ):
-                pictures = png.encode_pngs(images)
-                drawn += [
-                    row | {"image": picture, "latents": latent}
-                    for row, picture, latent in zip(rows[batch], pictures, latents, strict=True)
-                ]
-                progress.update(len(pictures))
-                while waiting and len(drawn) >= len(waiting[0].rows):
-                    shard = waiting.pop(0)
-                    size = len(shard.rows)
-                    records.write_shard(shard.images, drawn[:size], records.CANDIDATE_FEATURES)
-                    del drawn[:size]
+            batches = generator.stream(weights, texts, seeds, [False] * len(rows))
+            for count in write_candidates(batches, files):
+                progress.update(count)
 
 
 def _score(config, unscored: list[Shard], prompts, questions, stage: Stage) -> None:
     """Writes scores and answers beside each shard of images."""
     texts = {key: row["prompt"] for key, row in prompts.items()}
     size = config.score.batch_size
-    judges = evaluators.load_evaluators(config.evaluate)
+    judges = evaluators.load_evaluators(config.evaluate.evaluators)
     models = scorers.load_scorers(
         scorers.local_mesh(config.mesh), config.scorers.to_dict(), batch_size=size
     )

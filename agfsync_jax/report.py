@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from agfsync_jax.data import records
+from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import pages, panels
 from agfsync_jax.utils.clock import read_stages
 from agfsync_jax.utils.metrics import read_metrics
@@ -38,6 +39,8 @@ PARTS = {
 def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
     """Writes the three files; every round is shown, whatever `round_index` says."""
     del round_index, repair
+    if not multihost.is_main():
+        return
     workdir = Path(workdir)
     folders = sorted(workdir.glob("round_[0-9][0-9][0-9]"))
     if not folders:
@@ -86,6 +89,9 @@ def read_round(folder: Path, base_evals: Path) -> SimpleNamespace:
     def jsonl(path: Path) -> list[dict]:
         return records.read_jsonl(path) if path.exists() else []
 
+    def ordered(values: dict) -> dict:
+        return {metric: values[metric] for metric in panels.in_order(values)}
+
     evals = folder / "evals"
     comparison = parsed(evals / "comparison.json")
     return SimpleNamespace(
@@ -97,10 +103,10 @@ def read_round(folder: Path, base_evals: Path) -> SimpleNamespace:
         pair_rows=_read_pairs(folder),
         curve=read_metrics(folder / "checkpoints" / "metrics.jsonl"),
         prompts={row["id"]: row["prompt"] for row in jsonl(evals / "prompts.jsonl")},
-        base=parsed(evals / "base.json"),
-        tuned=parsed(evals / "tuned.json"),
-        delta=comparison.get("delta", {}),
-        win_rate=comparison.get("win_rate", {}),
+        base=ordered(parsed(evals / "base.json")),
+        tuned=ordered(parsed(evals / "tuned.json")),
+        delta=ordered(comparison.get("delta", {})),
+        win_rate=ordered(comparison.get("win_rate", {})),
         rows={name: parquet(evals / f"{name}-rows.parquet") for name in ("base", "tuned")},
         answers={name: parquet(evals / f"{name}-answers.parquet") for name in ("base", "tuned")},
         missing=[f"{p} (`agfsync {v}`)" for p, v in PARTS.items() if not (folder / p).exists()],

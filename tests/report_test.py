@@ -62,7 +62,9 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
                             "question": question["question"],
                             "element_type": question["element_type"],
                             "expected": question["answer"],
-                            "answer": "<b>no</b>" if wrong[number] else question["answer"],
+                            "answer": ("<b>no</b>" if number == 0 else "no")
+                            if wrong[number]
+                            else question["answer"],
                             "p_yes": 0.5,
                             "correct": not wrong[number],
                         }

@@ -18,10 +18,8 @@ from agfsync_jax.utils.metrics import bootstrap
 KEYS = ("prompt_id", "candidate")
 
 
-def load_evaluators(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The judges that `config.evaluate.evaluators` names; without the key, those of the source."""
-    default = ("referee",) if spec["source"] == "micro" else ()
-    names = spec.get("evaluators", default)
+def load_evaluators(names: Sequence[str]) -> dict[str, Any]:
+    """The judges that `config.evaluate.evaluators` names."""
     return {name: modules.load("evaluators", name).Evaluator() for name in names}
 
 

@@ -214,7 +214,7 @@ def histogram(
 
 
 def dot_chart(
-    title: str, rows: list, *, x_format=percent, reference: float | None = None, colors=COLORS
+    title: str, rows: list, *, x_format=percent, value_format=percent, colors=COLORS
 ) -> str:
     """Means with intervals on one scale: rows = [(label, {name: (mean, low, high)})].
 
@@ -225,7 +225,6 @@ def dot_chart(
         return ""
     names = list(dict.fromkeys(name for _, points in rows for name in points))
     every = [v for _, points in rows for p in points.values() for v in p if math.isfinite(v)]
-    every += [reference] if reference is not None else []
     x_ticks = ticks(min(every), max(every))
     pitch, top = 38, 48 if len(names) > 1 else 26
     bottom = top + pitch * len(rows)
@@ -239,12 +238,10 @@ def dot_chart(
         anchor = {x_ticks[0]: "start", x_ticks[-1]: "end"}.get(tick, "middle")
         shift = {"start": -10, "end": 12}.get(anchor, 0)
         parts.append(_text(to_x(tick) + shift, bottom + 16, x_format(tick), anchor=anchor))
-    if reference is not None:
-        parts.append(_line(to_x(reference), top + 4, to_x(reference), bottom, FAINT, 1.2, "4 4"))
     for i, (label, points) in enumerate(rows):
         y = top + pitch * i + 28
         # A white edge keeps the lettering clear of the grid lines behind it.
-        numbers = " → ".join(x_format(float(f"{p[0]:.3g}")) for p in points.values())
+        numbers = " → ".join(value_format(p[0]) for p in points.values())
         for text in (
             _text(left, y - 11, label, anchor="start", size=11.5, fill=INK),
             _text(right, y - 11, numbers, anchor="end", size=11.5, fill=INK),

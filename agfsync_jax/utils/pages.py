@@ -29,6 +29,8 @@ small { font-size: .8rem; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .scroll { overflow-x: auto; }
 .card h3 { margin-top: 2px; }
+.scroll th, .scroll td { overflow-wrap: normal; }
+.note { color: var(--faint); font-size: .82rem; line-height: 1.45; }
 .small-cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 264px), 1fr)); }
 .verdict { border-left: 6px solid #98a2b3; margin: 16px 0; font-size: 1.04rem; }
 .verdict p { margin: 0 0 8px; }
@@ -45,10 +47,12 @@ th, td { text-align: right; padding: 8px 6px; vertical-align: top;
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 tr:last-child td { border-bottom: 0; }
+td .up, td .down { white-space: nowrap; }
 th { font-size: .78rem; color: var(--faint); font-weight: 600; }
 td small { display: block; white-space: nowrap; font-weight: 400; }
 td:first-child small { white-space: normal; max-width: 40ch; line-height: 1.3; }
-.caption { font-weight: 600; margin: 0 0 8px; line-height: 1.3; }
+.caption { font-weight: 600; font-size: .94rem; margin: 0 0 8px; line-height: 1.3;
+  min-height: 2.6em; }
 .duo { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
 figure { margin: 0; }
 figcaption { font-size: .8rem; line-height: 1.35; color: var(--faint); padding-top: 4px; }
@@ -61,6 +65,7 @@ img { width: 100%; height: auto; display: block; border-radius: 6px; background:
 img.crisp { image-rendering: pixelated; }
 table.answers { font-size: .82rem; margin-top: 8px; }
 .answers td, .answers th { padding: 4px 0 4px 8px; line-height: 1.3; }
+.answers td:first-child, .answers th:first-child { padding-left: 0; }
 .answers td + td, .answers th + th { width: 4.2em; text-align: left; }
 details { margin-top: 6px; }
 summary { cursor: pointer; color: var(--tuned); font-size: .86rem; }
@@ -72,11 +77,12 @@ ul { padding-left: 1.2em; margin: 6px 0; }
   h2 { margin-top: 36px; }
   .card { padding: 12px; }
   th, td { padding: 7px 3px; }
-  td small { font-size: .7rem; }
-  .headline tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: 6px 0;
+  td small { font-size: .69rem; }
+  .headline tr { display: grid; grid-template-columns: 1fr 1fr 1.3fr 1fr;
+    padding: 6px 0;
     border-bottom: 1px solid var(--line); }
   .headline tr:last-child { border-bottom: 0; }
-  .headline td, .headline th { border: 0; padding: 2px 0; font-size: .92rem; }
+  .headline td, .headline th { border: 0; padding: 2px 0; font-size: .9rem; }
   .headline td:first-child, .headline th:first-child { grid-column: 1 / -1; }
   .headline th:first-child:empty { display: none; }
 }

@@ -31,16 +31,21 @@ COUNTED = {
     "ties": "ties dropped",
     "margin": "dropped for a small margin",
     "limit": "dropped beyond the limit a prompt",
-    "nonfinite": "scores not finite",
+    "nonfinite": "candidates with a score that is not finite",
     "too_few": "prompts with too few candidates",
 }
 KEYS = ("prompt_id", "candidate", "seed")
 
 
+def in_order(metrics) -> list[str]:
+    """Names of metrics, the known ones first."""
+    return [name for name in METRICS if name in metrics] + sorted(set(metrics) - set(METRICS))
+
+
 def metric_names(rows: list[dict]) -> list[str]:
-    """The score columns of rows, the known ones first; per-type columns ("a/b") are left out."""
-    found = {name for row in rows for name in row if name not in KEYS and "/" not in name}
-    return [name for name in METRICS if name in found] + sorted(found - set(METRICS))
+    """The score columns of rows, without the parts ("a/b") of another column ("a")."""
+    found = {name for row in rows for name in row} - set(KEYS)
+    return in_order([n for n in found if "/" not in n or n.split("/")[0] not in found])
 
 
 def number(metric: str, value: float, *, signed: bool = False) -> str:
@@ -101,7 +106,7 @@ def headline(base: dict, tuned: dict, delta: dict, win_rate: dict, images: list[
     if not delta:
         return ""
     rows = []
-    for metric in [m for m in METRICS if m in delta] + sorted(set(delta) - set(METRICS)):
+    for metric in in_order(delta):
         about = METRICS.get(metric, ("",))[0]
         cells = [f"<b>{pages.escape(metric)}</b><small>{about}</small>"]
         for values in (base, tuned):
@@ -125,11 +130,11 @@ def headline(base: dict, tuned: dict, delta: dict, win_rate: dict, images: list[
     prompts = len({row["prompt_id"] for row in images})
     table = pages.table(("", "Base", "Tuned", "Change", "Win rate"), rows, css="headline")
     return (
-        f'<div class="card">{table}</div><p class="faint"><small>{prompts} prompts that training '
+        f'<div class="card">{table}</div><p class="note">{prompts} prompts that training '
         f"never saw, {len(images)} images a model, the same seeds for both. Small figures are 95% "
         "intervals from a paired bootstrap over prompts, colored where they exclude no change. Win "
         "rate: how often the tuned image beats the base image of its prompt and seed, a tie "
-        "counting half.</small></p>"
+        "counting half.</p>"
     )
 
 
@@ -157,7 +162,7 @@ def answer_table(base: list[dict], tuned: list[dict], shown: int = 6) -> str:
     rows = [(ask(b), mark(b), mark(t)) for b, t in pairs]
     if not rows:
         return ""
-    header = ("question, and the right answer", "base", "tuned")
+    header = ("question and answer", "base", "tuned")
     text = pages.table(header, rows[:shown], css="answers")
     if rows[shown:]:
         rest = pages.table(header, rows[shown:], css="answers")
@@ -189,7 +194,7 @@ def _picture_cards(examples: list[dict]) -> str:
         for name in ("base", "tuned"):
             side = example[name]
             right = [bool(row["correct"]) for row in side["answers"]]
-            lines = [f"{sum(right)} of {len(right)} answers right"] if right else []
+            lines = [f"answers {sum(right)}/{len(right)}"] if right else []
             lines += [
                 f"{pages.escape(metric)} {number(metric, side['scores'][metric])}"
                 for metric in metric_names([side["scores"]])
@@ -222,7 +227,7 @@ def elements(rows: dict[str, list[dict]], answers: dict[str, list[dict]]) -> str
                 values, prompts = zip(*pairs, strict=True)
                 points[model] = tuple(bootstrap(values, np.array(prompts)).values())
             lines.append((element, points))
-        return charts.dot_chart(title, lines)
+        return charts.dot_chart(title, lines, value_format=functools.partial(number, "vqa"))
 
     body = pages.cards(
         [chart("VQA answers right", by_type), chart("Referee's checks true", checks)]
@@ -335,7 +340,7 @@ def round_by_round(base: dict, rounds: dict) -> str:
     if len(rounds) < 2:
         return ""
     states = {"base": base} | {label: r.tuned for label, r in rounds.items()}
-    names = [metric for metric in METRICS if metric in base]
+    names = in_order(base)
     curves, rows = [], []
     for metric in names:
         means, lows, highs = ([v[metric][e] for v in states.values()] for e in base[metric])
@@ -349,7 +354,7 @@ def round_by_round(base: dict, rounds: dict) -> str:
             )
         )
     for metric in names:
-        cells = [f"<b>{metric}</b>"]
+        cells = [f"<b>{pages.escape(metric)}</b>"]
         for r in rounds.values():
             change = number(metric, r.delta[metric]["mean"], signed=True)
             ends = between(metric, r.delta[metric], signed=True)
@@ -378,7 +383,7 @@ def setting(config: str, versions: dict[str, str]) -> str:
     body = (
         f"<details><summary>The whole config</summary><pre>{pages.escape(config)}</pre></details>"
     )
-    return pages.section("Setting", f'{body}<p class="faint"><small>{names}</small></p>')
+    return pages.section("Setting", f'{body}<p class="note">{names}</p>')
 
 
 def _cost_table(stages: dict[str, dict]) -> str:
