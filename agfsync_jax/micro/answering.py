@@ -1,9 +1,9 @@
-"""Trains the micro BLIP-2: sight from CLIP, then what to look for, then how to answer.
+"""Trains the micro BLIP-2 in the paper's order (Li et al. 2023): to see, to answer, then both.
 
-As in the paper (Li et al. 2023) the vision tower starts from CLIP's, and the Q-Former learns what
-of an image to pass on. Here that is a linear probe for each of the first queries (`SLOTS`): it
-reads one fact of the scene from its query's token and is thrown away after training. Without it
-all queries come out alike, and questions of shape and place stay near chance.
+The vision tower starts from CLIP's. First it and the Q-Former learn what of an image to pass on:
+linear probes, thrown away afterwards, read facts of the scene from the tokens of single queries
+(`SLOTS`). Then the language model learns to answer from those tokens. Without the first part all
+queries come out alike, and questions of shape and place stay near chance for thousands of steps.
 """
 
 from pathlib import Path
@@ -22,46 +22,46 @@ from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.utils import weights
 
-_COLORS, _SHAPES, _BACKGROUNDS = list(world.COLORS), list(world.SHAPES), list(world.BACKGROUNDS)
-_LAYOUTS = ["small", "large", "vertical", "horizontal", "group"]
-# A fact of the scene -> how many values it has. A pair's first object is the upper or the left.
+START = 0  # the decoder starts with T5's padding token
+_BACKGROUNDS = list(world.BACKGROUNDS)
+_SHAPES = [None, *world.SHAPES]
+_ROLES = [None, "small", "large", "above", "below", "left", "right", "group"]
+# (query, fact) -> how many values the fact has. Six queries look for a color each.
 SLOTS = {
-    "background": len(_BACKGROUNDS),
-    "count": 4,
-    "first color": len(_COLORS),
-    "first shape": len(_SHAPES),
-    "second color": len(_COLORS) + 1,  # or none
-    "second shape": len(_SHAPES) + 1,
-    "layout": len(_LAYOUTS),
-}
+    **{(i, f"{color} {fact}"): len(values)
+       for i, color in enumerate(world.COLORS)
+       for fact, values in (("shape", _SHAPES), ("role", _ROLES))},
+    (6, "background"): len(_BACKGROUNDS),
+    (7, "count"): 4,
+}  # fmt: skip
 
 
 def facts(scene: world.Scene) -> list[int]:
     """The value of each slot."""
-    things = list(scene.objects)
-    if scene.relation in ("below", "to the right of"):
-        things.reverse()
-    if scene.kind == "pair":
-        layout = "vertical" if scene.relation in ("above", "below") else "horizontal"
-    else:
-        layout = scene.size or "group"
-    second = things[1] if scene.kind == "pair" else None
-    return [
-        _BACKGROUNDS.index(scene.background),
-        scene.count - 1,
-        _COLORS.index(things[0].color),
-        _SHAPES.index(things[0].shape),
-        _COLORS.index(second.color) if second else len(_COLORS),
-        _SHAPES.index(second.shape) if second else len(_SHAPES),
-        _LAYOUTS.index(layout),
-    ]
+    roles = {"above": ("above", "below"), "below": ("below", "above")}
+    roles |= {"to the left of": ("left", "right"), "to the right of": ("right", "left")}
+    of_scene = roles.get(scene.relation, (scene.size or "group",))
+    seen = {
+        thing.color: (_SHAPES.index(thing.shape), _ROLES.index(role))
+        for thing, role in zip(scene.objects, of_scene, strict=True)
+    }
+    values = [value for color in world.COLORS for value in seen.get(color, (0, 0))]
+    return [*values, _BACKGROUNDS.index(scene.background), scene.count - 1]
+
+
+def init_probes(width: int) -> dict[str, dict[str, jax.Array]]:
+    """One linear layer a slot."""
+    return {
+        name: {"kernel": jnp.zeros((width, values)), "bias": jnp.zeros(values)}
+        for (_, name), values in SLOTS.items()
+    }
 
 
 def probe_loss(probes: dict, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean cross-entropy of the slots, read from tokens [b, queries, d]; targets [b, slots]."""
     losses = []
-    for index, name in enumerate(SLOTS):
-        logits = tokens[:, index] @ probes[name]["kernel"] + probes[name]["bias"][None]
+    for index, (query, name) in enumerate(SLOTS):
+        logits = tokens[:, query] @ probes[name]["kernel"] + probes[name]["bias"][None]
         losses.append(
             optax.softmax_cross_entropy_with_integer_labels(logits, targets[:, index]).mean()
         )
@@ -104,120 +104,159 @@ def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> N
                 layer[name][leaf][...] = source[name][leaf][...]
 
 
-def train_blip2(workdir: Path, output: Path, *, steps: int = 2000) -> dict[str, float]:
-    """BLIP-2 on renders, degraded renders and what the autoencoder makes of renders."""
-    return _train_blip2("blip2", workdir, output, steps=steps, learning_rate=1e-3)
+class Pictures:
+    """Random training pictures: renders, degraded renders, what the autoencoder makes of renders,
+    and, where there are any, `generated` (scene, image) pairs."""
 
+    def __init__(self, painter: Painter, generated: list = ()):
+        scenes, images = renders(6000, "train", 32)
+        rebuilt = in_batches(painter.decode, in_batches(painter.encode, images))
+        self.rebuilt, self.generated = list(zip(scenes, rebuilt, strict=True)), generated
 
-def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 800) -> dict[str, float]:
-    """Goes on with pictures that the denoiser redrew from noised renders, so that BLIP-2 judges
-    generated pictures too. They keep the answers of the render: nothing here asks the referee."""
-    painter = Painter(output)
-    scenes, images = renders(4000, "train", 31)
-    captions = [scene.caption() for scene in scenes]
-    drawn = [
-        painter.redraw(images[part::4], captions[part::4], seed=part, level=level, steps=count)
-        for part, (level, count) in enumerate([(250, 4), (400, 6), (500, 8), (600, 10)])
-    ]
-    pool = [
-        (scene, image)
-        for part in range(4)
-        for scene, image in zip(scenes[part::4], drawn[part], strict=True)
-    ]
-    return _train_blip2(
-        "blip2_generated", workdir, output, steps=steps, learning_rate=4e-4, generated=pool
-    )
-
-
-def _train_blip2(name, workdir, output, *, steps, learning_rate, generated=()) -> dict[str, float]:
-    folder = output / "blip2"
-    folders.write_blip2_tokenizer(folder)
-    tokenizer = TextTokenizer(folder)
-    config = folders.blip2_config(tokenizer)
-    if generated:
-        graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
-    else:
-        graph, params = weights.init_model(
-            Blip2ForConditionalGeneration,
-            Blip2ForConditionalGeneration.config_class.from_dict(config),
-            seed=5,
-        )
-        _, clip = weights.load_model(CLIPModel, output / "clip")
-        start_from_clip(params, clip, renders(64, "train", 36)[1])
-        # T5's own initial head makes logits of tens, which a short training first has to undo.
-        head = params["language_model"]["lm_head"]["kernel"]
-        head[...] = head[...] * config["text_config"]["d_model"] ** -0.5
-    painter = Painter(output)
-    scenes, images = renders(6000, "train", 32)
-    rebuilt = in_batches(painter.decode, in_batches(painter.encode, images))
-    pool = list(zip(scenes, rebuilt, strict=True))
-    start = config["text_config"]["decoder_start_token_id"]
-
-    def picture(rng) -> tuple[world.Scene, np.ndarray]:
+    def __call__(self, rng: np.random.Generator) -> tuple[world.Scene, np.ndarray]:
         draw = rng.random()
-        if generated and draw < 0.5:
-            return generated[rng.integers(len(generated))]
-        if draw < 0.7:
-            return pool[rng.integers(len(pool))]
+        if self.generated and draw < 0.4:
+            return self.generated[rng.integers(len(self.generated))]
+        if draw < 0.6:
+            return self.rebuilt[rng.integers(len(self.rebuilt))]
         scene = world.sample_scene(rng, "train")
         image = world.render(scene, rng)
         return scene, (world.degrade(image, rng) if draw > 0.85 else image)
 
-    def make_batch(rng, count=48, asked=10):
-        images, slots, texts, answers = [], [], [], []
-        for _ in range(count):
-            scene, image = picture(rng)
-            images.append(image)
-            slots.append(facts(scene))
-            for question, answer, _ in world.training_questions(scene, rng, asked):
-                texts.append(question)
-                answers.append(answer)
-        ids, mask = tokenizer(texts, folders.QUESTION_LENGTH)
-        targets, _ = tokenizer(answers, 2)  # the answer, the end
-        before = np.concatenate([np.full_like(targets[:, :1], start), targets[:, :1]], axis=1)
-        return {
-            "images": np.stack(images),
-            "slots": np.array(slots, np.int32),
-            "ids": ids,
-            "mask": mask,
-            "before": before,
-            "targets": targets,
-        }
+
+def ask(tokenizer: TextTokenizer, scenes: list[world.Scene], rng, asked: int) -> dict:
+    """`asked` questions a scene as token ids, with what the decoder is given and is to say."""
+    rows = [row for scene in scenes for row in world.training_questions(scene, rng, asked)]
+    ids, mask = tokenizer([question for question, *_ in rows], folders.QUESTION_LENGTH)
+    targets, _ = tokenizer([answer for _, answer, _ in rows], 2)  # the answer, the end
+    before = np.concatenate([np.full_like(targets[:, :1], START), targets[:, :1]], axis=1)
+    return {"ids": ids, "mask": mask, "before": before, "targets": targets}
+
+
+def answer_loss(model: Blip2ForConditionalGeneration, tokens: jax.Array, batch: dict) -> jax.Array:
+    """Cross-entropy of the answers, an equal number of questions an image [b, queries, d]."""
+    tokens = jnp.repeat(tokens, len(batch["ids"]) // len(tokens), axis=0)
+    logits = model.forward(tokens, batch["ids"], batch["mask"], batch["before"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean() * 2
+
+
+def train_blip2(
+    workdir: Path, output: Path, *, see_steps: int = 2000, answer_steps: int = 2000
+) -> dict[str, float]:
+    """First the vision tower and the Q-Former, then the language model on their tokens."""
+    folder = output / "blip2"
+    folders.write_blip2_tokenizer(folder)
+    tokenizer = TextTokenizer(folder)
+    config = folders.blip2_config(tokenizer)
+    graph, params = weights.init_model(
+        Blip2ForConditionalGeneration,
+        Blip2ForConditionalGeneration.config_class.from_dict(config),
+        seed=5,
+    )
+    _, clip = weights.load_model(CLIPModel, output / "clip")
+    start_from_clip(params, clip, renders(64, "train", 36)[1])
+    width = config["text_config"]["d_model"]
+    # T5's own initial head makes logits of tens, which a short training first has to undo.
+    head = params["language_model"]["lm_head"]["kernel"]
+    head[...] = head[...] * width**-0.5
+    language = {"language_model": params["language_model"]}
+    sight = {name: params[name] for name in params if name not in language}
+    painter = Painter(output)
+    picture = Pictures(painter)
+
+    def see_batch(rng, count=64):
+        scenes, images = zip(*[picture(rng) for _ in range(count)], strict=True)
+        slots = np.array([facts(scene) for scene in scenes], np.int32)
+        return {"images": np.stack(images), "slots": slots}
+
+    def see_loss(trained, batch, _):
+        model = nnx.merge(graph, nnx.State(language | dict(trained["sight"])))
+        tokens = model.get_image_tokens(clip_pixels(batch["images"]))
+        return probe_loss(trained["probes"], tokens, batch["slots"])
+
+    seeing = fit(
+        "blip2_see", workdir, {"sight": sight, "probes": init_probes(width)}, see_loss, see_batch,
+        steps=see_steps, learning_rate=1e-3, weight_decay=0.02, ema=0.99,
+    )  # fmt: skip
+    sight = dict(seeing["sight"])
+
+    # Frozen now, it reads each picture once, whatever is asked about it later.
+    read = jax.jit(
+        lambda x: nnx.merge(graph, nnx.State(language | sight)).get_image_tokens(clip_pixels(x))
+    )
+    rng = np.random.default_rng(37)
+    scenes, images = zip(*[picture(rng) for _ in range(16_000)], strict=True)
+    tokens = in_batches(read, np.stack(images))
+    del images
+
+    def answer_batch(rng, count=48):
+        pick = rng.integers(0, len(scenes), count)
+        return {"tokens": tokens[pick]} | ask(tokenizer, [scenes[i] for i in pick], rng, 10)
+
+    def answering_loss(trained, batch, _):
+        model = nnx.merge(graph, nnx.State(sight | dict(trained)))
+        return answer_loss(model, batch["tokens"], batch)
+
+    language = fit(
+        "blip2_answer", workdir, language, answering_loss, answer_batch,
+        steps=answer_steps, learning_rate=1e-3, weight_decay=0.02, ema=0.99,
+    )  # fmt: skip
+    params = nnx.State(sight | dict(language))
+    weights.save_model(Blip2ForConditionalGeneration, folder, params, config, dtype=np.float16)
+    return _examine(graph, params, tokenizer, painter)
+
+
+def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 600) -> dict[str, float]:
+    """Both together, also on pictures that the denoiser redrew from noised renders, so that BLIP-2
+    judges generated pictures too. They keep the answers of the render: the referee has no say."""
+    folder = output / "blip2"
+    tokenizer = TextTokenizer(folder)
+    graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
+    painter = Painter(output)
+    scenes, images = renders(4000, "train", 31)
+    captions = [scene.caption() for scene in scenes]
+    generated = []
+    for part, (level, count) in enumerate([(250, 4), (400, 6), (500, 8), (600, 10)]):
+        drawn = painter.redraw(
+            images[part::4], captions[part::4], seed=part, level=level, steps=count
+        )
+        generated += zip(scenes[part::4], drawn, strict=True)
+    picture = Pictures(painter, generated)
+
+    def make_batch(rng, count=48):
+        scenes, images = zip(*[picture(rng) for _ in range(count)], strict=True)
+        slots = np.array([facts(scene) for scene in scenes], np.int32)
+        return {"images": np.stack(images), "slots": slots} | ask(tokenizer, scenes, rng, 10)
 
     def loss_fn(trained, batch, _):
         model = nnx.merge(graph, trained["model"])
         tokens = model.get_image_tokens(clip_pixels(batch["images"]))
         seen = probe_loss(trained["probes"], tokens, batch["slots"])
-        tokens = jnp.repeat(tokens, len(batch["ids"]) // len(tokens), axis=0)
-        logits = model.forward(tokens, batch["ids"], batch["mask"], batch["before"])
-        answered = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return 2 * answered.mean() + seen
+        return answer_loss(model, tokens, batch) + seen
 
-    width = config["text_config"]["d_model"]
-    probes = {
-        slot: {"kernel": jnp.zeros((width, values)), "bias": jnp.zeros(values)}
-        for slot, values in SLOTS.items()
-    }
+    probes = init_probes(params["language_projection"]["bias"].shape[0])
     trained = fit(
-        name, workdir, {"model": params, "probes": probes}, loss_fn, make_batch,
-        steps=steps, learning_rate=learning_rate, weight_decay=0.02, ema=0.995,
+        "blip2_generated", workdir, {"model": params, "probes": probes}, loss_fn, make_batch,
+        steps=steps, learning_rate=5e-4, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
-    params = trained["model"]
-    weights.save_model(Blip2ForConditionalGeneration, folder, params, config, dtype=np.float16)
-    return _examine(graph, params, tokenizer, painter, start)
+    config = weights.read_json(folder / "config.json")
+    weights.save_model(
+        Blip2ForConditionalGeneration, folder, trained["model"], config, dtype=np.float16
+    )
+    return _examine(graph, trained["model"], tokenizer, painter)
 
 
-def _examine(graph, params, tokenizer, painter, start) -> dict[str, float]:
+def _examine(graph, params, tokenizer, painter) -> dict[str, float]:
     """Shares of right answers on held-out renders, and how far the score tracks the referee on the
     base model's own candidates (correlation within a prompt)."""
     read = jax.jit(lambda x: nnx.merge(graph, params).get_image_tokens(clip_pixels(x)))
 
     @jax.jit
     def answer(tokens, ids, mask):
-        before = jnp.full((len(ids), 1), start, jnp.int32)
+        before = jnp.full((len(ids), 1), START, jnp.int32)
         return nnx.merge(graph, params).forward(tokens, ids, mask, before)[:, 0]
 
-    def ask(scenes, images):
+    def examine(scenes, images):
         """Rows (image, element type, right, probability of the right answer)."""
         rows = [(i, row) for i, scene in enumerate(scenes) for row in world.questions(scene)]
         ids, mask = tokenizer([row["question"] for _, row in rows], folders.QUESTION_LENGTH)
@@ -230,7 +269,7 @@ def _examine(graph, params, tokenizer, painter, start) -> dict[str, float]:
             yield i, row["element_type"], odds.argmax() == right, odds[right] / odds.sum()
 
     scenes, images = renders(1000, "heldout", 33)
-    answers = list(ask(scenes, images))
+    answers = list(examine(scenes, images))
     figures = {"all": float(np.mean([right for _, _, right, _ in answers]))}
     for kind in world.ELEMENT_TYPES:
         figures[kind] = float(np.mean([right for _, each, right, _ in answers if each == kind]))
@@ -241,7 +280,7 @@ def _examine(graph, params, tokenizer, painter, start) -> dict[str, float]:
         judged = [
             world.referee_mean(world.referee(*pair)) for pair in zip(drawn, scenes, strict=True)
         ]
-        answers = list(ask(scenes, drawn))
+        answers = list(examine(scenes, drawn))
         owner = np.array([i for i, *_ in answers])
         for label, column in (("accuracy", 2), ("probability", 3)):
             values = np.array([row[column] for row in answers], np.float64)
