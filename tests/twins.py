@@ -280,7 +280,7 @@ def transformers_answers(folder, images, texts, choices):
 
 
 def spread(model, seed=0):
-    """Random weights of about unit gain, norms and biases included, so that no path is near zero."""
+    """Random weights of about unit gain, biases and norms too, so that no path is near zero."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -155,4 +155,5 @@ def test_row_seeds_are_spread_and_fixed():
     }
     assert len(seeds) == 3 * 3 * 3 * 8
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert row_seed(0, 0, "p0", 0) == 2066567606  # or candidates of earlier runs are no more reproducible
+    # Another value, and the candidates of earlier runs could not be drawn again.
+    assert row_seed(0, 0, "p0", 0) == 2066567606
