@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from agfsync_jax import evaluators, report
-from agfsync_jax.data import records
+from agfsync_jax.data import records, rounds
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.evaluators.referee import Evaluator
 from agfsync_jax.micro import world
@@ -146,6 +146,7 @@ def make_workdir(folder, *, skills=(0.75,), num_prompts: int = 24):
         round_dir = folder / f"round_{index:03d}"
         make_training(round_dir, seed=index)
         make_evals(round_dir, skill=skill, num_prompts=num_prompts)
+    (folder / "config.json").write_text(get_config().to_json(indent=2))
     return folder
 
 
@@ -229,9 +230,9 @@ def test_contact_sheet(workdir):
 
 
 def test_examples_pair_the_same_image(workdir):
-    last = report.read_round(workdir / "round_001", workdir / "round_000" / "evals")
-    examples = report.pick_examples(last, 6, seed=3)
-    assert examples == report.pick_examples(last, 6, seed=3)
+    last = rounds.read_round(workdir / "round_001", workdir / "round_000" / "evals")
+    examples = rounds.pick_examples(last, 6, seed=3)
+    assert examples == rounds.pick_examples(last, 6, seed=3)
     assert [len(items) for items in examples.values()] in ([6, 3, n] for n in (1, 2, 3))
     for heading, sign in (("Most improved", 1), ("Most worsened", -1)):
         changes = [
@@ -335,6 +336,6 @@ def screenshot(html, out, width: int, height: int = 3000) -> Image.Image:
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += ["--disable-dev-shm-usage", f"--user-data-dir={out.with_suffix('.profile')}"]
     command += [f"--screenshot={out}", f"--window-size={max(width, 500)},{height}"]
-    subprocess.run([*command, frame.as_uri()], check=True, timeout=120, capture_output=True)
+    subprocess.run([*command, frame.as_uri()], check=True, timeout=300, capture_output=True)
     picture = Image.open(io.BytesIO(out.read_bytes())).convert("RGB")
     return picture.crop((0, 0, width, height))

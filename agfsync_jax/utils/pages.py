@@ -77,7 +77,7 @@ ul { padding-left: 1.2em; margin: 6px 0; }
   h2 { margin-top: 36px; }
   .card { padding: 12px; }
   th, td { padding: 7px 3px; }
-  td small { font-size: .69rem; }
+  td small { font-size: .67rem; letter-spacing: -.02em; }
   .headline tr { display: grid; grid-template-columns: 1fr 1fr 1.3fr 1fr;
     padding: 6px 0;
     border-bottom: 1px solid var(--line); }

@@ -380,10 +380,11 @@ def costs(rounds: dict[str, dict[str, dict]]) -> str:
 def setting(config: str, versions: dict[str, str]) -> str:
     """The config as JSON, folded, and the versions of what ran."""
     names = " · ".join(f"{pages.escape(n)} {pages.escape(v)}" for n, v in versions.items())
-    body = (
-        f"<details><summary>The whole config</summary><pre>{pages.escape(config)}</pre></details>"
-    )
-    return pages.section("Setting", f'{body}<p class="note">{names}</p>')
+    body = f'<p class="note">{names}</p>'
+    if config:
+        shown = f"<pre>{pages.escape(config)}</pre>"
+        body = f"<details><summary>The whole config</summary>{shown}</details>{body}"
+    return pages.section("Setting", body)
 
 
 def _cost_table(stages: dict[str, dict]) -> str:
@@ -396,7 +397,8 @@ def _cost_table(stages: dict[str, dict]) -> str:
             f'aria-hidden="true"><rect width="{100 * share:.1f}" height="8" rx="2" '
             f'fill="{charts.COLORS[1]}"/></svg>'
         )
-        rate = f"{stage['items_per_second']:,.3g}/s" if stage["items"] else "–"
+        speed = stage["items_per_second"]
+        rate = (f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.3g}/s") if stage["items"] else "–"
         items = f"{stage['items']:,}"
         rows.append((f"{pages.escape(verb)}{bar}", duration(stage["seconds"]), items, rate))
     rows.append(("<b>all</b>", f"<b>{duration(total)}</b>", "", ""))
