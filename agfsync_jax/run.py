@@ -56,7 +56,7 @@ def table(summary: dict[str, Any]) -> str:
     seconds = sum(
         stage["seconds"] for entry in summary["rounds"] for stage in entry["stages"].values()
     )
-    pairs = sum(entry["pairs"] for entry in summary["rounds"])
+    pairs = sum(entry["pairs"] or 0 for entry in summary["rounds"])
     rounds = len(summary["rounds"])
     lines.append(f"{rounds} round{'s' * (rounds > 1)}, {pairs} pairs, {seconds / 60:.1f} min")
     return "\n".join(lines)

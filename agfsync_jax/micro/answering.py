@@ -141,7 +141,7 @@ def answer_loss(model: Blip2ForConditionalGeneration, tokens: jax.Array, batch: 
 
 
 def train_blip2(
-    workdir: Path, output: Path, *, see_steps: int = 2000, answer_steps: int = 2000
+    workdir: Path, output: Path, *, see_steps: int = 2000, answer_steps: int = 5000
 ) -> dict[str, float]:
     """First the vision tower and the Q-Former, then the language model on their tokens."""
     folder = output / "blip2"

@@ -539,7 +539,7 @@ _COMPLETE_CHOICES = {
 
 
 def questions(scene: Scene) -> list[dict]:
-    """The fixed question set of a scene (10 to 13 rows), a pure function of its caption.
+    """The fixed question set of a scene (9 to 13 rows), a pure function of its caption.
 
     Rows have TIFA's keys: question, choices, answer, element_type, element. Color and shape
     questions offer four choices, among them those of the scene's other object.
