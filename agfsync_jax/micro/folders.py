@@ -17,6 +17,8 @@ MAX_LENGTH = 20  # tokens of a caption; the longest of the grammar has 16
 NUM_QUERY_TOKENS = 12
 QUESTION_LENGTH = 16  # tokens of a question; the longest of the world has 13
 LATENT_SHAPE = (16, 16, 4)
+# The files hold float16; without this, transformers would compute in it too.
+COMPUTE_DTYPE = "float32"
 _DIFFUSERS = {"_diffusers_version": "0.42.1"}
 
 VAE = _DIFFUSERS | {
@@ -73,6 +75,7 @@ def clip_config(tokenizer: ClipTokenizer) -> dict:
     ends = {"bos_token_id": tokenizer.eos_id - 1, "eos_token_id": tokenizer.eos_id}
     return {
         "architectures": ["CLIPModel"],
+        "dtype": COMPUTE_DTYPE,
         "model_type": "clip",
         "projection_dim": 128,
         "logit_scale_init_value": 2.6592,
@@ -164,7 +167,7 @@ def _write_preprocessor(folder: Path, kind: str, mean, std) -> None:
 def write_text_encoder(folder: Path, clip: nnx.State, config: dict) -> None:
     """The text tower of `clip` as Stable Diffusion's text_encoder/ and tokenizer/."""
     text = nnx.State({"text_model": clip["text_model"]})
-    written = {"architectures": ["CLIPTextModel"]} | config["text_config"]
+    written = {"architectures": ["CLIPTextModel"], "dtype": COMPUTE_DTYPE} | config["text_config"]
     weights.save_model(CLIPTextModel, folder / "text_encoder", text, written, dtype=np.float16)
     write_tokenizer(folder / "tokenizer")
     (folder / "tokenizer" / "preprocessor_config.json").unlink()
@@ -214,6 +217,7 @@ def blip2_config(tokenizer: TextTokenizer) -> dict:
     """config.json of the Blip2ForConditionalGeneration."""
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
+        "dtype": COMPUTE_DTYPE,
         "model_type": "blip-2",
         "image_token_index": tokenizer.token_id("<image>"),
         "num_query_tokens": NUM_QUERY_TOKENS,
