@@ -1,8 +1,8 @@
 """How the suite trains a network, and the small steps that its stages share."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +84,17 @@ def fit(
 
 def _ahead(make_batch, seed: int, start: int, steps: int) -> Iterator[Batch]:
     """The batches of steps start..steps, made on a thread while the device works."""
-    ready: queue.Queue = queue.Queue(2)
 
-    def work():
-        for step in range(start, steps):
-            try:
-                ready.put(make_batch(np.random.default_rng((seed, step))))
-            except Exception as error:
-                ready.put(error)
-                raise
+    def make(step: int) -> Batch:
+        return make_batch(np.random.default_rng((seed, step)))
 
-    threading.Thread(target=work, daemon=True).start()
-    for _ in range(start, steps):
-        batch = ready.get()
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(make, step) for step in range(start, min(start + 2, steps)))
+        for step in range(start + 2, steps + 2):
+            batch = waiting.popleft().result()
+            if step < steps:
+                waiting.append(pool.submit(make, step))
+            yield batch
 
 
 def pixels(images: jax.Array) -> jax.Array:
