@@ -15,6 +15,7 @@ from agfsync_jax import train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
+from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models.unet import UNet2DConditionModel
@@ -29,6 +30,7 @@ from configs import common
 from tests.twins import tiny_stable_diffusion
 
 BETA = 100.0
+LN2 = pytest.approx(math.log(2), abs=BETA * 1e-7)  # beta times the rounding of an error
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "clip_sample": False})
 
 
@@ -61,6 +63,12 @@ class Denoiser(nnx.Module):
         return self.conv_out(self.attn1(jax.nn.silu(self.norm(self.conv_in(x)) + time), context))
 
 
+@functools.cache
+def random_denoiser():
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Denoiser(nnx.Rngs(0))))
+    return graph, jax.jit(lambda: nnx.state(Denoiser(nnx.Rngs(0))))()
+
+
 class TinyBackbone:
     """Meets the seam of backbones/ with the denoiser above; prompts are rows of token ids."""
 
@@ -70,9 +78,9 @@ class TinyBackbone:
     @classmethod
     def load(cls, path, *, dtype=jnp.float32, mesh=None, rules=()):
         self = cls()
-        self.graph, unet = nnx.split(Denoiser(nnx.Rngs(0)))
-        table = jax.random.normal(jax.random.key(1), (10, 6))
-        self.params = {"unet": unet, "text_encoder": {"table": table}}
+        self.graph, unet = random_denoiser()
+        table = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+        self.params = {"unet": unet, "text_encoder": {"table": jnp.asarray(table)}}
         if mesh:
             self.params = jax.device_put(self.params, infer_shardings(self.params, mesh, rules))
         return self
@@ -202,10 +210,13 @@ def make_step(backbone, loss=diffusion_dpo, lora_rank=0, **optimizer):
         seed=7,
     )
     init = functools.partial(train.init_state, optimizer=optimizer, lora_rank=lora_rank, seed=7)
-    return init, jax.jit(step)
+    quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
+    return jax.jit(init), jax.jit(step, compiler_options=quick)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)]
+)
 def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
     """Diffusion-DPO with AdamW on a UNet, as its script does it, with the same noise."""
     import torch
@@ -254,11 +265,10 @@ def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
         np.testing.assert_allclose(got[index]["loss"], loss.item(), rtol=1e-4)
         np.testing.assert_allclose(got[index]["grad_norm"], norm.item(), rtol=1e-3)
         np.testing.assert_allclose(got[index]["learning_rate"], rate, rtol=1e-6)
-    assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert got[0]["loss"] == LN2
 
     policy.save_pretrained(tmp_path / "trained")
     _, expected = load_model(UNet2DConditionModel, tmp_path / "trained")
-    print(largest_difference(state.params, expected), largest_difference(state.params, base))
     assert largest_difference(state.params, base) > 1e-4
     assert largest_difference(state.params, expected) < 1e-5
 
@@ -270,9 +280,9 @@ def test_adapters_train_beside_a_base_that_stays(backbone):
     state = init(base)
     state, values = step(state, base, batch)
     # B is zero at first: policy and reference are the same
-    assert float(values["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(values["loss"]) == LN2
     state, values = step(state, base, batch)
-    assert float(values["loss"]) != pytest.approx(math.log(2), abs=1e-6)
+    assert float(values["loss"]) != LN2
     assert_equal(base, before)
     names = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"}
     assert set(state.params) == names
@@ -280,17 +290,18 @@ def test_adapters_train_beside_a_base_that_stays(backbone):
 
 
 def test_noise_belongs_to_the_example():
-    draw = functools.partial(train.draw_noise, 3, shape=(2, 2, 4), num_timesteps=1000)
-    noise, timesteps = draw(jnp.int32(5), jnp.array([10, 20, 30]))
-    again, times = draw(jnp.int32(5), jnp.array([30, 10]))
-    np.testing.assert_array_equal(again, noise[np.array([2, 0])])
-    np.testing.assert_array_equal(times, timesteps[np.array([2, 0])])
-    other, _ = draw(jnp.int32(6), jnp.array([10]))
-    assert not np.allclose(other, noise[:1])
-    many, timesteps = jax.jit(draw)(jnp.int32(0), jnp.arange(4000))
-    assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
-    assert timesteps.min() < 10 and timesteps.max() > 989 and timesteps.max() < 1000
-    assert abs(float(timesteps.mean()) - 499.5) < 15
+    draw = jax.jit(
+        lambda step, example: train.draw_noise(3, step, example, (2, 2, 4), num_timesteps=1000)
+    )
+    noise, times = draw(5, jnp.arange(4000))
+    again, times_again = draw(5, jnp.arange(4000)[::-1])
+    np.testing.assert_array_equal(again[::-1], noise)
+    np.testing.assert_array_equal(times_again[::-1], times)
+    other, _ = draw(6, jnp.arange(4000))
+    assert not np.allclose(other, noise)
+    assert abs(np.mean(noise)) < 0.02 and abs(np.std(noise) - 1) < 0.02
+    assert (np.min(times), np.max(times)) == (0, 999)
+    assert abs(np.mean(times) - 499.5) < 15
 
 
 def test_a_loss_without_reference(backbone):
@@ -306,7 +317,7 @@ def test_a_loss_without_reference(backbone):
 def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["loss"] == LN2
     assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
     names = {"loss", "grad_norm", "learning_rate", "chosen_error", "rejected_error", "seconds"}
     rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")}
@@ -344,14 +355,13 @@ def test_killed_and_resumed_is_the_same_to_the_bit(run, tmp_path, monkeypatch):
     assert_equal(tuned(tmp_path), tuned(run))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_and_stops(run, tmp_path, monkeypatch, number):
+def test_a_signal_saves_the_step_and_stops(run, tmp_path, monkeypatch):
     make_workdir(tmp_path)
 
     def stop(self, step, values):
         if step == 2 and not caught:
             caught.append(step)
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         return write(self, step, values)
 
     def interrupt(*_):
@@ -359,19 +369,17 @@ def test_a_signal_saves_the_step_and_stops(run, tmp_path, monkeypatch, number):
 
     caught, write = [], MetricWriter.write
     monkeypatch.setattr(MetricWriter, "write", stop)
-    before = signal.signal(number, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             train.main(make_config(**{"train.save_every": 100}), tmp_path)
-        assert signal.getsignal(number) is interrupt
+        assert signal.getsignal(signal.SIGTERM) is interrupt
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
     folder = tmp_path / "round_000/checkpoints"
     # Step 3 was on the devices when the metrics of step 2 were read.
     assert [path.name for path in folder.iterdir() if path.name.isdecimal()] == ["3"]
-    train.main(make_config(), tmp_path)
-    assert timeless(metrics(tmp_path)) == timeless(metrics(run))
-    assert_equal(tuned(tmp_path), tuned(run))
+    assert timeless(metrics(tmp_path)) == timeless(metrics(run))[:3]
 
 
 @pytest.mark.parametrize("mesh", ["one device", "fsdp"])
@@ -397,7 +405,7 @@ def test_rounds_and_adapters(run, tmp_path):
     config = make_config(**{"train.lora_rank": 2, "train.num_steps": 2, "train.save_every": 1})
     train.main(config, tmp_path, round_index=1)
     # The reference is round 0's model, not the backbone's.
-    assert metrics(tmp_path, 1)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics(tmp_path, 1)[0]["loss"] == LN2
     start, end = tuned(run), tuned(tmp_path, round_index=1)
     changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start, end)
     moved = {
@@ -408,13 +416,22 @@ def test_rounds_and_adapters(run, tmp_path):
     assert moved == {f"attn1.{name}.kernel" for name in ("to_q", "to_k", "to_v", "to_out.0")}
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(tmp_path):
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(
+    tmp_path, monkeypatch
+):
+    def spoil(self, step):
+        fields = batch(self, step)
+        if step == 3:
+            fields["chosen_latents"] *= jnp.nan
+        return fields
+
+    batch = PairLoader.batch
+    monkeypatch.setattr(PairLoader, "batch", spoil)
     make_workdir(tmp_path)
-    settings = {"learning_rate": 1e30, "warmup_steps": 0, "save_every": 1}
-    config = make_config(**{f"train.{name}": value for name, value in settings.items()})
-    with pytest.raises(FloatingPointError, match=r"step 2: loss .* state of step 1\."):
-        train.main(config, tmp_path)
-    assert [row["step"] for row in metrics(tmp_path)] == [1]
+    with pytest.raises(FloatingPointError, match=r"step 4: loss nan.* the state of step 2\."):
+        train.main(make_config(), tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert not (tmp_path / "round_000/checkpoints/4").exists()
 
 
 def test_bad_settings_are_told_before_any_work(tmp_path):
