@@ -178,15 +178,11 @@ def _score(config, unscored: list[Shard], prompts, questions, stage: Stage) -> N
         scorers.local_mesh(config.mesh), config.scorers.to_dict(), batch_size=size
     )
     by_path = {shard.images: shard for shard in unscored}
-    batches = scorers.score_shards(models, list(by_path), texts, questions, batch_size=size)
     drawn = stage.items
     with stage.progress(sum(len(shard.rows) for shard in unscored), "scores") as progress:
-        for path, group in itertools.groupby(batches, key=lambda batch: batch[0]):
-            rows, answers = [], []
-            for _, scored, answered in group:
-                rows += scored
-                answers += answered
-                progress.update(len(scored))
+        for path, rows, answers in scorers.score_shards(
+            models, list(by_path), texts, questions, batch_size=size, scored=progress.update
+        ):
             fields = records.read_shard(path, records.CANDIDATE_FEATURES, ["image"])
             images = png.decode_pngs([row["image"] for row in fields])
             evaluators.judge(judges, images, rows, texts, questions)

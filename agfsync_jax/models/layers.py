@@ -112,6 +112,16 @@ class GroupNorm(nnx.Module):
         return (pixels * scale[:, None] + shift[:, None]).reshape(x.shape).astype(self.dtype)
 
 
+class Upsample2D(nnx.Module):
+    """Nearest-neighbor doubling, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs):
+        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*2 w*2 c"]:
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """OpenAI CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)

@@ -15,6 +15,7 @@ from agfsync_jax.models.layers import (
     LayerNorm,
     Linear,
     ModelConfig,
+    Upsample2D,
     attention,
     merge_heads,
     split_heads,
@@ -251,16 +252,6 @@ class Downsample2D(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
         return self.conv(x)
-
-
-class Upsample2D(nnx.Module):
-    """Nearest-neighbor doubling, then a convolution."""
-
-    def __init__(self, channels: int, *, dtype, rngs):
-        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*2 w*2 c"]:
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class DownBlock2D(nnx.Module):
