@@ -8,7 +8,7 @@ import pytest
 from agfsync_jax import pair
 from agfsync_jax.data import images, records
 from agfsync_jax.data.tokenizers import ClipTokenizer
-from configs import micro
+from configs import common, micro
 from tests.twins import clip_tokenizer_files
 
 PROMPTS = {f"p{n}": f"{'red' if n % 2 else 'blue'} square" for n in range(5)}
@@ -27,6 +27,7 @@ def config(tmp_path):
     clip_tokenizer_files(tmp_path / "model" / "tokenizer", ("red", "blue", "square"))
     config = micro.get_config("tiny")
     config.backbone.path = str(tmp_path / "model")
+    config.pair = common.get_config().pair
     config.pair.weights = {"vqa": 1.0}
     return config
 

@@ -121,11 +121,11 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
 
 
 def test_later_outputs_hold_a_key_too(tmp_path):
-    _claim(tmp_path)
+    _claim(tmp_path, **{"pair.min_margin": "0.25"})
     (tmp_path / "round_001" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="pair.min_margin: 0.0 there, 0.5 now"):
+    with pytest.raises(ValueError, match="pair.min_margin: 0.25 there, 0.5 now"):
         _claim(tmp_path, **{"pair.min_margin": "0.5"})
-    _claim(tmp_path, **{"evaluate.num_seeds": "5"})
+    _claim(tmp_path, **{"pair.min_margin": "0.25", "evaluate.num_seeds": "5"})
 
 
 def test_secrets_stay_out(tmp_path):
