@@ -141,7 +141,7 @@ def answer_loss(model: Blip2ForConditionalGeneration, tokens: jax.Array, batch: 
 
 
 def train_blip2(
-    workdir: Path, output: Path, *, see_steps: int = 2000, answer_steps: int = 5000
+    workdir: Path, output: Path, *, see_steps: int = 4500, answer_steps: int = 5000
 ) -> dict[str, float]:
     """First the vision tower and the Q-Former, then the language model on their tokens."""
     folder = output / "blip2"
@@ -159,6 +159,12 @@ def train_blip2(
     # T5's own initial head makes logits of tens, which a short training first has to undo.
     head = params["language_model"]["lm_head"]["kernel"]
     head[...] = head[...] * width**-0.5
+    # Its position biases start near zero and need to become units: at Adam's pace that takes
+    # thousands of steps, in which "a above b" and "b above a" look alike.
+    for name in ("encoder", "decoder"):
+        attention = params["language_model"][name]["block"][0]["layer"][0]["SelfAttention"]
+        bias = attention["relative_attention_bias"]["embedding"]
+        bias[...] = bias[...] * 2 * width**0.5
     language = {"language_model": params["language_model"]}
     sight = {name: params[name] for name in params if name not in language}
     painter = Painter(output)

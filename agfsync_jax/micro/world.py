@@ -496,6 +496,11 @@ def _ask_where(scene: Scene, first: Object, second: Object):
     return f"where is the {first} relative to the {second}?", answer, "spatial", answer
 
 
+def _ask_place(scene: Scene, first: Object, second: Object):
+    answer = _DIRECTION[_relation_of(scene, first, second)]
+    return f"where is the {first}?", answer, "spatial", answer
+
+
 def _ask_if_where(scene: Scene, first: Object, second: Object, relation: str):
     truth = _relation_of(scene, first, second) == relation
     question = f"is the {first} {relation} the {second}?"
@@ -646,6 +651,8 @@ def _random_question(scene: Scene, rng: np.random.Generator, element_type: str):
         return _ask_if_count(scene, thing if scene.kind == "count" else None, number)
     if element_type == "spatial":
         first, second = scene.objects if rng.random() < 0.5 else scene.objects[::-1]
+        if rng.random() < 0.3:
+            return _ask_place(scene, first, second)
         if open_question:
             return _ask_where(scene, first, second)
         right = _relation_of(scene, first, second)
@@ -675,7 +682,8 @@ def training_questions(
     """n random (question, answer, element_type) in the wording of `questions`.
 
     Yes and no are balanced, distractors are mostly near misses, and spatial, shape and counting
-    are asked more often. May repeat.
+    are asked more often. Of pairs it is also asked where one object is, without naming the other:
+    a step towards the questions that name both. May repeat.
     """
     weights = _TRAINING_WEIGHTS[scene.kind]
     types = [kind for kind, weight in weights.items() for _ in range(weight)]

@@ -215,6 +215,9 @@ def true_answer(scene: world.Scene, question: str) -> str:
             told = (by(color=c1, shape=s1), by(color=c2, shape=s2)) == scene.objects
             flip = {"above": "below", "below": "above", "left": "right", "right": "left"}
             return word if told else flip[word]
+        case ["where", "is", "the", c1, s1]:
+            (other,) = [o for o in scene.objects if (o.color, o.shape) != (c1, s1)]
+            return true_answer(scene, f"where is the {c1} {s1} relative to the {other}?")
         case ["is", "the", c1, s1, relation, "the", c2, s2]:
             if not {(c1, s1), (c2, s2)} <= placed:
                 return "no"
