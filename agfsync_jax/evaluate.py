@@ -22,7 +22,7 @@ from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.checkpoints import Checkpoints, restore_denoiser
+from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
 
 # Of config.sample, what is of candidates alone.
@@ -71,7 +71,6 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     with Stage(round_dir, "evaluate") as stage:
         stage.skipped(len(mine) - len(undrawn), len(mine))
         if drawing:  # the processes draw together, those without work too
-            _check_trained(config, round_dir / "checkpoints")
             _draw(config, round_dir / "checkpoints", undrawn, prompts, stage)
         if unscored:
             _score(config, unscored, prompts, questions, stage)
@@ -128,19 +127,6 @@ def _repair(every: list[Shard]) -> None:
                 shard.scores.unlink(missing_ok=True)
 
 
-def _check_trained(config, folder: Path) -> None:
-    """Half-trained images would stay when the training is over."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest_step() or 0
-    if step < config.train.num_steps:
-        raise ValueError(
-            f"{folder} ends at step {step} of config.train.num_steps={config.train.num_steps}:"
-            " run `agfsync train` to the end first"
-        )
-
-
 def _of_process(found: Sequence[Shard]) -> list[Shard]:
     return [found[index] for index in multihost.shards_of_process(len(found))]
 
@@ -154,7 +140,7 @@ def _draw(
         config.backbone.path, dtype=config.backbone.dtype, mesh=mesh, rules=config.sharding
     )
     name = backbone.denoiser_name
-    tuned = restore_denoiser(checkpoints, backbone.params[name])
+    tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
     settings = {key: value for key, value in config.sample.items() if key not in PERTURBED}
     generator = Generator(backbone, mesh, **settings)

@@ -100,7 +100,8 @@ def draw(
     if round_index:
         name = backbone.denoiser_name
         checkpoints = workdir / f"round_{round_index - 1:03d}" / "checkpoints"
-        params = params | {name: restore_denoiser(checkpoints, params[name])}
+        tuned = restore_denoiser(checkpoints, params[name], config.train.num_steps)
+        params = params | {name: tuned}
     rows = [row for _, each in shards for row in each]
     batches = generator.stream(
         params,

@@ -188,7 +188,7 @@ def prepare(
     name = backbone.denoiser_name
     base = backbone.params[name]
     if len(folders) > 1:
-        base = restore_denoiser(folders[-2] / "checkpoints", base)
+        base = restore_denoiser(folders[-2] / "checkpoints", base, spec.num_steps)
     embeddings = PromptEmbeddings(backbone, pairs["token_ids"], spec.batch_size, mesh)
     backbone.params.clear()  # the other networks have done their part
 

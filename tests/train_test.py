@@ -20,7 +20,7 @@ from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.parallel.sharding import infer_shardings
+from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
@@ -153,7 +153,7 @@ def make_workdir(path, round_index=0, num_pairs=12):
 
 def tuned(workdir, round_index=0):
     base = TinyBackbone.load("").params["unet"]
-    return restore_denoiser(workdir / f"round_{round_index:03d}/checkpoints", base)
+    return restore_denoiser(workdir / f"round_{round_index:03d}/checkpoints", base, num_steps=1)
 
 
 def metrics(workdir, round_index=0):
@@ -271,6 +271,30 @@ def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
     _, expected = load_model(UNet2DConditionModel, tmp_path / "trained")
     assert largest_difference(state.params, base) > 1e-4
     assert largest_difference(state.params, expected) < 1e-5
+
+
+def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
+    results = []
+    for devices in (1, 8):
+        mesh = create_mesh({"data": devices}, devices=jax.devices()[:devices])
+        backbone = StableDiffusion.load("micro:stable-diffusion", mesh=mesh)
+        tokens = backbone.tokenize(["a large red circle on a white background"] * 8)
+        batch = jax.device_put(make_batch(backbone, tokens, 16), batch_sharding(mesh))
+        init, step = make_step(
+            backbone, learning_rate=1e-5, warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0
+        )
+        base = backbone.params["unet"]
+        state, values = step(init(base), base, batch)
+        assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == devices
+        results.append(jax.device_get((state, values)))
+    (one, one_values), (eight, eight_values) = results
+    assert one_values["grad_norm"] > 0
+    for key, value in one_values.items():
+        assert eight_values[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    # The moments of the optimizer, from which the parameters follow: they hold the gradient.
+    for left, right in zip(*map(jax.tree.leaves, (one.opt_state, eight.opt_state)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5 * np.abs(left).max())
+    assert largest_difference(one.params, eight.params) <= 1e-5
 
 
 def test_adapters_train_beside_a_base_that_stays(backbone):

@@ -120,17 +120,19 @@ class Checkpoints:
             )
 
 
-def restore_denoiser(folder: Path, abstract_params: PyTree) -> PyTree:
-    """The denoiser's parameters from the newest checkpoint in `folder`.
+def restore_denoiser(folder: Path, abstract_params: PyTree, num_steps: int) -> PyTree:
+    """The denoiser's parameters at the end of a training, from the checkpoints in `folder`.
 
     They are what was saved under the key "params" of the state.
 
     Args:
         abstract_params: the denoiser's parameters, or their shapes and shardings.
+        num_steps: the steps of the training, `config.train.num_steps`.
 
     Raises:
         FileNotFoundError: `folder` holds no checkpoint.
-        ValueError: the checkpoint is of another model; lists every parameter that does not fit.
+        ValueError: the training is not over, as half-trained images would stay when it is; or the
+            checkpoint is of another model: lists every parameter that does not fit.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
@@ -138,6 +140,11 @@ def restore_denoiser(folder: Path, abstract_params: PyTree) -> PyTree:
         step = checkpoints.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
+        if step < num_steps:
+            raise ValueError(
+                f"{folder} ends at step {step} of config.train.num_steps={num_steps}:"
+                " run `agfsync train` to the end first"
+            )
         return checkpoints.restore(step, {"params": abstract_params})["params"]
 
 

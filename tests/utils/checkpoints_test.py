@@ -98,7 +98,9 @@ def test_the_denoiser_alone(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _state(seed=1))
         checkpoints.save(2, state)
-    _equal(restore_denoiser(tmp_path, _abstract(state["params"])), state["params"])
+    _equal(restore_denoiser(tmp_path, _abstract(state["params"]), 2), state["params"])
+    with pytest.raises(ValueError, match="ends at step 2 of config.train.num_steps=3"):
+        restore_denoiser(tmp_path, _abstract(state["params"]), 3)
 
 
 def test_all_misfits_are_listed(tmp_path):
@@ -106,7 +108,7 @@ def test_all_misfits_are_listed(tmp_path):
         checkpoints.save(1, _state(width=16))
     wider = _abstract(_state(width=32)["params"])
     with pytest.raises(ValueError) as error:
-        restore_denoiser(tmp_path, wider)
+        restore_denoiser(tmp_path, wider, 1)
     for part in ("blocks.0.kernel", "(8, 16), expected (8, 32)", "blocks.1.kernel"):
         assert part in str(error.value)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="other: missing"):
@@ -116,7 +118,7 @@ def test_all_misfits_are_listed(tmp_path):
 def test_no_checkpoint_says_what_to_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="agfsync train"):
-            restore_denoiser(folder, {})
+            restore_denoiser(folder, {}, 1)
     assert not (tmp_path / "nowhere").exists()
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="step 5"):
         checkpoints.restore(5, {})
