@@ -6,7 +6,9 @@ linear probes, thrown away afterwards, read facts of the scene from the tokens o
 queries come out alike, and questions of shape and place stay near chance for thousands of steps.
 """
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from agfsync_jax.utils import weights
 
 START = 0  # the decoder starts with T5's padding token
 _BACKGROUNDS = list(world.BACKGROUNDS)
-_SHAPES = [None, *world.SHAPES]
+_SHAPES = [None, *world.SHAPES, "malformed"]
 _ROLES = [None, "small", "large", "above", "below", "left", "right", "group"]
 # (query, fact) -> how many values the fact has. Six queries look for a color each.
 SLOTS = {
@@ -36,13 +38,16 @@ SLOTS = {
 }  # fmt: skip
 
 
-def facts(scene: world.Scene) -> list[int]:
+def facts(scene: world.Scene, malformed: Collection[world.Object] = ()) -> list[int]:
     """The value of each slot."""
     roles = {"above": ("above", "below"), "below": ("below", "above")}
     roles |= {"to the left of": ("left", "right"), "to the right of": ("right", "left")}
     of_scene = roles.get(scene.relation, (scene.size or "group",))
     seen = {
-        thing.color: (_SHAPES.index(thing.shape), _ROLES.index(role))
+        thing.color: (
+            _SHAPES.index("malformed" if thing in malformed else thing.shape),
+            _ROLES.index(role),
+        )
         for thing, role in zip(scene.objects, of_scene, strict=True)
     }
     values = [value for color in world.COLORS for value in seen.get(color, (0, 0))]
@@ -104,29 +109,77 @@ def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> N
                 layer[name][leaf][...] = source[name][leaf][...]
 
 
-class Pictures:
-    """Random training pictures: renders, degraded renders, what the autoencoder makes of renders,
-    and, where there are any, `generated` (scene, image) pairs."""
+class Picture(NamedTuple):
+    """A training picture: its scene, pixels, and those of its objects that have no shape."""
 
-    def __init__(self, painter: Painter, generated: list = ()):
+    scene: world.Scene
+    image: np.ndarray
+    malformed: Collection[world.Object] = ()
+
+
+class Pictures:
+    """Random training pictures: renders, degraded renders and what the autoencoder makes of
+    renders; and, where there are `others`, those in six of ten."""
+
+    def __init__(self, painter: Painter, others: Sequence[Picture] = ()):
         scenes, images = renders(6000, "train", 32)
         rebuilt = in_batches(painter.decode, in_batches(painter.encode, images))
-        self.rebuilt, self.generated = list(zip(scenes, rebuilt, strict=True)), generated
+        self.rebuilt, self.others = list(map(Picture, scenes, rebuilt)), others
 
-    def __call__(self, rng: np.random.Generator) -> tuple[world.Scene, np.ndarray]:
+    def __call__(self, rng: np.random.Generator) -> Picture:
         draw = rng.random()
-        if self.generated and draw < 0.4:
-            return self.generated[rng.integers(len(self.generated))]
-        if draw < 0.6:
+        if self.others and draw < 0.6:
+            return self.others[rng.integers(len(self.others))]
+        if draw < 0.7:
             return self.rebuilt[rng.integers(len(self.rebuilt))]
         scene = world.sample_scene(rng, "train")
         image = world.render(scene, rng)
-        return scene, (world.degrade(image, rng) if draw > 0.85 else image)
+        return Picture(scene, world.degrade(image, rng) if draw > 0.88 else image)
 
 
-def ask(tokenizer: TextTokenizer, scenes: list[world.Scene], rng, asked: int) -> dict:
-    """`asked` questions a scene as token ids, with what the decoder is given and is to say."""
-    rows = [row for scene in scenes for row in world.training_questions(scene, rng, asked)]
+def bent(count: int, seed: int) -> list[Picture]:
+    """Renders of an unsteady hand, and of one that leaves objects malformed, as a denoiser does
+    that was trained short."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for _ in range(count):
+        scene = world.sample_scene(rng, "train")
+        malformed = [thing for thing in scene.objects if rng.random() < 0.6]
+        wobble = {
+            thing: rng.uniform(0.14, 0.25) if thing in malformed else rng.uniform(0.0, 0.05)
+            for thing in scene.objects
+        }
+        pictures.append(Picture(scene, world.render(scene, rng, wobble), malformed))
+    return pictures
+
+
+def redrawn(painter: Painter, pictures: Sequence[Picture]) -> list[Picture]:
+    """Pictures as the denoiser shows them: noised a little and denoised. From more noise than this
+    it draws shapes of its own."""
+    result = []
+    for part, (level, steps) in enumerate([(100, 2), (150, 3), (200, 3), (250, 4)]):
+        some = pictures[part::4]
+        images = np.stack([each.image for each in some])
+        captions = [each.scene.caption() for each in some]
+        images = painter.redraw(images, captions, seed=part, level=level, steps=steps)
+        result += [each._replace(image=image) for each, image in zip(some, images, strict=True)]
+    return result
+
+
+def draw_batch(picture: Pictures, rng: np.random.Generator, count: int) -> tuple[list, dict]:
+    """`count` pictures, and a batch of their images with the values of their slots."""
+    drawn = [picture(rng) for _ in range(count)]
+    slots = np.array([facts(each.scene, each.malformed) for each in drawn], np.int32)
+    return drawn, {"images": np.stack([each.image for each in drawn]), "slots": slots}
+
+
+def ask(tokenizer: TextTokenizer, pictures: Sequence[Picture], rng, asked: int) -> dict:
+    """`asked` questions a picture as token ids, with what the decoder is given and is to say."""
+    rows = [
+        row
+        for scene, _, malformed in pictures
+        for row in world.training_questions(scene, rng, asked, malformed)
+    ]
     ids, mask = tokenizer([question for question, *_ in rows], folders.QUESTION_LENGTH)
     targets, _ = tokenizer([answer for _, answer, _ in rows], 2)  # the answer, the end
     before = np.concatenate([np.full_like(targets[:, :1], START), targets[:, :1]], axis=1)
@@ -141,7 +194,7 @@ def answer_loss(model: Blip2ForConditionalGeneration, tokens: jax.Array, batch: 
 
 
 def train_blip2(
-    workdir: Path, output: Path, *, see_steps: int = 4500, answer_steps: int = 5000
+    workdir: Path, output: Path, *, see_steps: int = 4500, answer_steps: int = 2000
 ) -> dict[str, float]:
     """First the vision tower and the Q-Former, then the language model on their tokens."""
     folder = output / "blip2"
@@ -170,10 +223,8 @@ def train_blip2(
     painter = Painter(output)
     picture = Pictures(painter)
 
-    def see_batch(rng, count=64):
-        scenes, images = zip(*[picture(rng) for _ in range(count)], strict=True)
-        slots = np.array([facts(scene) for scene in scenes], np.int32)
-        return {"images": np.stack(images), "slots": slots}
+    def see_batch(rng):
+        return draw_batch(picture, rng, 64)[1]
 
     def see_loss(trained, batch, _):
         model = nnx.merge(graph, nnx.State(language | dict(trained["sight"])))
@@ -191,13 +242,12 @@ def train_blip2(
         lambda x: nnx.merge(graph, nnx.State(language | sight)).get_image_tokens(clip_pixels(x))
     )
     rng = np.random.default_rng(37)
-    scenes, images = zip(*[picture(rng) for _ in range(16_000)], strict=True)
-    tokens = in_batches(read, np.stack(images))
-    del images
+    pictures = [picture(rng) for _ in range(16_000)]
+    tokens = in_batches(read, np.stack([each.image for each in pictures]))
 
     def answer_batch(rng, count=48):
-        pick = rng.integers(0, len(scenes), count)
-        return {"tokens": tokens[pick]} | ask(tokenizer, [scenes[i] for i in pick], rng, 10)
+        pick = rng.integers(0, len(pictures), count)
+        return {"tokens": tokens[pick]} | ask(tokenizer, [pictures[i] for i in pick], rng, 10)
 
     def answering_loss(trained, batch, _):
         model = nnx.merge(graph, nnx.State(sight | dict(trained)))
@@ -212,27 +262,21 @@ def train_blip2(
     return _examine(graph, params, tokenizer, painter)
 
 
-def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 600) -> dict[str, float]:
-    """Both together, also on pictures that the denoiser redrew from noised renders, so that BLIP-2
-    judges generated pictures too. They keep the answers of the render: the referee has no say."""
+def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 900) -> dict[str, float]:
+    """Both together, on pictures as a denoiser draws them, so that BLIP-2 judges those too: renders
+    that the denoiser redrew, and malformed ones, which are no circles, squares or stars though
+    their prompt says so. The referee has no say."""
     folder = output / "blip2"
     tokenizer = TextTokenizer(folder)
     graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
     painter = Painter(output)
-    scenes, images = renders(4000, "train", 31)
-    captions = [scene.caption() for scene in scenes]
-    generated = []
-    for part, (level, count) in enumerate([(250, 4), (400, 6), (500, 8), (600, 10)]):
-        drawn = painter.redraw(
-            images[part::4], captions[part::4], seed=part, level=level, steps=count
-        )
-        generated += zip(scenes[part::4], drawn, strict=True)
-    picture = Pictures(painter, generated)
+    clean, spoiled = list(map(Picture, *renders(4000, "train", 31))), bent(6000, 38)
+    others = redrawn(painter, clean + spoiled[:4000]) + spoiled[4000:]
+    picture = Pictures(painter, others)
 
-    def make_batch(rng, count=48):
-        scenes, images = zip(*[picture(rng) for _ in range(count)], strict=True)
-        slots = np.array([facts(scene) for scene in scenes], np.int32)
-        return {"images": np.stack(images), "slots": slots} | ask(tokenizer, scenes, rng, 10)
+    def make_batch(rng):
+        drawn, batch = draw_batch(picture, rng, 48)
+        return batch | ask(tokenizer, drawn, rng, 10)
 
     def loss_fn(trained, batch, _):
         model = nnx.merge(graph, trained["model"])

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections.abc import Collection
 
 import numpy as np
 
@@ -332,13 +333,34 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @functools.cache
 def _template(shape: str, radius: float, sub_x: int = 0, sub_y: int = 0) -> np.ndarray:
     """Coverage [n, n, 1] in 0..1 of a shape centered at pixel n // 2 plus a subpixel offset."""
+    return _coverage(shape, radius, sub_x, sub_y, lambda x, y: (x, y))
+
+
+def _coverage(shape: str, radius: float, sub_x: int, sub_y: int, warp) -> np.ndarray:
+    """As `_template`, of a shape bent by `warp(x, y)` in units of the radius."""
     size = 2 * (math.ceil(radius) + 1) + 1
     steps = (np.arange(size * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING - 0.5 - size // 2
     x = (steps - sub_x / _SUBPIXELS) / radius
     y = (steps - sub_y / _SUBPIXELS) / radius
-    inside = _inside(shape, x[None, :], y[:, None])
+    inside = _inside(shape, *warp(x[None, :], y[:, None]))
     blocks = inside.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
     return blocks.mean((1, 3), dtype=np.float32)[:, :, None]
+
+
+def _wobble(amount: float, rng: np.random.Generator):
+    """A smooth random warp of about `amount` radii, which shrinks: what it bends stays in place."""
+    direction = rng.uniform(0, 2 * math.pi, (2, 3))
+    waves = rng.uniform(2.0, 4.5, (2, 3)) * np.stack([np.cos(direction), np.sin(direction)])
+    phases = rng.uniform(0, 2 * math.pi, (2, 3))
+
+    def warp(x, y):
+        moved = [
+            sum(np.sin(kx * x + ky * y + phase) for kx, ky, phase in zip(*row, strict=True))
+            for row in zip(waves[0], waves[1], phases, strict=True)
+        ]
+        return ((1 + amount) * x + amount * moved[0], (1 + amount) * y + amount * moved[1])
+
+    return warp
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, float, float, float]]:
@@ -372,8 +394,14 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, float, 
     ]
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draws a scene: uint8 [64, 64, 3], antialiased, placement and brightness from `rng`."""
+def render(
+    scene: Scene, rng: np.random.Generator, wobble: dict[Object, float] | None = None
+) -> np.ndarray:
+    """Draws a scene: uint8 [64, 64, 3], antialiased, placement and brightness from `rng`.
+
+    `wobble` bends the shapes of some objects at random by about so many radii: 0.05 is an unsteady
+    hand, 0.2 leaves no shape of the world.
+    """
 
     def tint(rgb: tuple[int, int, int]) -> np.ndarray:
         change = int(rng.random() * 17) - 8
@@ -384,7 +412,9 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     image[:] = background
     for thing, x, y, radius in _place(scene, rng):
         quarter_x, quarter_y = round(x * _SUBPIXELS), round(y * _SUBPIXELS)
-        alpha = _template(thing.shape, radius, quarter_x % _SUBPIXELS, quarter_y % _SUBPIXELS)
+        exact = thing.shape, radius, quarter_x % _SUBPIXELS, quarter_y % _SUBPIXELS
+        bent = (wobble or {}).get(thing)
+        alpha = _coverage(*exact, _wobble(bent, rng)) if bent else _template(*exact)
         half = alpha.shape[0] // 2
         left, top = quarter_x // _SUBPIXELS - half, quarter_y // _SUBPIXELS - half
         x0, y0 = max(left, 0), max(top, 0)
@@ -677,17 +707,29 @@ def _random_question(scene: Scene, rng: np.random.Generator, element_type: str):
 
 
 def training_questions(
-    scene: Scene, rng: np.random.Generator, n: int
+    scene: Scene, rng: np.random.Generator, n: int, malformed: Collection[Object] = ()
 ) -> list[tuple[str, str, str]]:
     """n random (question, answer, element_type) in the wording of `questions`.
 
     Yes and no are balanced, distractors are mostly near misses, and spatial, shape and counting
     are asked more often. Of pairs it is also asked where one object is, without naming the other:
     a step towards the questions that name both. May repeat.
+
+    Objects that are `malformed` (see `render`) have no shape: nothing of their color is a circle,
+    and it is not asked what shape they have. Color, number, size and place stay theirs.
     """
     weights = _TRAINING_WEIGHTS[scene.kind]
     types = [kind for kind, weight in weights.items() for _ in range(weight)]
-    return [_random_question(scene, rng, _pick(rng, types))[:3] for _ in range(n)]
+    colors = {thing.color for thing in malformed}
+    rows = []
+    while len(rows) < n:
+        question, answer, element_type, _ = _random_question(scene, rng, _pick(rng, types))
+        if element_type in ("object", "shape") and not colors.isdisjoint(question.split()):
+            if answer not in _YES_NO:
+                continue
+            answer = "no"
+        rows.append((question, answer, element_type))
+    return rows
 
 
 VOCABULARY = tuple(

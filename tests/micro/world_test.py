@@ -271,6 +271,28 @@ def test_training_questions_are_true_balanced_and_cover_the_fixed_wording():
     assert fixed <= set(asked)
 
 
+def test_malformed_objects_have_no_shape_and_keep_the_rest():
+    generator = rng(5)
+    steady, spoiled = [], []
+    for scene in world.sample_scenes(generator, 200, "all"):
+        unsteady = world.render(scene, generator, dict.fromkeys(scene.objects, 0.04))
+        steady.append(world.referee_strict(world.referee(unsteady, scene)))
+        bent = scene.objects[0]
+        checks = world.referee(world.render(scene, generator, {bent: 0.2}), scene)
+        spoiled.append([checks[f"{kind}:{bent}"] for kind in ("shape", "object", "color")])
+        if scene.kind == "pair":
+            assert checks[f"object:{scene.objects[1]}"]
+        rows = world.training_questions(scene, generator, 20, [bent])
+        for question, answer, element_type in rows:
+            if element_type in ("object", "shape") and bent.color in question.split():
+                assert answer == "no", question
+            else:
+                assert answer == true_answer(scene, question), question
+    assert np.mean(steady) > 0.95
+    shape, thing, color = np.mean(spoiled, axis=0)
+    assert shape < 0.1 and thing < 0.1 and color > 0.95
+
+
 def template(question: str) -> str:
     for names, slot in (
         (world.COLORS, "COLOR"),
