@@ -41,13 +41,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Faithfulness decides; the other two break ties between equally faithful candidates. A margin
     # of 0.15 is one or two questions in ten: below it lies the noise of the answers.
     c.pair.normalize = "none"
-    c.pair.weights = ConfigDict(dict(vqa=1.0, clip=0.005, aesthetic=0.01))
+    c.pair.weights = ConfigDict(dict(vqa=1.0, clip=0.002, aesthetic=0.005))
     c.pair.strategy = "all_above_margin"
     c.pair.min_margin = 0.15
     c.pair.max_pairs = 4
 
     # Higher rates push chosen and rejected away together: at 5e-5 the pictures get worse.
-    c.train.learning_rate = 1e-5
+    c.train.learning_rate = 2e-5
 
     c.evaluate.evaluators = ("referee",)
 

@@ -119,7 +119,7 @@ class Picture(NamedTuple):
 
 class Pictures:
     """Random training pictures: renders, degraded renders and what the autoencoder makes of
-    renders; and, where there are `others`, those in six of ten."""
+    renders; and, where there are `others`, those in three of four."""
 
     def __init__(self, painter: Painter, others: Sequence[Picture] = ()):
         scenes, images = renders(6000, "train", 32)
@@ -128,13 +128,13 @@ class Pictures:
 
     def __call__(self, rng: np.random.Generator) -> Picture:
         draw = rng.random()
-        if self.others and draw < 0.6:
+        if self.others and draw < 0.75:
             return self.others[rng.integers(len(self.others))]
-        if draw < 0.7:
+        if draw < (0.82 if self.others else 0.6):
             return self.rebuilt[rng.integers(len(self.rebuilt))]
         scene = world.sample_scene(rng, "train")
         image = world.render(scene, rng)
-        return Picture(scene, world.degrade(image, rng) if draw > 0.88 else image)
+        return Picture(scene, world.degrade(image, rng) if draw > 0.9 else image)
 
 
 def bent(count: int, seed: int) -> list[Picture]:
@@ -145,11 +145,13 @@ def bent(count: int, seed: int) -> list[Picture]:
     for _ in range(count):
         scene = world.sample_scene(rng, "train")
         malformed = [thing for thing in scene.objects if rng.random() < 0.6]
-        wobble = {
-            thing: rng.uniform(0.14, 0.25) if thing in malformed else rng.uniform(0.0, 0.05)
+        amounts = {
+            thing: (rng.uniform(0.09, 0.22), rng.uniform(0.0, 0.6))
+            if thing in malformed
+            else (rng.uniform(0.0, 0.04), rng.uniform(0.0, 0.1))
             for thing in scene.objects
         }
-        pictures.append(Picture(scene, world.render(scene, rng, wobble), malformed))
+        pictures.append(Picture(scene, world.render(scene, rng, amounts), malformed))
     return pictures
 
 
@@ -262,7 +264,7 @@ def train_blip2(
     return _examine(graph, params, tokenizer, painter)
 
 
-def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 900) -> dict[str, float]:
+def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 2400) -> dict[str, float]:
     """Both together, on pictures as a denoiser draws them, so that BLIP-2 judges those too: renders
     that the denoiser redrew, and malformed ones, which are no circles, squares or stars though
     their prompt says so. The referee has no say."""
@@ -270,8 +272,8 @@ def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 900) -> d
     tokenizer = TextTokenizer(folder)
     graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
     painter = Painter(output)
-    clean, spoiled = list(map(Picture, *renders(4000, "train", 31))), bent(6000, 38)
-    others = redrawn(painter, clean + spoiled[:4000]) + spoiled[4000:]
+    clean, spoiled = list(map(Picture, *renders(3000, "train", 31))), bent(9000, 38)
+    others = redrawn(painter, clean + spoiled[:6000]) + spoiled[6000:]
     picture = Pictures(painter, others)
 
     def make_batch(rng):

@@ -336,15 +336,33 @@ def _template(shape: str, radius: float, sub_x: int = 0, sub_y: int = 0) -> np.n
     return _coverage(shape, radius, sub_x, sub_y, lambda x, y: (x, y))
 
 
-def _coverage(shape: str, radius: float, sub_x: int, sub_y: int, warp) -> np.ndarray:
-    """As `_template`, of a shape bent by `warp(x, y)` in units of the radius."""
+def _coverage(
+    shape: str, radius: float, sub_x: int, sub_y: int, warp, rounding: float = 0.0
+) -> np.ndarray:
+    """As `_template`, of a shape bent by `warp(x, y)` in units of the radius, then `_rounded`."""
     size = 2 * (math.ceil(radius) + 1) + 1
     steps = (np.arange(size * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING - 0.5 - size // 2
     x = (steps - sub_x / _SUBPIXELS) / radius
     y = (steps - sub_y / _SUBPIXELS) / radius
     inside = _inside(shape, *warp(x[None, :], y[:, None]))
+    if rounding:
+        inside = _rounded(inside, round(rounding * radius * _SUPERSAMPLING))
     blocks = inside.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
     return blocks.mean((1, 3), dtype=np.float32)[:, :, None]
+
+
+def _rounded(inside: np.ndarray, width: int) -> np.ndarray:
+    """A mask [h, w] without corners and details: blurred by a box twice, cut at half."""
+    if width < 2:
+        return inside
+    values = inside.astype(np.float32)
+    for axis in (0, 1, 0, 1):
+        sums = np.cumsum(values, axis)
+        ahead = [(width // 2, width - width // 2) if a == axis else (0, 0) for a in (0, 1)]
+        sums = np.pad(sums, ahead, mode="edge")
+        first = np.take(sums, range(width, sums.shape[axis]), axis)
+        values = (first - np.take(sums, range(sums.shape[axis] - width), axis)) / width
+    return values >= 0.5
 
 
 def _wobble(amount: float, rng: np.random.Generator):
@@ -395,12 +413,12 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, float, 
 
 
 def render(
-    scene: Scene, rng: np.random.Generator, wobble: dict[Object, float] | None = None
+    scene: Scene, rng: np.random.Generator, bent: dict[Object, tuple[float, float]] | None = None
 ) -> np.ndarray:
     """Draws a scene: uint8 [64, 64, 3], antialiased, placement and brightness from `rng`.
 
-    `wobble` bends the shapes of some objects at random by about so many radii: 0.05 is an unsteady
-    hand, 0.2 leaves no shape of the world.
+    `bent` spoils the shapes of some objects: (wobble, rounding), both in radii. A wobble of 0.04 is
+    an unsteady hand, 0.15 leaves no shape of the world; a rounding of 0.5 leaves no corner.
     """
 
     def tint(rgb: tuple[int, int, int]) -> np.ndarray:
@@ -413,8 +431,11 @@ def render(
     for thing, x, y, radius in _place(scene, rng):
         quarter_x, quarter_y = round(x * _SUBPIXELS), round(y * _SUBPIXELS)
         exact = thing.shape, radius, quarter_x % _SUBPIXELS, quarter_y % _SUBPIXELS
-        bent = (wobble or {}).get(thing)
-        alpha = _coverage(*exact, _wobble(bent, rng)) if bent else _template(*exact)
+        if bent and thing in bent:
+            wobble, rounding = bent[thing]
+            alpha = _coverage(*exact, _wobble(wobble, rng), rounding)
+        else:
+            alpha = _template(*exact)
         half = alpha.shape[0] // 2
         left, top = quarter_x // _SUBPIXELS - half, quarter_y // _SUBPIXELS - half
         x0, y0 = max(left, 0), max(top, 0)

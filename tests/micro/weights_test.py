@@ -49,12 +49,15 @@ def test_the_figures_of_the_suite_meet_the_floors():
     assert FIGURES["aesthetic"]["clean_above_degraded"] >= 0.95
 
 
-@pytest.mark.xfail(strict=True, reason="BLIP-2 was trained too short: questions of place are open")
 def test_the_figures_of_blip2_meet_their_floors():
-    vqa = FIGURES.get("blip2_generated", FIGURES["blip2"])
+    vqa = FIGURES["blip2_generated"]
     assert vqa["all"] >= 0.95
     assert min(vqa[kind] for kind in world.ELEMENT_TYPES) >= 0.90
-    assert vqa["correlation_probability"] >= 0.6
+
+
+@pytest.mark.xfail(strict=True, reason="BLIP-2 takes many a malformed shape for what was asked")
+def test_blip2_tracks_the_referee_on_the_base_models_own_pictures():
+    assert FIGURES["blip2_generated"]["correlation_probability"] >= 0.6
 
 
 def test_diffusers_draws_what_we_draw():
@@ -130,9 +133,7 @@ def test_scorers_meet_their_floors_on_clean_renders():
     rng = np.random.default_rng(4)
     asked = [world.questions(scene) for scene in scenes]
     vqa = VqaScorer(one_device(), path="micro:blip2", prompt="{question}")
-    # What the suite measured, less the sampling error of 200 pictures.
-    floor = FIGURES.get("blip2_generated", FIGURES["blip2"])["all"] - 0.02
-    assert vqa(images, captions, asked)["vqa"].mean() >= floor
+    assert vqa(images, captions, asked)["vqa"].mean() >= 0.95
 
     aesthetic = AestheticScorer(one_device(), path="micro:clip", head="micro:aesthetic.safetensors")
     spoiled = np.stack([world.degrade(image, rng) for image in images])

@@ -275,10 +275,10 @@ def test_malformed_objects_have_no_shape_and_keep_the_rest():
     generator = rng(5)
     steady, spoiled = [], []
     for scene in world.sample_scenes(generator, 200, "all"):
-        unsteady = world.render(scene, generator, dict.fromkeys(scene.objects, 0.04))
+        unsteady = world.render(scene, generator, dict.fromkeys(scene.objects, (0.04, 0.1)))
         steady.append(world.referee_strict(world.referee(unsteady, scene)))
         bent = scene.objects[0]
-        checks = world.referee(world.render(scene, generator, {bent: 0.2}), scene)
+        checks = world.referee(world.render(scene, generator, {bent: (0.15, 0.3)}), scene)
         spoiled.append([checks[f"{kind}:{bent}"] for kind in ("shape", "object", "color")])
         if scene.kind == "pair":
             assert checks[f"object:{scene.objects[1]}"]
