@@ -289,6 +289,8 @@ def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
         results.append(jax.device_get((state, values)))
     (one, one_values), (eight, eight_values) = results
     assert one_values["grad_norm"] > 0
+    # At the start, policy = reference: which of two equal rewards is larger is left to rounding.
+    del one_values["rewards/accuracy"]
     for key, value in one_values.items():
         assert eight_values[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     # The moments of the optimizer, from which the parameters follow: they hold the gradient.

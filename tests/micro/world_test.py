@@ -290,7 +290,8 @@ def test_malformed_objects_have_no_shape_and_keep_the_rest():
                 assert answer == true_answer(scene, question), question
     assert np.mean(steady) > 0.95
     shape, thing, color = np.mean(spoiled, axis=0)
-    assert shape < 0.1 and thing < 0.1 and color > 0.95
+    # Of a group one copy that is still a shape is enough to be there.
+    assert shape < 0.1 and thing < 0.2 and color > 0.95
 
 
 def template(question: str) -> str:
