@@ -23,7 +23,7 @@ VARIANTS = {
     "seed 2": {"train.seed": 2},
     "LoRA": {"train.lora_rank": 8, "train.learning_rate": 2e-4},
     "shuffled": {"pair.shuffle_labels": True},
-    "referee": {"pair.normalize": "none"},
+    "referee": {},  # see score_by_referee
     "sft": {"loss.name": "sft"},
 }
 
