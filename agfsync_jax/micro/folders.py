@@ -1,6 +1,9 @@
 """The Hugging Face folders of the micro suite: its sizes, configs and tokenizers."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,27 +108,44 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016) until each word is one token: the most frequent pair
+    first and, of equals, the last in the alphabet, so that two runs give the same token ids."""
+    spelled = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    while pairs := Counter(pair for parts in spelled.values() for pair in pairwise(parts)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        spelled = {word: _merge(parts, best) for word, parts in spelled.items()}
+    return merges
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for part in parts:
+        # A piece that was just merged is longer than the pair's first, so it cannot merge again.
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
 def write_tokenizer(folder: Path) -> None:
     """A CLIP byte-pair tokenizer in which every word of the world is one token.
 
     Any other text falls apart into its bytes, as in the tokenizer of the real CLIP.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = bytes_ + [token + "</w>" for token in bytes_]
-    # Trained until nothing is left to merge: then each word is one token.
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(world.VOCABULARY, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(folder))  # for its merges; the vocabulary gets all bytes below
-    merges = [line for line in (folder / "merges.txt").read_text().splitlines() if line[0] != "#"]
-    words = list(dict.fromkeys("".join(line.split()) for line in merges))
+    merges = byte_pair_merges(world.VOCABULARY)
+    words = list(dict.fromkeys("".join(pair) for pair in merges))
     vocabulary = [*alphabet, *words, "<|startoftext|>", "<|endoftext|>"]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     write_json(folder / "vocab.json", {token: number for number, token in enumerate(vocabulary)})
     special = {"bos_token": "<|startoftext|>"} | {
         name: "<|endoftext|>" for name in ("eos_token", "pad_token", "unk_token")
