@@ -2,8 +2,9 @@
 
 The vision tower starts from CLIP's. First it and the Q-Former learn what of an image to pass on:
 linear probes, thrown away afterwards, read facts of the scene from the tokens of single queries
-(`SLOTS`). Then the language model learns to answer from those tokens. Without the first part all
-queries come out alike, and questions of shape and place stay near chance for thousands of steps.
+(`probes.IN_QUERIES`). Then the language model learns to answer from those tokens. Without the first
+part all queries come out alike, and questions of shape and place stay near chance for thousands of
+steps.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +18,7 @@ import optax
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import TextTokenizer
-from agfsync_jax.micro import folders, world
+from agfsync_jax.micro import folders, probes, world
 from agfsync_jax.micro.painter import Painter
 from agfsync_jax.micro.training import clip_pixels, fit, in_batches, renders
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
@@ -25,52 +26,6 @@ from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.utils import weights
 
 START = 0  # the decoder starts with T5's padding token
-_BACKGROUNDS = list(world.BACKGROUNDS)
-_SHAPES = [None, *world.SHAPES, "malformed"]
-_ROLES = [None, "small", "large", "above", "below", "left", "right", "group"]
-# (query, fact) -> how many values the fact has. Six queries look for a color each.
-SLOTS = {
-    **{(i, f"{color} {fact}"): len(values)
-       for i, color in enumerate(world.COLORS)
-       for fact, values in (("shape", _SHAPES), ("role", _ROLES))},
-    (6, "background"): len(_BACKGROUNDS),
-    (7, "count"): 4,
-}  # fmt: skip
-
-
-def facts(scene: world.Scene, malformed: Collection[world.Object] = ()) -> list[int]:
-    """The value of each slot."""
-    roles = {"above": ("above", "below"), "below": ("below", "above")}
-    roles |= {"to the left of": ("left", "right"), "to the right of": ("right", "left")}
-    of_scene = roles.get(scene.relation, (scene.size or "group",))
-    seen = {
-        thing.color: (
-            _SHAPES.index("malformed" if thing in malformed else thing.shape),
-            _ROLES.index(role),
-        )
-        for thing, role in zip(scene.objects, of_scene, strict=True)
-    }
-    values = [value for color in world.COLORS for value in seen.get(color, (0, 0))]
-    return [*values, _BACKGROUNDS.index(scene.background), scene.count - 1]
-
-
-def init_probes(width: int) -> dict[str, dict[str, jax.Array]]:
-    """One linear layer a slot."""
-    return {
-        name: {"kernel": jnp.zeros((width, values)), "bias": jnp.zeros(values)}
-        for (_, name), values in SLOTS.items()
-    }
-
-
-def probe_loss(probes: dict, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the slots, read from tokens [b, queries, d]; targets [b, slots]."""
-    losses = []
-    for index, (query, name) in enumerate(SLOTS):
-        logits = tokens[:, query] @ probes[name]["kernel"] + probes[name]["bias"][None]
-        losses.append(
-            optax.softmax_cross_entropy_with_integer_labels(logits, targets[:, index]).mean()
-        )
-    return jnp.stack(losses).mean()
 
 
 def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> None:
@@ -171,8 +126,9 @@ def redrawn(painter: Painter, pictures: Sequence[Picture]) -> list[Picture]:
 def draw_batch(picture: Pictures, rng: np.random.Generator, count: int) -> tuple[list, dict]:
     """`count` pictures, and a batch of their images with the values of their slots."""
     drawn = [picture(rng) for _ in range(count)]
-    slots = np.array([facts(each.scene, each.malformed) for each in drawn], np.int32)
-    return drawn, {"images": np.stack([each.image for each in drawn]), "slots": slots}
+    slots = [probes.of_picture(each.scene, each.malformed) for each in drawn]
+    images = np.stack([each.image for each in drawn])
+    return drawn, {"images": images, "slots": np.array(slots, np.int32)}
 
 
 def ask(tokenizer: TextTokenizer, pictures: Sequence[Picture], rng, asked: int) -> dict:
@@ -231,10 +187,11 @@ def train_blip2(
     def see_loss(trained, batch, _):
         model = nnx.merge(graph, nnx.State(language | dict(trained["sight"])))
         tokens = model.get_image_tokens(clip_pixels(batch["images"]))
-        return probe_loss(trained["probes"], tokens, batch["slots"])
+        return probes.loss(probes.IN_QUERIES, trained["probes"], tokens, batch["slots"])
 
     seeing = fit(
-        "blip2_see", workdir, {"sight": sight, "probes": init_probes(width)}, see_loss, see_batch,
+        "blip2_see", workdir, {"sight": sight, "probes": probes.init(probes.IN_QUERIES, width)},
+        see_loss, see_batch,
         steps=see_steps, learning_rate=1e-3, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
     sight = dict(seeing["sight"])
@@ -283,12 +240,13 @@ def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 2400) -> 
     def loss_fn(trained, batch, _):
         model = nnx.merge(graph, trained["model"])
         tokens = model.get_image_tokens(clip_pixels(batch["images"]))
-        seen = probe_loss(trained["probes"], tokens, batch["slots"])
+        seen = probes.loss(probes.IN_QUERIES, trained["probes"], tokens, batch["slots"])
         return answer_loss(model, tokens, batch) + seen
 
-    probes = init_probes(params["language_projection"]["bias"].shape[0])
+    width = params["language_projection"]["bias"].shape[0]
     trained = fit(
-        "blip2_generated", workdir, {"model": params, "probes": probes}, loss_fn, make_batch,
+        "blip2_generated", workdir,
+        {"model": params, "probes": probes.init(probes.IN_QUERIES, width)}, loss_fn, make_batch,
         steps=steps, learning_rate=5e-4, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
     config = weights.read_json(folder / "config.json")
@@ -326,9 +284,10 @@ def _examine(graph, params, tokenizer, painter) -> dict[str, float]:
     for kind in world.ELEMENT_TYPES:
         figures[kind] = float(np.mean([right for _, each, right, _ in answers if each == kind]))
     if painter.unet is not None:
-        scenes = world.sample_scenes(np.random.default_rng(34), 64, "heldout", unique=True)
+        scenes = world.sample_scenes(np.random.default_rng(34), 128, "heldout", unique=True)
         scenes = [scene for scene in scenes for _ in range(8)]
-        drawn = painter.draw([scene.caption() for scene in scenes], seed=35)
+        captions = [scene.caption() for scene in scenes]
+        drawn = painter.draw(captions, seed=35, steps=16, guidance=3.0)  # as configs/micro.py does
         judged = [
             world.referee_mean(world.referee(*pair)) for pair in zip(drawn, scenes, strict=True)
         ]

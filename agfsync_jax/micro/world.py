@@ -170,14 +170,19 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def in_reading_order(scene: Scene) -> Scene:
+    """The same picture, its upper or left object named first."""
+    if scene.relation not in ("below", "to the right of"):
+        return scene
+    return dataclasses.replace(
+        scene, objects=scene.objects[::-1], relation=_OPPOSITE[scene.relation]
+    )
+
+
 @functools.cache
 def _scene_is_heldout(scene: Scene) -> bool:
     # "A above B" and "B below A" are one picture, so they share a split.
-    if scene.relation in ("below", "to the right of"):
-        scene = dataclasses.replace(
-            scene, objects=scene.objects[::-1], relation=_OPPOSITE[scene.relation]
-        )
-    return _hash(scene.caption()) % 5 == 0
+    return _hash(in_reading_order(scene).caption()) % 5 == 0
 
 
 def is_heldout(caption: str) -> bool:
@@ -271,11 +276,11 @@ def sample_scenes(
 
 
 def mutate(scene: Scene, rng: np.random.Generator, split: str = "all") -> Scene:
-    """A hard negative: the scene with exactly one attribute changed."""
+    """A hard negative: the scene with exactly one attribute changed, or two objects exchanged."""
     _check_split(split)
     attributes = {
         "single": ("color", "shape", "size", "background"),
-        "pair": ("color", "shape", "relation", "background"),
+        "pair": ("color", "shape", "relation", "order", "background"),
         "count": ("color", "shape", "count", "background"),
     }[scene.kind]
     while True:
@@ -287,6 +292,8 @@ def mutate(scene: Scene, rng: np.random.Generator, split: str = "all") -> Scene:
             objects = list(scene.objects)
             objects[index] = dataclasses.replace(objects[index], **{attribute: value})
             mutant = dataclasses.replace(scene, objects=tuple(objects))
+        elif attribute == "order":
+            mutant = dataclasses.replace(scene, objects=scene.objects[::-1])
         else:
             values = {
                 "size": SIZES,
@@ -298,6 +305,23 @@ def mutate(scene: Scene, rng: np.random.Generator, split: str = "all") -> Scene:
             mutant = dataclasses.replace(scene, **{attribute: value})
         if _in_split(mutant, split):
             return mutant
+
+
+def misread(scene: Scene, rng: np.random.Generator, split: str = "all") -> Scene:
+    """The scene of a careless caption: everything is named, but the two objects or their colors are
+    exchanged, one is counted too many or too few, or the size is the other one. In a split in which
+    all of these are missing, the scene itself."""
+    _check_split(split)
+    if scene.kind == "pair":
+        (first, second), colors = scene.objects, [thing.color for thing in scene.objects]
+        exchanged = Object(colors[1], first.shape), Object(colors[0], second.shape)
+        changes = [{"objects": (second, first)}, {"objects": exchanged}]
+    elif scene.kind == "single":
+        changes = [{"size": size} for size in _others(SIZES, scene.size)]
+    else:
+        changes = [{"count": count} for count in COUNTS if abs(count - scene.count) == 1]
+    told = [dataclasses.replace(scene, **change) for change in changes]
+    return _pick(rng, [each for each in told if _in_split(each, split)] or [scene])
 
 
 # --- Pictures ---

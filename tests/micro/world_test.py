@@ -99,8 +99,8 @@ def test_unique_scenes_keep_the_mix_while_a_kind_lasts():
         world.sample_scenes(rng(), total + 1, "heldout", unique=True)
 
 
-def test_a_mutant_differs_in_one_attribute():
-    generator = rng()
+def test_a_mutant_differs_in_one_attribute_or_in_the_order():
+    generator, orders = rng(), 0
     for scene in world.sample_scenes(generator, 500, "all"):
         mutant = world.mutate(scene, generator)
         assert world.parse_caption(mutant.caption()) == mutant
@@ -108,10 +108,35 @@ def test_a_mutant_differs_in_one_attribute():
             getattr(scene, field) != getattr(mutant, field)
             for field in ("kind", "background", "size", "relation", "count")
         ]
+        if mutant.objects == scene.objects[::-1] != scene.objects:
+            assert sum(differences) == 0
+            orders += 1
+            continue
         for mine, theirs in zip(scene.objects, mutant.objects, strict=True):
             differences += [mine.color != theirs.color, mine.shape != theirs.shape]
         assert sum(differences) == 1
         assert not world.is_heldout(world.mutate(scene, generator, "train").caption())
+    assert orders > 20
+
+
+def test_a_careless_caption_names_everything_and_tells_another_picture():
+    generator, changes = rng(), set()
+    for scene in world.sample_scenes(generator, 400, "train"):
+        told = world.misread(scene, generator, "train")
+        assert not world.is_heldout(told.caption())
+        if told == scene:
+            continue
+        assert world.in_reading_order(told) != world.in_reading_order(scene)
+        assert told.background == scene.background
+        for attribute in ("color", "shape"):
+            assert {getattr(thing, attribute) for thing in told.objects} == {
+                getattr(thing, attribute) for thing in scene.objects
+            }
+        changes.add((scene.kind, told.objects == scene.objects[::-1], told.count - scene.count))
+    assert changes == {
+        ("single", True, 0), ("pair", True, 0), ("pair", False, 0),
+        ("count", True, 1), ("count", True, -1),
+    }  # fmt: skip
 
 
 # --- Pictures ---
