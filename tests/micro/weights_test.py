@@ -55,7 +55,6 @@ def test_the_figures_of_blip2_meet_their_floors():
     assert min(vqa[kind] for kind in world.ELEMENT_TYPES) >= 0.90
 
 
-@pytest.mark.xfail(strict=True, reason="BLIP-2 takes many a malformed shape for what was asked")
 def test_blip2_tracks_the_referee_on_the_base_models_own_pictures():
     assert FIGURES["blip2_generated"]["correlation_probability"] >= 0.6
 
