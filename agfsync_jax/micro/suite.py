@@ -40,7 +40,7 @@ from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.utils import weights
 from agfsync_jax.utils.memory import keep_freed_memory
 
-CARELESS_CAPTIONS = 0.5
+CARELESS_CAPTIONS = 0.5  # of those in the last steps of the UNet
 
 
 # ----------------------------------------------------------------------------------------- clip
