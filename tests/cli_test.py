@@ -166,8 +166,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, verb, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_cleanly(number, code, tmp_path):
     script = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
         "from agfsync_jax import cli\n"
+        # What a shell starts in the background ignores Ctrl-C, and so would this.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main(*args, **kwargs):\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(600)\n"
