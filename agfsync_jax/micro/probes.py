@@ -18,6 +18,7 @@ _COLORS = [None, *world.COLORS]
 _SHAPES = [None, *world.SHAPES, "malformed"]
 _ROLES = [None, "small", "large", "above", "below", "left", "right", "group"]
 _PLACES = [*_ROLES[:-1], *world.COUNTS]
+_IN_READING_ORDER = {"above": ("above", "below"), "to the left of": ("left", "right")}
 
 Slots = dict[tuple[int, str], int]  # (token, fact) -> how many values the fact has
 
@@ -46,9 +47,8 @@ IN_CAPTION: Slots = _OF_CAPTION | {
 
 def of_picture(scene: world.Scene, malformed: Collection[world.Object] = ()) -> list[int]:
     """The values of `IN_QUERIES`."""
-    roles = {"above": ("above", "below"), "below": ("below", "above")}
-    roles |= {"to the left of": ("left", "right"), "to the right of": ("right", "left")}
-    of_scene = roles.get(scene.relation, (scene.size or "group",))
+    scene = world.in_reading_order(scene)
+    of_scene = _IN_READING_ORDER.get(scene.relation, (scene.size or "group",))
     seen = {
         thing.color: (
             _SHAPES.index("malformed" if thing in malformed else thing.shape),
@@ -63,8 +63,7 @@ def of_picture(scene: world.Scene, malformed: Collection[world.Object] = ()) -> 
 def of_caption(scene: world.Scene) -> list[int]:
     """The values of `IN_CAPTION`."""
     scene = world.in_reading_order(scene)
-    places = {"above": ("above", "below"), "to the left of": ("left", "right")}
-    of_scene = places.get(scene.relation, (scene.size or scene.count,))
+    of_scene = _IN_READING_ORDER.get(scene.relation, (scene.size or scene.count,))
     values = [0] * 6
     for index, (thing, place) in enumerate(zip(scene.objects, of_scene, strict=True)):
         values[3 * index : 3 * index + 3] = [
