@@ -63,6 +63,7 @@ def test_the_suites_command_runs(tmp_path, monkeypatch):
         ("unet", "referee_strict", "referee-strict {:.1%}"),
         ("aesthetic", "clean_above_degraded", "clean above spoiled in {:.1%} of pairs"),
         ("blip2_generated", "all", "right answers {:.1%}"),
+        ("blip2_generated", "correlation_probability", "correlation of {:.2f}"),
     ],
 )
 def test_the_suites_figures_are_those_that_ship(model, key, wording):
