@@ -328,3 +328,165 @@ def assert_same_gradients(grads, twin, prefix="", tolerance=1e-4):
         assert np.abs(ours - expected).max() <= tolerance * scale, key
         compared += 1
     assert compared > 5
+
+
+def unit_gain(model, seed=0):
+    """Random weights that keep activations of unit size through a network of any width.
+
+    As `spread`, but by the kind of a layer and not by its name, and in place.
+    """
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, value in module.named_parameters(recurse=False):
+                if isinstance(module, torch.nn.Embedding):
+                    value.normal_()
+                elif value.ndim > 1:
+                    value.normal_(std=value[0].numel() ** -0.5)
+                else:
+                    norm = "Norm" in type(module).__name__ and name == "weight"
+                    value.normal_(mean=1.0 if norm else 0.0, std=0.2)
+    return model.eval()
+
+
+def tiny_stable_diffusion_xl(folder, seed=0, refiner=False):
+    """Saves a tiny random Stable Diffusion XL of 32-pixel images to `folder`, and returns it.
+
+    The refiner has the second text encoder alone, and is an image-to-image pipeline.
+    """
+    import json
+    from pathlib import Path
+
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    folder, words = Path(folder), ("red", "blue", "circle", "square")
+    vocab = clip_tokenizer_files(folder / "tokenizer", words)
+    clip_tokenizer_files(folder / "tokenizer_2", words)
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "x</w>"}))
+    text = {
+        "vocab_size": len(vocab),
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "bos_token_id": vocab["<|startoftext|>"],
+        "eos_token_id": vocab["<|endoftext|>"],
+    }
+    torch.manual_seed(seed)
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=16, **text))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text)
+    )
+    ids = 5 if refiner else 6
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=24 if refiner else 40,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 8 * ids,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.13025,
+    )
+    with torch.no_grad():
+        for encoder in (first, second):
+            for name, value in encoder.named_parameters():
+                if "embedding" in name:
+                    value.copy_(torch.randn_like(value))  # so that prompts differ
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(str(folder / name)) for name in ("tokenizer", "tokenizer_2")
+    ]
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler, "text_encoder_2": second}
+    if refiner:
+        pipeline = StableDiffusionXLImg2ImgPipeline(
+            **parts,
+            text_encoder=None,
+            tokenizer=None,
+            tokenizer_2=tokenizers[1],
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+    else:
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder=first,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            add_watermarker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(str(folder))
+    return pipeline
+
+
+def import_open_clip():
+    """open_clip's networks and tokenizer, without torchvision and timm.
+
+    A torchvision must be of torch's own build, which no requirement can say; open_clip wants it for
+    images alone. Skips the test where open_clip is not installed (launch/test.sh installs it).
+    """
+    import importlib.machinery
+    import sys
+    import types
+
+    import pytest
+    from transformers import CLIPModel  # noqa: F401 - before it can see the stand-ins
+
+    def anything(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+    names = ["torchvision", "torchvision.ops", "torchvision.ops.misc"]
+    names += ["torchvision.transforms", "torchvision.transforms.functional"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            module = types.ModuleType(name)
+            module.__path__, module.__getattr__ = [], anything
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            patch.setitem(sys.modules, name, module)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
+        modes = types.SimpleNamespace(BICUBIC="bicubic", BILINEAR="bilinear")
+        sys.modules["torchvision.transforms"].InterpolationMode = modes
+        patch.setitem(sys.modules, "timm", None)
+        found = pytest.importorskip("open_clip", reason="launch/test.sh installs open_clip")
+    for name in [name for name in sys.modules if name.split(".")[0] == "open_clip"]:
+        del sys.modules[name]  # for whoever wants it whole
+    return found

@@ -4,20 +4,22 @@ Source: Li et al. 2023 (arXiv 2301.12597); names and numbers follow transformers
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, ModelConfig, attention
-from agfsync_jax.models.t5 import LEGACY_FIELDS, T5Config, T5ForConditionalGeneration
+from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
 
 
 @dataclasses.dataclass(frozen=True)
 class Blip2VisionConfig(ModelConfig):
+    """`vision_config` of a BLIP-2."""
+
     fixed: ClassVar = {"num_channels": (3,)}
-    ignored: ClassVar = LEGACY_FIELDS | {"projection_dim"}
+    ignored: ClassVar = {"projection_dim": "the vision model has no projection"}
 
     hidden_size: int = 1408
     intermediate_size: int = 6144
@@ -25,29 +27,30 @@ class Blip2VisionConfig(ModelConfig):
     num_attention_heads: int = 16
     image_size: int = 224
     patch_size: int = 14
-    hidden_act: str = "gelu"
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "gelu"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Blip2QFormerConfig(ModelConfig):
+    """`qformer_config` of a BLIP-2."""
+
     fixed: ClassVar = {
         "use_qformer_text_input": (False,),
         "position_embedding_type": ("absolute",),
     }
-    # sizes of the text side of the Q-Former, which only image-text retrieval has
-    ignored: ClassVar = LEGACY_FIELDS | {
-        "attention_probs_dropout_prob",
-        "max_position_embeddings",
-        "vocab_size",
+    ignored: ClassVar = {
+        "attention_probs_dropout_prob": "this network drops nothing",
+        "max_position_embeddings": "only image-text retrieval gives the Q-Former text",
+        "vocab_size": "only image-text retrieval gives the Q-Former text",
     }
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "gelu"
     layer_norm_eps: float = 1e-12
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
@@ -58,7 +61,7 @@ class Blip2Config(ModelConfig):
     """transformers' BLIP-2 `config.json`, with a T5 text model."""
 
     fixed: ClassVar = {"use_decoder_only_language_model": (False,)}
-    ignored: ClassVar = LEGACY_FIELDS | {"image_text_hidden_size"}
+    ignored: ClassVar = {"image_text_hidden_size": "only image-text retrieval has this layer"}
 
     vision_config: Blip2VisionConfig = Blip2VisionConfig()
     qformer_config: Blip2QFormerConfig = Blip2QFormerConfig()
@@ -291,8 +294,14 @@ class Blip2ForConditionalGeneration(nnx.Module):
     """
 
     config_class = Blip2Config
-    ignored_keys = tuple(
-        rf"language_model\.{key}" for key in T5ForConditionalGeneration.ignored_keys
+    tied_keys = tuple(
+        (rf"language_model\.{pattern}", f"language_model.{key}")
+        for pattern, key in T5ForConditionalGeneration.tied_keys
+    )
+    ignored_keys = (
+        *(rf"language_model\.{key}" for key in T5ForConditionalGeneration.ignored_keys),
+        # the text side of the Q-Former, which only image-text retrieval reads
+        r"(qformer\.)?embeddings\.(position_ids|(word|position)_embeddings\.weight)",
     )
 
     def __init__(self, config: Blip2Config, *, rngs: nnx.Rngs, dtype=jnp.float32):

@@ -1,6 +1,7 @@
 """CLIP's text and vision towers (Radford et al. 2021), in the layout of transformers' CLIPModel."""
 
 import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from agfsync_jax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(ModelConfig):
-    """config.json of a CLIPTextModel."""
+    """config.json of a CLIPTextModel or CLIPTextModelWithProjection."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -30,10 +31,10 @@ class CLIPTextConfig(ModelConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    projection_dim: int = 512
+    projection_dim: int = 512  # of CLIPTextModelWithProjection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,10 @@ class CLIPVisionConfig(ModelConfig):
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
+
+    ignored = {"projection_dim": "a CLIPModel has one for both towers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +62,31 @@ class CLIPConfig(ModelConfig):
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
 
-    ignored = frozenset({"logit_scale_init_value", "text_config_dict", "vision_config_dict"})
+    ignored = {"logit_scale_init_value": "the scale is in the checkpoint"}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "CLIPConfig":
-        """As `ModelConfig.from_dict`, with the two nested configs."""
-        nested = {
-            "text_config": CLIPTextConfig.from_dict(values.get("text_config") or {}),
-            "vision_config": CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
-        }
-        return super().from_dict(values | nested)
+    def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
+        """As `ModelConfig.from_dict`, with the two nested configs.
+
+        The first CLIPs repeat a nested config as `text_config_dict`. As in transformers it comes
+        before `text_config`, and so do the defaults of the fields that it leaves out.
+        """
+        values = dict(values)
+        for name, nested in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            fields, repeated = values.get(name) or {}, values.pop(f"{name}_dict", None)
+            if repeated is not None:
+                fields = fields | dataclasses.asdict(nested()) | repeated
+            values[name] = nested.from_dict(fields)
+        return super().from_dict(values)
+
+
+class CLIPTextOutput(NamedTuple):
+    """What a text tower says of token ids [b, n]."""
+
+    last_hidden_state: Float[Array, "b n d"]  # after the final norm
+    pooler_output: Float[Array, "b d"]  # of these, the one at the end-of-text token
+    penultimate_hidden_state: Float[Array, "b n d"]  # of the last layer but one, without a norm
+    text_embeds: Float[Array, "b p"] | None = None  # pooler_output projected, where the tower can
 
 
 class CLIPAttention(nnx.Module):
@@ -128,10 +145,12 @@ class CLIPEncoder(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Array | None = None
-    ) -> Float[Array, "b n d"]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+        """What comes out of the last block, and what goes into it."""
+        penultimate = x
         for layer in self.layers:
-            x = layer(x, mask)
-        return x
+            penultimate, x = x, layer(x, mask)
+        return x, penultimate
 
 
 class CLIPTextEmbeddings(nnx.Module):
@@ -161,19 +180,19 @@ class CLIPTextTransformer(nnx.Module):
             config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
         )
 
-    def __call__(
-        self, input_ids: Int[Array, "b n"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+    def __call__(self, input_ids: Int[Array, "b n"]) -> CLIPTextOutput:
         length = input_ids.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        x = self.final_layer_norm(self.encoder(self.embeddings(input_ids), causal))
+        x, penultimate = self.encoder(self.embeddings(input_ids), causal)
+        x = self.final_layer_norm(x)
         # Old checkpoints say eos_token_id=2 and mean the largest id, which is where their end-of-
         # text token stands.
         if self.eos_token_id == 2:
             end = jnp.argmax(input_ids, axis=-1)
         else:
             end = jnp.argmax(input_ids == self.eos_token_id, axis=-1)
-        return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(x, pooled, penultimate)
 
 
 class CLIPVisionEmbeddings(nnx.Module):
@@ -219,12 +238,12 @@ class CLIPVisionTransformer(nnx.Module):
     def __call__(
         self, pixel_values: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        x, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
         return x, self.post_layernorm(x[:, 0])
 
 
 class CLIPTextModel(nnx.Module):
-    """The text tower alone: Stable Diffusion's text encoder."""
+    """The text tower alone: Stable Diffusion's text encoder, and the first of XL's two."""
 
     config_class = CLIPTextConfig
     key_aliases = ((r"^(?!text_model\.)", "text_model."),)  # transformers 5 drops the prefix
@@ -233,11 +252,28 @@ class CLIPTextModel(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, input_ids: Int[Array, "b n"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-        """The last hidden states after the final norm, and the one at the end-of-text token."""
+    def __call__(self, input_ids: Int[Array, "b n"]) -> CLIPTextOutput:
+        """Hidden states of token ids, without `text_embeds`."""
         return self.text_model(input_ids)
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """The text tower and its projection: the second text encoder of Stable Diffusion XL."""
+
+    config_class = CLIPTextConfig
+    key_aliases = ((r"^(?!text_model\.|text_projection\.)", "text_model."),)
+    ignored_keys = (r"text_model\.embeddings\.position_ids",)
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+        self.text_projection = Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, input_ids: Int[Array, "b n"]) -> CLIPTextOutput:
+        """Hidden states of token ids, with `text_embeds`."""
+        output = self.text_model(input_ids)
+        return output._replace(text_embeds=self.text_projection(output.pooler_output))
 
 
 class CLIPVisionModel(nnx.Module):
@@ -277,7 +313,7 @@ class CLIPModel(nnx.Module):
 
     def get_text_features(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b p"]:
         """Projected text embeddings, not normalized."""
-        return self.text_projection(self.text_model(input_ids)[1])
+        return self.text_projection(self.text_model(input_ids).pooler_output)
 
     def get_image_features(self, pixel_values: Float[Array, "b h w 3"]) -> Float[Array, "b p"]:
         """Projected image embeddings, not normalized."""

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -9,26 +13,80 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# Bookkeeping that save_pretrained writes into every config.json and that changes no computation.
-_BOOKKEEPING = frozenset(
-    """architectures attention_dropout bos_token_id chunk_size_feed_forward dropout dtype
-    eos_token_id hidden_dropout_prob id2label initializer_factor initializer_range
-    is_encoder_decoder label2id model_type output_attentions output_hidden_states pad_token_id
-    problem_type return_dict torch_dtype transformers_version use_cache""".split()
+# Bookkeeping and generation settings that save_pretrained writes into every config.json, nested
+# ones included, and that change no computation. Dropout too: these networks drop nothing.
+BOOKKEEPING = frozenset(
+    """architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty
+    do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    hidden_dropout_prob id2label initializer_factor initializer_range is_encoder_decoder label2id
+    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache""".split()
 )
+# Fields of the same origin that would change a network, were they anything else.
+USUAL = {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+}
+_WORDS = {
+    bool: "`true` or `false`",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    types.NoneType: "`null`",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a parsed JSON value is of an annotated type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, parts[0]) for each in value)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def in_json(values: Iterable) -> str:
+    """Values as config.json spells them, in Markdown."""
+    return " or ".join(f"`{json.dumps(value)}`" for value in values)
+
+
+def _describe(kind: Any) -> str:
+    """An annotated type in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(part) for part in parts)
+    if origin is typing.Literal:
+        return in_json(parts)
+    if origin is tuple:
+        return f"a list, each {_describe(parts[0])}"
+    return _WORDS.get(kind) or f"an object, see {kind.__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A network's config.json in Hugging Face's words.
 
-    A subclass lists the fields it honors. `fixed` holds the fields that the network supports with
-    certain values only (field -> the supported values), `ignored` those that change no computation
-    here.
+    A subclass lists the fields it honors, annotated with the values it takes. `fixed` holds the
+    fields that the network supports with certain values only (field -> the supported values),
+    `ignored` those that change no computation here (field -> why).
     """
 
     fixed: ClassVar[dict[str, tuple]] = {}
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    ignored: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -38,21 +96,39 @@ class ModelConfig:
           ValueError: fields that are not supported, all of them listed.
         """
         known, wrong = {}, []
-        fields = {field.name for field in dataclasses.fields(cls)}
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        fixed = USUAL | cls.fixed
         for name, value in values.items():
-            if name in fields:
+            if name in kinds:
                 known[name] = tuple(value) if isinstance(value, list) else value
-            elif name in cls.fixed:
-                if value not in cls.fixed[name]:
-                    supported = " or ".join(repr(option) for option in cls.fixed[name])
+                if not _fits(value, kinds[name]):
+                    wrong.append(f"{name}={value!r} (supported: {_describe(kinds[name])})")
+            elif name in fixed:
+                if value not in fixed[name]:
+                    supported = " or ".join(repr(option) for option in fixed[name])
                     wrong.append(f"{name}={value!r} (supported: {supported})")
-            elif not name.startswith("_") and name not in cls.ignored | _BOOKKEEPING:
+            elif not name.startswith("_") and name not in BOOKKEEPING | cls.ignored.keys():
                 wrong.append(f"{name}={value!r} (unknown field)")
         if wrong:
             raise ValueError(
                 f"{cls.__name__}: fields of config.json that are not supported: {'; '.join(wrong)}."
             )
         return cls(**known)
+
+    @classmethod
+    def support(cls) -> Iterator[tuple[str, str, str, str]]:
+        """Every field of this network's own: (name, support, values, default), in Markdown.
+
+        Those of `USUAL` and `BOOKKEEPING`, which all networks know, are left out.
+        """
+        for field in dataclasses.fields(cls):
+            nested = isinstance(field.default, ModelConfig)
+            default = "" if nested else in_json([field.default])
+            yield field.name, "honored", _describe(field.type), default
+        for name, values in cls.fixed.items():
+            yield name, "only these values", in_json(values), ""
+        for name, why in cls.ignored.items():
+            yield name, "no effect", why, ""
 
 
 Linear = nnx.Linear
@@ -152,7 +228,8 @@ def attention(
     d ** -0.5 unless given.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = jnp.einsum("bshd,bthd->bhst", q * scale, k, preferred_element_type=jnp.float32)
+    # The scale enters after the sum, in float32: in bfloat16 it would round every query once more.
+    weights = scale * jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         weights = weights + jnp.broadcast_to(bias, weights.shape)
     if mask is not None:

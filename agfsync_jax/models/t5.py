@@ -5,7 +5,7 @@ Source: Raffel et al. 2020 (arXiv 1910.10683); names and numbers follow transfor
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, attention
 
-# Generation settings and other fields that transformers 4 wrote into every config.json, nested ones
-# included; none changes the network.
-LEGACY_FIELDS = frozenset(
-    """add_cross_attention bad_words_ids begin_suppress_tokens classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id is_decoder length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix
-    pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16""".split()
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class T5Config(ModelConfig):
     """transformers' T5 `config.json`; `scale_decoder_outputs=False` means a head of its own."""
 
-    # is_gated_act follows from feed_forward_proj
-    ignored: ClassVar = LEGACY_FIELDS | {
-        "dropout_rate",
-        "is_gated_act",
-        "n_positions",
-        "output_past",
+    ignored: ClassVar = {
+        "dropout_rate": "this network drops nothing",
+        "is_gated_act": "it follows from feed_forward_proj",
+        "n_positions": "the positions are relative",
+        "output_past": "generation always keeps keys and values",
     }
 
     vocab_size: int = 32128
@@ -52,8 +38,8 @@ class T5Config(ModelConfig):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
-    dense_act_fn: str | None = None
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+    dense_act_fn: Literal[tuple(ACTIVATIONS)] | None = None
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool | None = None
     pad_token_id: int = 0
@@ -61,11 +47,6 @@ class T5Config(ModelConfig):
     decoder_start_token_id: int = 0
 
     def __post_init__(self):
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}; T5 here knows 'relu' and "
-                "'gated-gelu'"
-            )
         if self.dense_act_fn is None:  # BLIP-2's Flan-T5 sets the exact gelu here
             name = {"relu": "relu", "gated-gelu": "gelu_new"}[self.feed_forward_proj]
             object.__setattr__(self, "dense_act_fn", name)
@@ -75,6 +56,7 @@ class T5Config(ModelConfig):
         # classic and v1.1 in scale_decoder_outputs; older files have tie_word_embeddings only.
         if self.scale_decoder_outputs is None:
             object.__setattr__(self, "scale_decoder_outputs", self.tie_word_embeddings)
+        object.__setattr__(self, "tie_word_embeddings", True)  # as there: it means no more
 
 
 def relative_position_buckets(
@@ -278,6 +260,7 @@ class T5ForConditionalGeneration(nnx.Module):
 
     config_class = T5Config
     # repeats of the shared table; a head of its own is a parameter and so is not ignored
+    tied_keys = ((r"(encoder|decoder)\.embed_tokens\.weight", "shared.weight"),)
     ignored_keys = (
         r"(encoder|decoder)\.embed_tokens\.weight",
         r"lm_head\.weight",

@@ -1,13 +1,18 @@
-"""UNet2DConditionModel: the denoiser of Stable Diffusion, as in diffusers (Rombach et al. 2022)."""
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1, 2, Turbo and XL, as in diffusers.
+
+Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952) for XL's second
+conditioning, the pooled text and the sizes of the image.
+"""
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from agfsync_jax.models.layers import (
     Conv,
@@ -29,73 +34,96 @@ _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 class UNet2DConditionConfig(ModelConfig):
     """config.json of a diffusers UNet2DConditionModel."""
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    down_block_types: tuple[Literal[tuple(_DOWN)], ...] = (
+        *("CrossAttnDownBlock2D",) * 3,
+        "DownBlock2D",
+    )
+    up_block_types: tuple[Literal[tuple(_UP)], ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
     cross_attention_dim: int = 1280
     # Diffusers' name is wrong and kept: this is the number of heads, one for all blocks or one a
     # block.
     attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    # The pooled text and the sizes of XL; the two numbers mean nothing without the type.
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     fixed = {
-        "act_fn": ("silu",),
+        "act_fn": ("silu", "swish"),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1, 1.0),
         "center_input_sample": (False,),
         "dual_cross_attention": (False,),
         "only_cross_attention": (False,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "mid_block_only_cross_attention": (None, False),
-        "upcast_attention": (None, False, True),  # softmax is in float32 anyway
         "resnet_time_scale_shift": ("default",),
         "resnet_skip_time_act": (False,),
         "resnet_out_scale_factor": (1, 1.0),
         "time_embedding_type": ("positional",),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
-        "transformer_layers_per_block": (1,),
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
         "cross_attention_norm": (None,),
         "dropout": (0, 0.0),
     } | dict.fromkeys(
-        """addition_embed_type addition_time_embed_dim class_embed_type encoder_hid_dim
-        encoder_hid_dim_type num_attention_heads num_class_embeds
-        projection_class_embeddings_input_dim reverse_transformer_layers_per_block
-        time_cond_proj_dim time_embedding_act_fn time_embedding_dim timestep_post_act""".split(),
+        """class_embed_type encoder_hid_dim encoder_hid_dim_type num_attention_heads
+        num_class_embeds reverse_transformer_layers_per_block time_cond_proj_dim
+        time_embedding_act_fn time_embedding_dim timestep_post_act""".split(),
         (None,),
     )
-    ignored = frozenset({"addition_embed_type_num_heads"})
+    ignored = {
+        "addition_embed_type_num_heads": "text_time has no heads",
+        "mid_block_only_cross_attention": "the supported middle block does not read it",
+        "upcast_attention": "the softmax is always in float32",
+    }
 
     def __post_init__(self):
-        for field, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            unknown = [name for name in getattr(self, field) if name not in known]
-            if unknown or len(getattr(self, field)) != len(self.block_out_channels):
+        levels = len(self.block_out_channels)
+        for field in (
+            *("down_block_types", "up_block_types"),
+            *("attention_head_dim", "transformer_layers_per_block"),
+        ):
+            each = getattr(self, field)
+            if not isinstance(each, int) and len(each) != levels:
                 raise ValueError(
-                    f"UNet2DConditionModel: {field}={list(getattr(self, field))} is not supported: "
-                    f"one of {sorted(known)} is needed for each of the "
-                    f"{len(self.block_out_channels)} block_out_channels."
+                    f"UNet2DConditionModel: {field}={list(each)} is not supported: one is needed "
+                    f"for each of the {levels} block_out_channels."
                 )
+        sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type and None in sizes:
+            raise ValueError(
+                "UNet2DConditionModel: addition_embed_type='text_time' needs "
+                "addition_time_embed_dim and projection_class_embeddings_input_dim, found "
+                f"{sizes[0]} and {sizes[1]}."
+            )
 
     def heads(self, level: int) -> int:
         """The number of attention heads at a resolution level, 0 the highest."""
         heads = self.attention_head_dim
         return heads if isinstance(heads, int) else heads[level]
 
+    def transformer_layers(self, level: int) -> int:
+        """The number of transformer blocks after a resnet at a resolution level, 0 the highest."""
+        layers = self.transformer_layers_per_block
+        return layers if isinstance(layers, int) else layers[level]
+
 
 def timestep_embedding(
-    timesteps: Int[Array, " b"], channels: int, flip_sin_to_cos: bool, shift: int
+    timesteps: Num[Array, " b"], channels: int, flip_sin_to_cos: bool, shift: int
 ) -> Float[Array, "b c"]:
-    """Sinusoidal embedding of timesteps (Vaswani et al. 2017), float32."""
+    """Sinusoidal embedding of timesteps or sizes (Vaswani et al. 2017), float32."""
     half = channels // 2
     # Constants in torch's roundings: an angle of some 900 turns an ulp of its frequency into 1e-4.
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / (half - shift)
@@ -214,7 +242,8 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """A transformer over the pixels of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int, heads: int, config: UNet2DConditionConfig, *, dtype, rngs):
+    def __init__(self, channels: int, level: int, config: UNet2DConditionConfig, *, dtype, rngs):
+        heads, context_width = config.heads(level), config.cross_attention_dim
         if channels % heads:
             raise ValueError(
                 f"UNet2DConditionModel: {channels} channels do not divide into {heads} heads."
@@ -225,9 +254,8 @@ class Transformer2DModel(nnx.Module):
         self.proj_in = project(channels, channels, *size, dtype=dtype, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
-                BasicTransformerBlock(
-                    channels, config.cross_attention_dim, heads, dtype=dtype, rngs=rngs
-                )
+                BasicTransformerBlock(channels, context_width, heads, dtype=dtype, rngs=rngs)
+                for _ in range(config.transformer_layers(level))
             ]
         )
         self.proj_out = project(channels, channels, *size, dtype=dtype, rngs=rngs)
@@ -268,9 +296,8 @@ class DownBlock2D(nnx.Module):
             [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
         )
         if _DOWN[config.down_block_types[level]]:
-            heads = config.heads(level)
             self.attentions = nnx.List(
-                [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs) for _ in ins]
+                [Transformer2DModel(width, level, config, dtype=dtype, rngs=rngs) for _ in ins]
             )
         if level < len(widths) - 1:
             self.downsamplers = nnx.List([Downsample2D(width, dtype=dtype, rngs=rngs)])
@@ -294,13 +321,11 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
     """Resnet, transformer, resnet at the lowest resolution."""
 
     def __init__(self, config: UNet2DConditionConfig, *, dtype, rngs):
-        width, heads = config.block_out_channels[-1], config.heads(-1)
+        width = config.block_out_channels[-1]
         self.resnets = nnx.List(
             [ResnetBlock2D(width, width, config, dtype=dtype, rngs=rngs) for _ in range(2)]
         )
-        self.attentions = nnx.List(
-            [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs)]
-        )
+        self.attentions = nnx.List([Transformer2DModel(width, -1, config, dtype=dtype, rngs=rngs)])
 
     def __call__(self, x, time, context) -> Float[Array, "b h w c"]:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -329,9 +354,8 @@ class UpBlock2D(nnx.Module):
             [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
         )
         if _UP[config.up_block_types[index]]:
-            heads = config.heads(level)
             self.attentions = nnx.List(
-                [Transformer2DModel(width, heads, config, dtype=dtype, rngs=rngs) for _ in ins]
+                [Transformer2DModel(width, level, config, dtype=dtype, rngs=rngs) for _ in ins]
             )
         if level > 0:
             self.upsamplers = nnx.List([Upsample2D(width, dtype=dtype, rngs=rngs)])
@@ -345,7 +369,10 @@ class UpBlock2D(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts the noise, or the velocity, in latents."""
+    """Predicts the noise, or the velocity, in latents.
+
+    Compute is in `dtype`; parameters, group statistics, the softmax and the sinusoids are float32.
+    """
 
     config_class = UNet2DConditionConfig
 
@@ -356,6 +383,10 @@ class UNet2DConditionModel(nnx.Module):
         levels = range(len(widths))
         self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], dtype=dtype, rngs=rngs)
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * widths[0], dtype=dtype, rngs=rngs
+            )
         self.down_blocks = nnx.List(
             [DownBlock2D(level, config, dtype=dtype, rngs=rngs) for level in levels]
         )
@@ -373,13 +404,22 @@ class UNet2DConditionModel(nnx.Module):
         sample: Float[Array, "b h w c"],
         timesteps: Int[Array, " b"],
         encoder_hidden_states: Float[Array, "b n d"],
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Num[Array, "b k"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """The prediction for noisy latents at timesteps, given the text's hidden states."""
-        config = self.config
-        embedded = timestep_embedding(
-            timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        )
-        time = self.time_embedding(embedded.astype(self.dtype))
+        """The prediction for noisy latents at timesteps, given the text's hidden states.
+
+        A network with addition_embed_type="text_time" also reads `text_embeds`, the projected
+        pooled text, and `time_ids`: original height and width, top and left of the crop, then the
+        target height and width (XL's base) or the aesthetic score (its refiner).
+
+        Raises:
+          ValueError: `text_embeds` and `time_ids` do not fit the network.
+        """
+        time = self.time_embedding(self._sinusoid(timesteps, self.config.block_out_channels[0]))
+        if self.config.addition_embed_type or text_embeds is not None or time_ids is not None:
+            added = self._added(text_embeds, time_ids)
+            time = time + self.add_embedding(added)
         context = encoder_hidden_states.astype(self.dtype)
         x = self.conv_in(sample.astype(self.dtype))
         skips = [x]
@@ -390,3 +430,31 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             x = block(x, skips, time, context)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _sinusoid(self, values: Num[Array, " b"], channels: int) -> Float[Array, "b c"]:
+        flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
+        return timestep_embedding(values, channels, flip, shift).astype(self.dtype)
+
+    def _added(self, text_embeds, time_ids) -> Float[Array, "b p+k*c"]:
+        """What `add_embedding` reads: the pooled text and the sinusoids of the sizes."""
+        config = self.config
+        if config.addition_embed_type is None:
+            raise ValueError(
+                "UNet2DConditionModel: text_embeds and time_ids are for networks with "
+                "addition_embed_type='text_time' (XL); this one has none: leave them out."
+            )
+        if text_embeds is None or time_ids is None:
+            raise ValueError(
+                "UNet2DConditionModel: addition_embed_type='text_time' (XL) needs text_embeds "
+                "[b, p] and time_ids [b, k]."
+            )
+        (b, count), channels = time_ids.shape, config.addition_time_embed_dim
+        sizes = self._sinusoid(time_ids.reshape(-1), channels).reshape(b, -1)
+        added = jnp.concatenate([text_embeds.astype(self.dtype), sizes], axis=-1)
+        if added.shape[-1] != config.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"UNet2DConditionModel: text_embeds of {text_embeds.shape[-1]} numbers and {count} "
+                f"time_ids of {channels} make {added.shape[-1]}, the network takes "
+                f"{config.projection_class_embeddings_input_dim}."
+            )
+        return added

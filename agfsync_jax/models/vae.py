@@ -4,6 +4,7 @@ As in diffusers; Rombach et al. 2022 (arXiv 2112.10752).
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,25 +36,30 @@ class AutoencoderKLConfig(ModelConfig):
     scaling_factor: float = 0.18215
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    sample_size: int = 32
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    sample_size: int | tuple[int, ...] = 32
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
 
     fixed = {
-        "act_fn": ("silu",),
+        "act_fn": ("silu", "swish"),
         "mid_block_add_attention": (True,),
-        "shift_factor": (None,),
+        "shift_factor": (None, 0, 0.0),
         "latents_mean": (None,),
-    } | {"latents_std": (None,)}
-    ignored = frozenset({"force_upcast"})
+        "latents_std": (None,),
+    }
+    ignored = {
+        # It keeps diffusers from float16, whose range XL's activations leave; bfloat16's is wide.
+        "force_upcast": "it concerns float16, in which nothing is computed here",
+    }
 
     def __post_init__(self):
-        expected = (("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
-        found = (tuple(sorted(set(self.down_block_types))), tuple(sorted(set(self.up_block_types))))
-        if found != expected:
-            raise ValueError(
-                f"AutoencoderKL: block types {found} are not supported, only {expected}."
-            )
+        levels = len(self.block_out_channels)
+        for field in ("down_block_types", "up_block_types"):
+            if len(getattr(self, field)) != levels:
+                raise ValueError(
+                    f"AutoencoderKL: {field}={list(getattr(self, field))} is not supported: one is "
+                    f"needed for each of the {levels} block_out_channels."
+                )
 
     @property
     def downscale(self) -> int:

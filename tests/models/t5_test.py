@@ -138,7 +138,7 @@ def test_half_precision_is_as_close_as_torch(tmp_path):
 
 
 def test_config_errors():
-    with pytest.raises(ValueError, match="feed_forward_proj is 'gated-silu'"):
-        T5Config(feed_forward_proj="gated-silu")
+    with pytest.raises(ValueError, match="feed_forward_proj='gated-silu' .*`\"relu\"` or"):
+        T5Config.from_dict({"feed_forward_proj": "gated-silu"})
     with pytest.raises(ValueError, match="unknown_words=3"):
         T5Config.from_dict({"unknown_words": 3})

@@ -74,3 +74,9 @@ def test_the_config_must_be_supported():
         AutoencoderKLConfig.from_dict({"latents_mean": [0.0]})
     with pytest.raises(ValueError, match="AttnDownEncoderBlock2D"):
         AutoencoderKLConfig.from_dict({"down_block_types": ["AttnDownEncoderBlock2D"]})
+    with pytest.raises(ValueError, match="up_block_types.*each of the 3 block_out_channels"):
+        AutoencoderKLConfig.from_dict(SIZES | {"up_block_types": ["UpDecoderBlock2D"] * 2})
+    with pytest.raises(ValueError, match="shift_factor=0.1"):
+        AutoencoderKLConfig.from_dict(SIZES | {"shift_factor": 0.1})
+    xl = {"scaling_factor": 0.13025, "force_upcast": True, "shift_factor": None}
+    assert AutoencoderKLConfig.from_dict(SIZES | xl).scaling_factor == 0.13025

@@ -1,0 +1,58 @@
+"""Prints which fields of config.json each network honors: `python -m agfsync_jax.models`."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+from agfsync_jax import models
+from agfsync_jax.models.layers import BOOKKEEPING, USUAL, ModelConfig, in_json
+
+_HEAD = """# The fields of config.json
+
+A network is built from the `config.json` of its diffusers or transformers folder. These are all the
+fields that each network knows: those it honors, those of which it supports some values only, and
+those without effect here. An unknown field or an unsupported value is an error that names it.
+`python -m agfsync_jax.models` prints this page.
+"""
+_TAIL = """
+## Fields that no network reads
+
+These are bookkeeping, settings of generation, and dropout (which these networks do not do); any
+value is accepted, and so is any field whose name begins with an underscore:
+"""
+
+
+def config_classes() -> Iterator[type[ModelConfig]]:
+    """The configs of this room's files, each after those that are parts of it."""
+    seen = set()
+    for module in pkgutil.iter_modules(models.__path__):
+        if module.name.startswith("__"):
+            continue
+        found = vars(importlib.import_module(f"{models.__name__}.{module.name}")).values()
+        for cls in found:
+            is_config = isinstance(cls, type) and issubclass(cls, ModelConfig)
+            if is_config and cls is not ModelConfig and cls not in seen:
+                seen.add(cls)
+                yield cls
+
+
+def page() -> str:
+    """All tables, as Markdown."""
+    table = ["| field | support | values | default |", "| --- | --- | --- | --- |"]
+    lines = [_HEAD]
+    for cls in config_classes():
+        lines += [f"## {cls.__name__}", ""]
+        if not cls.__doc__.startswith(f"{cls.__name__}("):  # as dataclasses write it
+            lines += [cls.__doc__.split("\n")[0], ""]
+        lines += table + [f"| `{name}` | {' | '.join(cells)} |" for name, *cells in cls.support()]
+        lines.append("")
+    lines += ["## All networks", "", *table]
+    lines += [
+        f"| `{name}` | only these values | {in_json(values)} | |" for name, values in USUAL.items()
+    ]
+    lines += [_TAIL, ", ".join(f"`{name}`" for name in sorted(BOOKKEEPING)) + "."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page())
