@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "agfsync_jax/__init__.py").read_text())[1]
 README = ROOT / "README.md"
 
-TORCH = ["torch==2.13.0", "diffusers>=0.40", "accelerate"]
+TORCH = ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft"]
 LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -23,7 +23,10 @@ setup(
     python_requires=">=3.11",
     # configs travels along, so that --config=configs/micro.py works without the repository.
     packages=find_packages(include=["agfsync_jax", "agfsync_jax.*", "configs"]),
-    package_data={"agfsync_jax.micro": ["weights/**/*"]},
+    package_data={
+        "agfsync_jax.micro": ["weights/**/*"],
+        "agfsync_jax.data": ["clip_vocabulary/*"],
+    },
     entry_points={"console_scripts": ["agfsync = agfsync_jax.cli:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -31,10 +34,14 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "jaxtyping",
+        "ml_dtypes",  # bfloat16 for numpy
+        "etils[epath]",  # gs:// paths
+        "huggingface_hub",
         "ml-collections>=1.0",
         "numpy>=2",
         "safetensors",
         "tokenizers",
+        "ftfy",  # repairs texts as open_clip does before it tokenizes them
         "transformers>=5",  # tokenizers and their files; its models need torch and are not used
         "tensorflow-datasets>=4.9.8",
         f"tensorflow-cpu>=2.19; {LINUX_X86}",  # reads and writes records; never on a device

@@ -4,5 +4,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 prepare test "torch==2.13.0"
+# Without what it requires: its torchvision must be of torch's own build, and only its networks and
+# tokenizer are compared with ours.
+open_clip="open_clip_torch==3.3.0"
+if [[ ! -f "$venv/.installed-$open_clip" ]]; then
+  pip install --no-deps "$open_clip" || fail "could not install $open_clip (pip says why above)"
+  touch "$venv/.installed-$open_clip"
+fi
 cd "$repo"
 exec "$venv/bin/python" -m pytest "$@"

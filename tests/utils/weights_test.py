@@ -1,15 +1,23 @@
 """Weights in and out: every problem of a folder is found, and all are told at once."""
 
+import json
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from agfsync_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from agfsync_jax.models.t5 import T5ForConditionalGeneration
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.utils.weights import init_model, load_model, resolve_path, save_model
+from agfsync_jax.utils import tensor_files
+from agfsync_jax.utils.paths import resolve_path
+from agfsync_jax.utils.weights import fit_folder, init_model, load_model, save_model
+from tests.twins import tiny_t5
 
 CONFIG = {
     "hidden_size": 16,
@@ -90,3 +98,110 @@ def test_tensors_go_to_their_shardings(folder):
     kernel, bias = mlp["fc1"]["kernel"][...], mlp["fc1"]["bias"][...]
     assert kernel.addressable_shards[0].data.shape == (16, 3)
     assert bias.sharding.is_fully_replicated
+
+
+def test_each_device_reads_its_rows_alone(folder, monkeypatch):
+    """Rows of the file are output features: what the shipped rules split."""
+    mesh = create_mesh({"data": 1, "fsdp": 4, "tensor": 1}, devices=jax.devices()[:4])
+    read = []
+    preadv = tensor_files.os.preadv
+
+    def counting(descriptor, buffers, offset):
+        read.append(sum(len(buffer) for buffer in buffers))
+        return preadv(descriptor, buffers, offset)
+
+    rules = [("kernel$", (None, "fsdp")), ("embedding$", ("fsdp",)), ("", ())]
+    fitted = fit_folder(CLIPTextModel, folder)
+    monkeypatch.setattr(tensor_files.os, "preadv", counting)
+    fitted.read(shardings=lambda shapes: infer_shardings(shapes, mesh, rules))
+    assert sum(read) == fitted.nbytes  # no part twice, replicated ones included
+    assert max(read) <= 32 * 16 * 4 / 4
+
+
+def test_files_in_several_parts(folder, tmp_path):
+    _, params = load_model(CLIPTextModel, folder)
+    save_model(CLIPTextModel, tmp_path / "parts", params, CONFIG, max_shard_size=4000)
+    names = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    _, again = load_model(CLIPTextModel, tmp_path / "parts")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+    from transformers import CLIPTextModel as Torch
+
+    config = {**CONFIG, "model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
+    (tmp_path / "parts" / "config.json").write_text(json.dumps(config))
+    twin = Torch.from_pretrained(tmp_path / "parts")
+    expected = params["text_model"]["embeddings"]["token_embedding"]["embedding"][...]
+    weight = dict(twin.named_parameters())
+    weight = next(value for key, value in weight.items() if "token_embedding" in key)
+    np.testing.assert_array_equal(weight.detach().numpy(), expected)
+    (tmp_path / "parts" / names[1]).unlink()
+    (tmp_path / "parts" / names[2]).write_bytes(b"short")
+    with pytest.raises(ValueError) as error:
+        load_model(CLIPTextModel, tmp_path / "parts")
+    assert names[1] in str(error.value) and names[2] in str(error.value)
+
+
+def test_variants_and_pickles(folder):
+    tensors = load_file(folder / "model.safetensors")
+    _, expected = load_model(CLIPTextModel, folder)
+    with pytest.raises(FileNotFoundError, match="variant 'fp16'.*there is model.safetensors"):
+        load_model(CLIPTextModel, folder, variant="fp16")
+    half = {key: value.astype(np.float16) for key, value in tensors.items()}
+    save_file(half, folder / "model.fp16.safetensors")
+    _, params = load_model(CLIPTextModel, folder, variant="fp16")
+    same = jax.tree.map(lambda a, b: bool((a.astype(jnp.float16) == b).all()), expected, params)
+    assert jax.tree.all(same)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="there is model.fp16.safetensors. Set the variant"):
+        load_model(CLIPTextModel, folder)
+    torch.save(
+        {key: torch.from_numpy(value) for key, value in tensors.items()},
+        folder / "pytorch_model.bin",
+    )
+    _, params = load_model(CLIPTextModel, folder)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), expected, params))
+
+
+def test_one_parameter_under_two_spellings(folder):
+    def edit(tensors):
+        key = "text_model.final_layer_norm.bias"
+        tensors[key.removeprefix("text_model.")] = tensors[key].copy()
+
+    change(folder, edit)
+    with pytest.raises(ValueError, match="twice .*final_layer_norm.bias"):
+        load_model(CLIPTextModel, folder)
+
+
+def test_integers_are_no_weights(folder):
+    key = "text_model.final_layer_norm.bias"
+    change(folder, lambda tensors: tensors.update({key: np.ones(16, np.int8)}))
+    with pytest.raises(ValueError, match="wrong dtype .*final_layer_norm.bias: int8"):
+        load_model(CLIPTextModel, folder)
+
+
+def test_host_memory_while_loading(tmp_path):
+    """One tensor or two a thread beside what is held; the benchmark measures real sizes."""
+    config = CONFIG | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    _, params = init_model(CLIPTextModel, CLIPTextConfig.from_dict(config))
+    save_model(CLIPTextModel, tmp_path, params, config, dtype=np.float16)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    del params
+    fitted = fit_folder(CLIPTextModel, tmp_path)
+    tracemalloc.start()
+    loaded = fitted.read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) == held
+    assert held / 2 < peak <= 1.2 * held  # below it, tracemalloc would have seen no array
+
+
+@pytest.mark.parametrize("kept", ["shared", "encoder.embed_tokens", "decoder.embed_tokens"])
+def test_a_tied_table_may_have_any_of_its_names(tmp_path, kept):
+    """Of several names of a tensor, safetensors keep one, and not always the same."""
+    twin = tiny_t5()
+    twin.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors.pop("shared.weight")
+    save_file({**tensors, f"{kept}.weight": table}, tmp_path / "model.safetensors")
+    _, params = load_model(T5ForConditionalGeneration, tmp_path)
+    np.testing.assert_array_equal(params["shared"]["embedding"][...], table)

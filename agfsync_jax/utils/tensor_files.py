@@ -1,0 +1,332 @@
+"""Tensors in files, read when asked for: safetensors, and torch's pickles.
+
+A checkpoint is a dictionary from key to `Tensor`. Opening a file reads its header alone; renaming,
+splitting and transposing act on `Tensor`s and move no byte; reading a part of a tensor reads the
+bytes of the rows that it lies in.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+SAFETENSORS = (".safetensors",)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that lies in a file, or a view of one.
+
+    Attributes:
+      key: its name in the file, for messages.
+      shape, dtype: of the view.
+      fetch: reads the elements of an index, one slice with start and stop a dimension.
+      row_axis: the axis along which the file's rows lie, which are read apart.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[Index], np.ndarray]
+    row_axis: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
+        """The elements of `index` (steps of 1), all by default; the array may be a strided view."""
+        index = index or (slice(None),) * len(self.shape)
+        return self.fetch(
+            tuple(
+                slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)
+            )
+        )
+
+    def transpose(self, *axes: int) -> "Tensor":
+        """The view with axis `axes[i]` in place i."""
+
+        def fetch(index):
+            inner = [index[axes.index(axis)] for axis in range(len(axes))]
+            return self.fetch(tuple(inner)).transpose(axes)
+
+        shape = tuple(self.shape[axis] for axis in axes)
+        row_axis = axes.index(self.row_axis)
+        return dataclasses.replace(self, shape=shape, fetch=fetch, row_axis=row_axis)
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """The view of rows start to stop."""
+
+        def fetch(index):
+            first = slice(start + index[0].start, start + index[0].stop)
+            return self.fetch((first, *index[1:]))
+
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), fetch=fetch)
+
+    def split(self, parts: int) -> list["Tensor"]:
+        """`parts` views of equally many rows each.
+
+        Raises:
+          ValueError: the rows do not divide into so many parts.
+        """
+        if not self.shape or self.shape[0] % parts:
+            raise ValueError(f"{self.key} {list(self.shape)} does not split into {parts} parts.")
+        size = self.shape[0] // parts
+        return [self.rows(i * size, (i + 1) * size) for i in range(parts)]
+
+    def reshape(self, *shape: int) -> "Tensor":
+        """The view with axes of size 1 dropped or added, nothing else.
+
+        Raises:
+          ValueError: the other axes differ.
+        """
+        kept = [axis for axis, size in enumerate(self.shape) if size != 1]
+        new = [axis for axis, size in enumerate(shape) if size != 1]
+        if [self.shape[axis] for axis in kept] != [shape[axis] for axis in new]:
+            raise ValueError(f"{self.key} {list(self.shape)} has no view of shape {list(shape)}.")
+
+        def fetch(index):
+            inner = [slice(0, 1)] * len(self.shape)
+            for old, axis in zip(kept, new, strict=True):
+                inner[old] = index[axis]
+            sizes = [part.stop - part.start for part in index]
+            return self.fetch(tuple(inner)).reshape(sizes)
+
+        row_axis = new[kept.index(self.row_axis)] if self.row_axis in kept else 0
+        return dataclasses.replace(self, shape=tuple(shape), fetch=fetch, row_axis=row_axis)
+
+
+def from_array(key: str, value: np.ndarray) -> Tensor:
+    """A tensor that lies in memory."""
+    return Tensor(key, tuple(value.shape), value.dtype, lambda index: value[index])
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle of tensors (.bin, .pt, .pth, .ckpt).
+
+    Pickles go through torch with `weights_only=True`, which refuses anything but tensors.
+
+    Args:
+      path: a local path, or an etils.epath.Path of gs:// and the like.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not whole, not of its kind, or a pickle while torch is not installed.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"No file {path}.")
+    if path.suffix in SAFETENSORS:
+        return _open_safetensors(path)
+    if path.suffix in PICKLES:
+        return _open_pickle(path)
+    known = ", ".join(SAFETENSORS + PICKLES)
+    raise ValueError(f"{path} is no file of weights: its name must end in one of {known}.")
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    read_into = _reader(path)
+    size = path.stat().st_size if isinstance(path, Path) else path.stat().length
+    start = bytearray(min(size, 8))
+    read_into(0, memoryview(start))
+    length = int.from_bytes(start, "little")
+    if bytes(start) == b"version ":  # the first line of a pointer file
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise ValueError(f"{path} is not a whole safetensors file ({size} bytes): copy it again.")
+    raw = bytearray(length)
+    read_into(8, memoryview(raw))
+    try:
+        header = json.loads(raw)
+        entries = {
+            key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file (its header: {error}): copy it again, or convert it."
+        ) from error
+    end = 8 + length
+    tensors, wrong = {}, []
+    for key, (name, shape, begin, stop) in entries.items():
+        if name not in _DTYPES:
+            wrong.append(f"{key} has dtype {name}, known are {', '.join(_DTYPES)}")
+            continue
+        dtype = np.dtype(_DTYPES[name])
+        if stop - begin != math.prod(shape) * dtype.itemsize:
+            wrong.append(f"{key} {list(shape)} {name} spans {stop - begin} bytes")
+        elif end + stop > size:
+            wrong.append(f"{key} ends at byte {end + stop}, the file has {size}")
+        fetch = functools.partial(_fetch, read_into, end + begin, shape, dtype)
+        tensors[key] = Tensor(key, shape, dtype, fetch)
+    if wrong:
+        few = "".join(f"\n  {line}" for line in wrong[:5])
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path} is not a whole safetensors file: copy it again.{few}{more}")
+    return tensors
+
+
+def _fetch(read_into: Callable, offset: int, shape: tuple, dtype: np.dtype, index: Index):
+    """Reads the rows of `index` and cuts the rest of it out of them."""
+    if not shape:
+        index, shape = (slice(0, 1),), (1,)
+        return _fetch(read_into, offset, shape, dtype, index).reshape(())
+    first, row = index[0], math.prod(shape[1:])
+    out = np.empty((first.stop - first.start, *shape[1:]), dtype)
+    if out.size:
+        where = offset + first.start * row * dtype.itemsize
+        read_into(where, memoryview(out.reshape(-1).view(np.uint8)))
+    return out[(slice(None), *index[1:])]
+
+
+def _reader(path: Path) -> Callable[[int, memoryview], None]:
+    """read_into(offset, buffer) of a file, for any thread."""
+    if isinstance(path, Path):
+        descriptor = _Descriptor(path)
+        return descriptor.read_into
+    local = threading.local()
+
+    def read_into(offset: int, buffer: memoryview) -> None:
+        if not hasattr(local, "file"):
+            local.file = path.open("rb")
+        local.file.seek(offset)
+        data = local.file.read(len(buffer))
+        if len(data) != len(buffer):
+            raise ValueError(f"{path} ends before byte {offset + len(buffer)}: copy it again.")
+        buffer[:] = data
+
+    return read_into
+
+
+class _Descriptor:
+    """An open local file. Reading at an offset moves no pointer, so threads share it.
+
+    Nothing is mapped: pages of a mapped file would count as this process's memory.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, "rb", buffering=0)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        while len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer], offset)  # at most 2 GB a call
+            if not count:
+                raise ValueError(f"{self._path} ends before byte {offset}: copy it again.")
+            offset, buffer = offset + count, buffer[count:]
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a pickle, which needs torch: pip install 'agfsync_jax[torch]', or convert "
+            "it once where torch is, with safetensors.torch.save_file(torch.load(path, "
+            "weights_only=True), new_path)."
+        ) from error
+    import pickle
+    import zipfile
+
+    try:
+        # A file of torch >= 1.6 is a zip archive, which can be mapped; an older one is read whole.
+        mapped = isinstance(path, Path) and zipfile.is_zipfile(path)
+        source = path if isinstance(path, Path) else path.open("rb")
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole pickle of tensors alone ({reason}).") from error
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, expected a dictionary of tensors."
+        )
+
+    def fetch(value, index):
+        part = value[index]
+        if part.dtype == torch.bfloat16:  # numpy has none; the bits stay
+            return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return part.numpy()
+
+    def dtype(value):
+        bfloat16 = value.dtype == torch.bfloat16
+        return np.dtype(ml_dtypes.bfloat16) if bfloat16 else value.new_empty(0).numpy().dtype
+
+    return {
+        key: Tensor(key, tuple(value.shape), dtype(value), functools.partial(fetch, value.detach()))
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes one safetensors file, reading and writing one tensor at a time.
+
+    Every process reads every tensor, the main one writes. The file appears when it is whole.
+
+    Raises:
+      OSError: the disk has not enough room; nothing is left behind.
+    """
+    names = {np.dtype(value): name for name, value in _DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[key] = {
+            "dtype": names[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns what follows
+    if jax.process_index():
+        for tensor in tensors.values():
+            tensor.read()
+        return
+    free = shutil.disk_usage(path.parent).free
+    if free < end:
+        raise OSError(
+            f"{path} needs {end / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB free."
+        )
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for tensor in tensors.values():
+                value = np.ascontiguousarray(tensor.read())
+                file.write(memoryview(value.reshape(-1).view(np.uint8)))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
