@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
+
+# Of the images that CLIP was trained on, on the scale 0..1.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+RESIZE_MODES = ("shortest", "longest", "squash")
+CENTERS = ("floor", "round")
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
@@ -49,17 +55,29 @@ def decode_pngs(data: Sequence[bytes], *, num_threads: int = 8) -> UInt8[np.ndar
 def preprocessing(folder: str | Path) -> dict:
     """Reads a folder's preprocessor_config.json as the arguments of `resize_and_normalize`.
 
+    A folder that open_clip wrote has an open_clip_config.json instead; where both are, the first
+    is read.
+
     Returns:
-      {"size": (h, w), "mean": (3,), "std": (3,), "crop": bool}, as CLIP's and BLIP's image
-      processors use them.
+      {"size": (h, w), "mean": (3,), "std": (3,), "resize_mode": str, "center": str}, as CLIP's and
+      BLIP's image processors and open_clip's `image_transform` use them.
 
     Raises:
-      FileNotFoundError: the folder has no preprocessor_config.json.
+      FileNotFoundError: the folder has neither file.
       ValueError: a setting that `resize_and_normalize` does not do; all are listed.
     """
-    path = Path(folder) / "preprocessor_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it says how images are resized.")
+    folder = Path(folder)
+    if (folder / "preprocessor_config.json").is_file():
+        return _transformers_preprocessing(folder / "preprocessor_config.json")
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip_preprocessing(folder / "open_clip_config.json")
+    raise FileNotFoundError(
+        f"{folder} has no preprocessor_config.json (nor open_clip_config.json): it says how images"
+        " are resized."
+    )
+
+
+def _transformers_preprocessing(path: Path) -> dict:
     config = json.loads(path.read_text())
     crop = bool(config.get("do_center_crop", False))
     expected = {
@@ -69,11 +87,7 @@ def preprocessing(folder: str | Path) -> dict:
         "resample": 3,  # PIL's BICUBIC
         "rescale_factor": 1 / 255,
     }
-    errors = [
-        f"{key} is {config[key]!r}, expected {value!r}"
-        for key, value in expected.items()
-        if config.get(key, value) != value
-    ]
+    errors = _unexpected(config, expected)
     if lacking := sorted({"size", "image_mean", "image_std"} - set(config)):
         raise ValueError(f"{path} lacks {', '.join(lacking)}.")
     size = _size(config["size"])
@@ -85,8 +99,44 @@ def preprocessing(folder: str | Path) -> dict:
         errors.append("size has a shortest_edge, but do_center_crop is off")
     if errors:
         raise ValueError(f"{path} asks for what is not supported: {'; '.join(errors)}.")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    return {"size": size, "mean": mean, "std": std, "crop": crop}
+    return {
+        "size": size,
+        "mean": tuple(config["image_mean"]),
+        "std": tuple(config["image_std"]),
+        "resize_mode": "shortest" if crop else "squash",
+        "center": "floor",
+    }
+
+
+def _open_clip_preprocessing(path: Path) -> dict:
+    config = json.loads(path.read_text())
+    image_size = config.get("model_cfg", {}).get("vision_cfg", {}).get("image_size", 224)
+    # open_clip's own defaults; null means the same as nothing
+    given = {key: value for key, value in config.get("preprocess_cfg", {}).items() if value}
+    mode = given.get("resize_mode", "shortest")
+    errors = _unexpected(given, {"interpolation": "bicubic", "mode": "RGB", "fill_color": 0})
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if mode not in RESIZE_MODES:
+        errors.append(f"resize_mode is {mode!r}, expected one of {', '.join(RESIZE_MODES)}")
+    if mode == "shortest" and size[0] != size[1]:
+        errors.append(f"size {size} must be a square where resize_mode is shortest")
+    if errors:
+        raise ValueError(f"{path} asks for what is not supported: {'; '.join(errors)}.")
+    return {
+        "size": size,
+        "mean": tuple(given.get("mean", OPENAI_MEAN)),
+        "std": tuple(given.get("std", OPENAI_STD)),
+        "resize_mode": mode,
+        "center": "round",
+    }
+
+
+def _unexpected(config: dict, expected: dict) -> list[str]:
+    return [
+        f"{key} is {config[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if config.get(key, value) != value
+    ]
 
 
 def _size(size: int | dict) -> tuple[int, int]:
@@ -102,41 +152,108 @@ def resize_and_normalize(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    crop: bool = True,
+    resize_mode: str = "shortest",
+    center: str = "floor",
 ) -> Float[Array, "b H W 3"]:
-    """Makes a vision tower's input as CLIP's (or, without crop, BLIP's) image processor does.
+    """Makes a vision tower's input as an image processor that resizes with PIL does.
 
     Args:
       images: uint8 in 0..255.
       size: height and width of the result.
       mean, std: of the three channels, on the scale 0..1.
-      crop: resize the shorter edge and cut out the center; otherwise stretch to `size`.
+      resize_mode: "shortest" resizes the shorter edge and cuts out the center (CLIP), "longest"
+        the longer edge and pads with black (some of open_clip's models), "squash" stretches to
+        `size` (BLIP).
+      center: where an odd number of pixels is cut off, "floor" takes the corner as transformers
+        does (rounded down), "round" as torchvision and so open_clip (half to even).
 
     Returns:
       float32. Resizing is bicubic with antialiasing and rounds to whole gray levels after each
       axis, as PIL does, to the last bit.
 
     Raises:
-      ValueError: a crop that is not square.
+      ValueError: an unknown resize_mode or center, or a crop that is not square.
     """
     height, width = (size, size) if isinstance(size, int) else size
+    if resize_mode not in RESIZE_MODES or center not in CENTERS:
+        raise ValueError(
+            f"resize_mode is {resize_mode!r} and center {center!r}, expected one of "
+            f"{', '.join(RESIZE_MODES)} and one of {', '.join(CENTERS)}."
+        )
+    if resize_mode == "shortest" and height != width:
+        raise ValueError(f"A center crop must be square, got {height} x {width}.")
+    rows, columns = images.shape[1:3]
     resized = (height, width)
-    if crop:
-        if height != width:
-            raise ValueError(f"A center crop must be square, got {height} x {width}.")
-        rows, columns = images.shape[1:3]
+    if resize_mode == "shortest":
         longer = int(height * max(rows, columns) / min(rows, columns))
         resized = (height, longer) if rows <= columns else (longer, width)
+    elif resize_mode == "longest":
+        ratio = max(rows / height, columns / width)
+        resized = (round(rows / ratio), round(columns / ratio))
     pixels = images.astype(jnp.float32)
-    pixels = _resize_axis(pixels, 2, resized[1])
-    pixels = _resize_axis(pixels, 1, resized[0])
-    top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
-    pixels = pixels[:, top : top + height, left : left + width]
+    pixels = _resize_levels(pixels, 2, resized[1])
+    pixels = _resize_levels(pixels, 1, resized[0])
+    pixels = _center_crop(pixels, height, width, round if center == "round" else int)
+    return _normalize(_center_pad(pixels, height, width) / 255.0, mean, std)
+
+
+def pad_and_normalize(
+    images: UInt8[Array, "b h w 3"],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    antialias: bool = True,
+) -> Float[Array, "b n n 3"]:
+    """Makes a vision tower's input as HPSv2's own code does (Wu et al. 2023).
+
+    The longer edge is resized to `size`, with a cubic kernel on floats: nothing is rounded to gray
+    levels or cut to 0..1, so edges overshoot. What is missing is padded with black, the odd pixel
+    at the bottom or right, before normalizing.
+
+    Args:
+      images: uint8 in 0..255, of any size.
+      size: height and width n of the result.
+      mean, std: of the three channels, on the scale 0..1.
+      antialias: what torchvision does with tensors since 0.17. Before, it did not antialias them,
+        and HPSv2's numbers of 2023 were made before.
+
+    Returns:
+      float32. An image whose longer edge is `size` already is padded too, where HPSv2's code
+      leaves it as it is (and then cannot read it).
+    """
+    rows, columns = images.shape[1:3]
+    scale = size / max(rows, columns)
+    pixels = images.astype(jnp.float32) / 255.0
+    pixels = _resize_floats(pixels, 2, round(columns * scale), antialias)
+    pixels = _resize_floats(pixels, 1, round(rows * scale), antialias)
+    return _normalize(_center_pad(pixels, size, size), mean, std)
+
+
+def _center_crop(
+    pixels: Float[Array, "b h w c"], height: int, width: int, whole: Callable[[float], int]
+) -> Float[Array, "b ..."]:
+    """Cuts out the center where an axis is too long; `whole` rounds the corner's coordinates."""
+    top = whole(max(pixels.shape[1] - height, 0) / 2)
+    left = whole(max(pixels.shape[2] - width, 0) / 2)
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _center_pad(pixels: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b ..."]:
+    """Pads with 0 where an axis is too short, the odd pixel at the bottom or right."""
+    down, right = height - pixels.shape[1], width - pixels.shape[2]
+    padding = ((down // 2, down - down // 2), (right // 2, right - right // 2))
+    return jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
+
+
+def _normalize(
+    pixels: Float[Array, "b h w 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "b h w 3"]:
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (pixels / 255.0 - mean[None, None, None]) / std[None, None, None]
+    return (pixels - mean[None, None, None]) / std[None, None, None]
 
 
-def _resize_axis(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Float[Array, "b ..."]:
+def _resize_levels(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Float[Array, "b ..."]:
     """Resizes one axis to the very gray levels that PIL gives.
 
     PIL sums pixels times weights of 22 binary digits. Each weight is split in two halves of 11, so
@@ -144,23 +261,47 @@ def _resize_axis(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Float
     """
     if pixels.shape[axis] == size:
         return pixels
-    weights = _bicubic_weights(pixels.shape[axis], size)
+    weights = _bicubic_weights(pixels.shape[axis], size) * 2**22
+    weights = np.trunc(weights + np.copysign(0.5, weights))
     high = np.round(weights / 2**11)
-    halves = jnp.asarray(np.stack([high, weights - high * 2**11]), jnp.float32)  # [2, out, in]
-    equation = {1: "nih,bhwc->nbiwc", 2: "niw,bhwc->nbhic"}[axis]
-    high, low = jnp.einsum(equation, halves, pixels, precision="highest").astype(jnp.int32)
+    low = weights - high * 2**11
+    high, low = (_apply(half, pixels, axis).astype(jnp.int32) for half in (high, low))
     levels = (high * 2**11 + low + 2**21) >> 22
     return jnp.clip(levels, 0, 255).astype(jnp.float32)
 
 
-def _bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """PIL's BICUBIC with antialiasing (Keys' kernel, a = -1/2), in units of 2^-22."""
+def _resize_floats(
+    pixels: Float[Array, "b h w c"], axis: int, size: int, antialias: bool
+) -> Float[Array, "b ..."]:
+    """Resizes one axis as torch's bicubic `interpolate` does with floats."""
+    if pixels.shape[axis] == size:
+        return pixels
+    return _apply(_bicubic_weights(pixels.shape[axis], size, antialias=antialias), pixels, axis)
+
+
+def _apply(
+    weights: Float[np.ndarray, "new old"], pixels: Float[Array, "b h w c"], axis: int
+) -> Float[Array, "b ..."]:
+    equation = {1: "ih,bhwc->biwc", 2: "iw,bhwc->bhic"}[axis]
+    return jnp.einsum(equation, jnp.asarray(weights, jnp.float32), pixels, precision="highest")
+
+
+def _bicubic_weights(old: int, new: int, *, antialias: bool = True) -> Float[np.ndarray, "new old"]:
+    """Keys' cubic kernel (1981), in the two forms that PIL and torch have.
+
+    With antialiasing a = -1/2, the kernel is as wide as the pixels shrink, and what it lacks at
+    the border is made up by scaling; without, a = -3/4 and the border pixels are repeated.
+    """
     scale = old / new
-    stretch = max(scale, 1.0)
+    a, width = (-0.5, max(scale, 1.0)) if antialias else (-0.75, 1.0)
     centers = (np.arange(new) + 0.5) * scale
-    distance = np.abs(np.arange(old)[None] + 0.5 - centers[:, None]) / stretch
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
-    weights /= weights.sum(1, keepdims=True)
-    return np.trunc(weights * 2**22 + np.copysign(0.5, weights))
+    x = np.abs(np.arange(-2, old + 2)[None] + 0.5 - centers[:, None]) / width
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    before, weights, after = weights[:, :2], weights[:, 2:-2], weights[:, -2:]
+    if antialias:
+        return weights / weights.sum(1, keepdims=True)
+    weights[:, 0] += before.sum(1)
+    weights[:, -1] += after.sum(1)
+    return weights

@@ -1,17 +1,28 @@
 """Text to token ids, from tokenizer folders in the Hugging Face layout (no torch)."""
 
+import gzip
+import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
+_CLIP_MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
+_CLIP_LENGTH = 77
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# What CLIP makes its byte pairs of: contractions, letters, single digits, anything else but spaces.
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_OPEN_CLIP_START, _OPEN_CLIP_END = "<start_of_text>", "<end_of_text>"
+
 
 class ClipTokenizer:
     """CLIP's byte-pair tokenizer: `ClipTokenizer(folder)(texts)` -> int32 [b, max_length].
 
     Texts are cut to `max_length` with begin and end kept, and padded with the folder's pad token
-    (end of text for SD 1.x, "!" for SD 2.x).
+    (end of text for SD 1.x, "!" for SD 2.x). Ids are those of transformers' CLIPTokenizer, which
+    takes a "!" of a text for padding too where that is the pad token.
     """
 
     def __init__(self, folder: str | Path):
@@ -37,6 +48,147 @@ class ClipTokenizer:
     @property
     def eos_id(self) -> int:
         return self._tokenizer.eos_token_id
+
+
+class OpenClipTokenizer:
+    """CLIP's tokenizer as open_clip has it: `OpenClipTokenizer(folder)(texts)` -> int32 [b, 77].
+
+    For models trained with open_clip (HPSv2, LAION's CLIPs). Unlike transformers' it repairs the
+    text first (ftfy: broken encodings, ligatures, curly quotes; HTML entities) and pads with 0.
+
+    Args:
+        folder: its vocab.json and merges.txt are the vocabulary if they are there, and its
+            open_clip_config.json says the context length (77 if it does not). Without a folder, or
+            with open_clip_config.json alone, it is CLIP's own vocabulary, of which a copy is here.
+
+    Raises:
+        FileNotFoundError: a folder with neither.
+        ValueError: an open_clip_config.json of a model with another tokenizer.
+    """
+
+    def __init__(self, folder: str | Path | None = None):
+        from tokenizers import Regex, models, pre_tokenizers
+
+        vocab, merges, config = None, None, {}
+        if folder is not None:
+            folder = _tokenizer_folder(
+                folder, ("vocab.json", "merges.txt"), ("open_clip_config.json",)
+            )
+            if (folder / "open_clip_config.json").is_file():
+                config = _open_clip_text_config(folder / "open_clip_config.json")
+            if (folder / "vocab.json").is_file():
+                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+                merges = _parse_merges((folder / "merges.txt").read_text("utf-8"))
+        if vocab is None:
+            merges = clip_merges()
+            vocab = clip_vocabulary(merges)
+        self.max_length = int(config.get("context_length", _CLIP_LENGTH))
+        self.vocab_size = len(vocab)
+        self.pad_id = 0
+        self._start_id, self.eos_id = vocab[_START], vocab[_END]
+        self._special = {_OPEN_CLIP_START: self._start_id, _OPEN_CLIP_END: self.eos_id}
+        special = "|".join(self._special)
+        self._words = pre_tokenizers.Split(
+            Regex(f"(?i){special}|{_CLIP_WORDS}"), "removed", invert=True
+        )
+        self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._pairs = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        """Ids, cut to `max_length` with begin and end kept, and padded with 0."""
+        if isinstance(texts, str):
+            raise ValueError(f"Expected a list of texts, got the single text {texts!r}.")
+        rows = np.full((len(texts), self.max_length), self.pad_id, np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self._start_id, *self.encode(text)[: self.max_length - 2], self.eos_id]
+            row[: len(ids)] = ids
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, neither cut nor padded, without begin and end."""
+        import ftfy  # only here: it takes half a second
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = " ".join(text.split()).lower()
+        ids = []
+        for word, _ in self._words.pre_tokenize_str(text):
+            if word in self._special:
+                ids.append(self._special[word])
+            else:
+                ((letters, _),) = self._bytes.pre_tokenize_str(word)
+                ids += [token.id for token in self._pairs.tokenize(letters)]
+        return ids
+
+
+def write_clip_tokenizer(
+    folder: str | Path, *, pad_token: str = _END, max_length: int = _CLIP_LENGTH
+) -> Path:
+    """Writes CLIP's tokenizer in transformers' layout, for checkpoints that carry none.
+
+    Args:
+        folder: made if it is not there; vocab.json, merges.txt, tokenizer_config.json and
+            special_tokens_map.json in it are overwritten.
+        pad_token: "<|endoftext|>" for SD 1.x and SDXL's first text encoder, "!" for SD 2.x and
+            SDXL's second.
+        max_length: what `ClipTokenizer` cuts and pads to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a pad token that is not in the vocabulary.
+    """
+    merges = clip_merges()
+    vocab = clip_vocabulary(merges)
+    if pad_token not in vocab:
+        raise ValueError(f"pad_token {pad_token!r} is not among CLIP's {len(vocab)} tokens.")
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad_token}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+    }
+    files = {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n",
+        "tokenizer_config.json": json.dumps(config | special, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, "utf-8")
+    return folder
+
+
+def clip_merges() -> list[tuple[str, str]]:
+    """CLIP's 48,894 byte-pair merges (Radford et al. 2021), the first to be made first."""
+    return _parse_merges(gzip.decompress(_CLIP_MERGES.read_bytes()).decode("utf-8"))
+
+
+def clip_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Token -> id: bytes, bytes that end a word, what the merges make, begin and end of text."""
+    # Bytes that print stand for themselves, the others for the characters from 256 on.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(code) for code in [*printed, *range(256, 512 - len(printed))]]
+    words = [letter + "</w>" for letter in letters]
+    tokens = [*letters, *words, *(first + second for first, second in merges), _START, _END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def _parse_merges(text: str) -> list[tuple[str, str]]:
+    lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
+    return [tuple(line.split(" ")) for line in lines]
+
+
+def _open_clip_text_config(path: Path) -> dict:
+    config = json.loads(path.read_text("utf-8")).get("model_cfg", {}).get("text_cfg", {})
+    other = {key: config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if key in config}
+    if any(other.values()):
+        raise ValueError(f"{path} asks for another tokenizer than CLIP's: {other}.")
+    return config
 
 
 class TextTokenizer:

@@ -44,10 +44,10 @@ def test_png_errors():
 
 @pytest.mark.parametrize("h, w, size", [(64, 64, 224), (300, 260, 224), (64, 96, 32), (96, 64, 48)])
 def test_crop_equals_clips_image_processor(h, w, size):
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil
 
     batch = pictures(3, h, w)
-    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
     wanted = processor([Image.fromarray(i) for i in batch], return_tensors="np")["pixel_values"]
     resize = jax.jit(lambda x: images.resize_and_normalize(x, size, MEAN, STD))
     ours = np.asarray(resize(batch)).transpose(0, 3, 1, 2)
@@ -64,7 +64,7 @@ def test_stretch_equals_pil(h, w, size):
     wanted = np.stack(
         [Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC) for i in batch]
     )
-    ours = images.resize_and_normalize(batch, size, (0, 0, 0), (1, 1, 1), crop=False)
+    ours = images.resize_and_normalize(batch, size, (0, 0, 0), (1, 1, 1), resize_mode="squash")
     np.testing.assert_array_equal(np.round(np.asarray(ours) * 255), wanted)
 
 
@@ -73,19 +73,83 @@ def test_crop_must_be_square():
         images.resize_and_normalize(pictures(1, 64, 64), (32, 64), MEAN, STD)
 
 
-def test_preprocessing_reads_what_processors_write(tmp_path):
-    from transformers import BlipImageProcessor, CLIPImageProcessor
+@pytest.mark.parametrize("h, w", [(40, 30), (30, 40), (48, 64), (10, 5)])
+def test_longest_pads_to_any_shape(h, w):
+    """As open_clip: the odd pixel of padding at the bottom or right."""
+    batch = pictures(2, h, w)
+    height, width = 24, 41
+    ratio = max(h / height, w / width)
+    small = (round(w / ratio), round(h / ratio))
+    top, left = (height - small[1]) // 2, (width - small[0]) // 2
+    wanted = np.zeros((2, height, width, 3), np.uint8)
+    for row, image in zip(wanted, batch, strict=True):
+        resized = Image.fromarray(image).resize(small, Image.Resampling.BICUBIC)
+        row[top : top + small[1], left : left + small[0]] = resized
+    ours = images.resize_and_normalize(
+        batch, (height, width), (0, 0, 0), (1, 1, 1), resize_mode="longest"
+    )
+    np.testing.assert_array_equal(np.round(np.asarray(ours) * 255), wanted)
 
-    CLIPImageProcessor().save_pretrained(tmp_path)
-    assert images.preprocessing(tmp_path) == {
-        "size": (224, 224),
-        "mean": MEAN,
-        "std": STD,
-        "crop": True,
+
+def test_pad_at_its_own_size():
+    """Nothing is resized; black is 0 before normalizing; floats are not cut to 0..1."""
+    batch = pictures(2, 20, 31)
+    padded = np.pad(batch, ((0, 0), (5, 6), (0, 0), (0, 0)))
+    wanted = (padded / 255 - np.array(MEAN)) / np.array(STD)
+    np.testing.assert_allclose(images.pad_and_normalize(batch, 31, MEAN, STD), wanted, atol=1e-5)
+    edge = np.zeros((1, 20, 20, 3), np.uint8)
+    edge[:, :, 10:] = 255
+    for antialias in (True, False):
+        ours = images.pad_and_normalize(edge, 31, (0,) * 3, (1,) * 3, antialias=antialias)
+        assert ours.min() < -0.05 and ours.max() > 1.05
+
+
+def test_unknown_modes():
+    for name in ("resize_mode", "center"):
+        with pytest.raises(ValueError, match=f"{name} .*'other'.*expected one of shortest, long"):
+            images.resize_and_normalize(pictures(1, 8, 8), 8, MEAN, STD, **{name: "other"})
+
+
+def test_preprocessing_reads_what_processors_write(tmp_path):
+    from transformers import BlipImageProcessorPil, CLIPImageProcessorPil
+
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    clip = {"size": (224, 224), "mean": MEAN, "std": STD}
+    clip |= {"resize_mode": "shortest", "center": "floor"}
+    assert images.preprocessing(tmp_path) == clip
+    (tmp_path / "open_clip_config.json").write_text("{}")  # the other file goes first
+    assert images.preprocessing(tmp_path) == clip
+    BlipImageProcessorPil(size={"height": 64, "width": 48}).save_pretrained(tmp_path)
+    blip = {"size": (64, 48), "mean": MEAN, "std": STD}
+    blip |= {"resize_mode": "squash", "center": "floor"}
+    assert images.preprocessing(tmp_path) == blip
+
+
+def test_preprocessing_reads_what_open_clip_writes(tmp_path):
+    def read(config):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        return images.preprocessing(tmp_path)
+
+    defaults = {"mean": MEAN, "std": STD, "resize_mode": "shortest", "center": "round"}
+    model = {"vision_cfg": {"image_size": 336}}
+    assert read({"model_cfg": model}) == defaults | {"size": (336, 336)}
+    given = {"interpolation": "bicubic", "resize_mode": None, "size": [3, 336, 336]}
+    assert read({"model_cfg": model, "preprocess_cfg": given}) == defaults | {"size": (336, 336)}
+    given = {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash", "fill_color": 0}
+    model = {"vision_cfg": {"image_size": [64, 48]}}
+    assert read({"model_cfg": model, "preprocess_cfg": given}) == {
+        "size": (64, 48),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "resize_mode": "squash",
+        "center": "round",
     }
-    BlipImageProcessor(size={"height": 64, "width": 48}).save_pretrained(tmp_path)
-    clip = images.preprocessing(tmp_path)
-    assert clip == {"size": (64, 48), "mean": MEAN, "std": STD, "crop": False}
+    given = {"interpolation": "bilinear", "fill_color": 1, "resize_mode": "tallest"}
+    wanted = "'bilinear', expected 'bicubic'; fill_color is 1.*'tallest', expected one of shortest"
+    with pytest.raises(ValueError, match=wanted):
+        read({"model_cfg": model, "preprocess_cfg": given})
+    with pytest.raises(ValueError, match=r"\(64, 48\) must be a square"):
+        read({"model_cfg": model})
 
 
 def test_preprocessing_errors(tmp_path):
