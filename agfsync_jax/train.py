@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.embeddings import PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader
@@ -113,8 +114,7 @@ def train_step(
     reference = jax.lax.stop_gradient(errors(base)) if uses_reference else (None, None)
 
     def objective(trained):
-        # alpha = rank: the adapters' product is added as it is.
-        params = lora.merge(base, trained, alpha=lora_rank) if lora_rank else trained
+        params = lora.merge(base, trained) if lora_rank else trained
         policy = errors(params)
         loss, metrics = loss_fn(*policy, *reference)
         metrics |= {"loss": loss, "chosen_error": policy[0], "rejected_error": policy[1]}
@@ -182,9 +182,7 @@ def prepare(
     pairs = records.read_pairs(folders[-1] / "pairs", FIELDS)
     loader = PairLoader(pairs, spec.batch_size, seed, mesh)
 
-    backbone = modules.load("backbones", config.backbone.name).Backbone.load(
-        config.backbone.path, dtype=config.backbone.dtype, mesh=mesh, rules=config.sharding
-    )
+    backbone = backbones.load(config, mesh)
     name = backbone.denoiser_name
     base = backbone.params[name]
     if len(folders) > 1:
@@ -231,8 +229,7 @@ def prepare(
         if not spec.lora_rank:
             return state
         # Other verbs read a whole denoiser, named "params".
-        merge = jax.jit(functools.partial(lora.merge, alpha=spec.lora_rank))
-        return {"params": merge(base, state.params), "adapters": state.params}
+        return {"params": jax.jit(lora.merge)(base, state.params), "adapters": state.params}
 
     return state, step_of, final
 
