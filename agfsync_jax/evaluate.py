@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from agfsync_jax import evaluators, scorers
+from agfsync_jax import backbones, evaluators, scorers
 from agfsync_jax.data import images as png
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import write_candidates
@@ -136,9 +136,7 @@ def _draw(
 ) -> None:
     """Draws the shards, unperturbed, with the sampler's settings of `config.sample`."""
     mesh = create_mesh(config.mesh)
-    backbone = modules.load("backbones", config.backbone.name).Backbone.load(
-        config.backbone.path, dtype=config.backbone.dtype, mesh=mesh, rules=config.sharding
-    )
+    backbone = backbones.load(config, mesh)
     name = backbone.denoiser_name
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}

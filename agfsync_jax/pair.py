@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from agfsync_jax import backbones
 from agfsync_jax.data import preferences, records
 from agfsync_jax.data.preferences import Choice
 from agfsync_jax.data.shards import read_rows, shard_paths
-from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.weights import resolve_path
 
 
 def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
@@ -64,18 +63,13 @@ def _pair(config, round_dir: Path, round_index: int, stage: Stage) -> None:
         )
     summary.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    tokenize = tokenizer(config.backbone)
+    tokenize = backbones.tokenizer(config)
     with stage.progress(len(choices)) as progress:
         rows = pair_rows(round_dir / "candidates", choices, prompts, tokenize, progress.update)
         records.write_pairs(folder, rows, {"prompts": counts["prompts"], **settings})
     result = {**counts, "settings": settings, "made_from": made_from}
     records.write_file(summary, [json.dumps(result, indent=2).encode(), b"\n"])
     stage.print(told(counts))
-
-
-def tokenizer(backbone) -> Callable[[list[str]], np.ndarray]:
-    """texts -> int32 [b, n], with the tokenizer that the backbone's folder carries."""
-    return ClipTokenizer(resolve_path(backbone.path) / "tokenizer")
 
 
 def pair_rows(

@@ -11,12 +11,12 @@ there are not drawn again.
 
 from pathlib import Path
 
+from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import write_candidates
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils import modules
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
 
@@ -91,9 +91,7 @@ def draw(
 ) -> None:
     """Draws the shards' rows as one stream, so that a batch may span several of them."""
     mesh = create_mesh(config.mesh)
-    backbone = modules.load("backbones", config.backbone.name).Backbone.load(
-        config.backbone.path, dtype=config.backbone.dtype, mesh=mesh, rules=config.sharding
-    )
+    backbone = backbones.load(config, mesh)
     settings = {key: value for key, value in config.sample.items() if key not in PLAN}
     generator = Generator(backbone, mesh, **settings)
     params = backbone.params

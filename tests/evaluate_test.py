@@ -57,7 +57,7 @@ class Backbone:
         )
 
     @classmethod
-    def load(cls, path, *, dtype, mesh, rules):
+    def load(cls, path, *, dtype, mesh, rules, variant="", kind="", lora=()):
         return cls()
 
     def latent_shape(self, height, width):

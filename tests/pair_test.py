@@ -25,6 +25,8 @@ VQA = {
 @pytest.fixture
 def config(tmp_path):
     clip_tokenizer_files(tmp_path / "model" / "tokenizer", ("red", "blue", "square"))
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     config = micro.get_config("tiny")
     config.backbone.path = str(tmp_path / "model")
     config.pair = common.get_config().pair

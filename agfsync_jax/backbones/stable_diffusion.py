@@ -1,33 +1,37 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv:2112.10752): a diffusers folder, whole.
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv:2112.10752), whole.
 
 `params` is {"unet", "vae", "text_encoder"}, each a pytree; every method is a pure function of it.
 """
 
+import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.data.tokenizers import ClipTokenizer
+from agfsync_jax.diffusion.lora import merge
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
+from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.utils.weights import apply, load_model, read_json, resolve_path, save_model
-
-NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+from agfsync_jax.utils.lora_files import load_lora
+from agfsync_jax.utils.weights import Fitted, apply, fit, read_json, save_model
 
 
 class StableDiffusion:
-    """Tokenizer, text encoder, autoencoder, denoiser and noise schedule of one folder.
+    """Tokenizer, text encoder, autoencoder, denoiser and noise schedule of one checkpoint.
 
     Attributes:
         params: {"unet", "vae", "text_encoder"}: parameters as loaded.
@@ -36,23 +40,15 @@ class StableDiffusion:
     """
 
     denoiser_name = "unet"
+    pipelines = ("StableDiffusionPipeline",)
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
-    def __init__(self, folder: Path, graphs: dict[str, Any], params: dict[str, Any]):
-        self.folder = folder
+    def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict[str, Any]):
         self.params = params
-        self.schedule = Schedule.from_config(read_json(folder / "scheduler/scheduler_config.json"))
-        self._graphs = graphs
-        self._tokenizer = ClipTokenizer(folder / "tokenizer")
-        self._unet, self._vae = (
-            NETWORKS[name].config_class.from_dict(read_json(folder / name / "config.json"))
-            for name in ("unet", "vae")
-        )
-        if not self._unet.in_channels == self._unet.out_channels == self._vae.latent_channels:
-            raise ValueError(
-                f"{folder}: the UNet takes {self._unet.in_channels} and gives "
-                f"{self._unet.out_channels} channels, the latents have "
-                f"{self._vae.latent_channels}: expected a text-to-image model, where all are equal."
-            )
+        self._files, self._graphs = files, graphs
+        self._tokenize = self._tokenizers(files)
+        self.schedule = _schedule(files)
+        self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
 
     @classmethod
     def load(
@@ -60,36 +56,121 @@ class StableDiffusion:
         path: str | Path,
         *,
         dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         rules: Sequence[tuple[str, Sequence[Any]]] = (),
+        variant: str = "",
+        kind: str = "",
+        lora: Sequence[tuple[str, float]] = (),
     ) -> "StableDiffusion":
-        """Loads a diffusers folder.
+        """Loads a checkpoint; every part is looked at before the first tensor is read.
 
         Args:
-            path: the folder, or "micro:NAME".
-            dtype: of the computation; parameters are float32.
+            path: a diffusers folder, a repository of the Hub, gs://, a single file, or "micro:NAME"
+                (utils/paths.py).
+            dtype: of the computation.
+            param_dtype: the one that parameters are kept in.
             mesh, rules: where parameters go (parallel/sharding.py); one device without a mesh.
+            variant: of the files in a folder: "fp16" for model.fp16.safetensors.
+            kind: of a single file that does not tell: one of data/skeletons.py.
+            lora: (path, scale) of LoRA files, whose products are added to the weights.
 
         Raises:
-            FileNotFoundError, ValueError: the folder is not one of a Stable Diffusion 1.x or 2.x.
+            FileNotFoundError: nothing is there.
+            ValueError: another kind of pipeline, parts that are missing, files that are not whole,
+                tensors that do not fit, a LoRA of another model: all are listed.
         """
-        folder = resolve_path(path)
-        kind = read_json(folder / "model_index.json").get("_class_name")
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(
-                f"{folder}/model_index.json is of a {kind}: the backbone stable_diffusion reads "
-                "a StableDiffusionPipeline. Set config.backbone.name to the backbone of that kind."
-            )
+        files, fitted = cls.inspect(path, dtype=dtype, variant=variant, kind=kind)
+        problems: list[str] = []
+        adapters = []
+        for file, scale in lora:
+            with _collect(problems):
+                abstract = {name: each.abstract for name, each in fitted.items()}
+                adapters.append((load_lora(file, abstract), scale))
+        _raise(problems)
         shardings = functools.partial(infer_shardings, mesh=mesh, rules=rules) if mesh else None
-        loaded = {
-            name: load_model(network, folder / name, dtype=jnp.dtype(dtype), shardings=shardings)
-            for name, network in NETWORKS.items()
-        }
-        graphs = {name: graph for name, (graph, _) in loaded.items()}
-        return cls(folder, graphs, {name: params for name, (_, params) in loaded.items()})
+        add = jax.jit(merge, donate_argnums=0)
+        params = {}
+        for name, each in fitted.items():
+            params[name] = each.read(
+                param_dtype=jnp.dtype(param_dtype),
+                shardings=shardings,
+                label=f"{Path(path).name} {name}",
+            )
+            for by_network, scale in adapters:
+                if name in by_network:
+                    params[name] = add(params[name], by_network[name], scale=scale)
+        return cls(files, {name: each.graph for name, each in fitted.items()}, params)
+
+    @classmethod
+    def inspect(
+        cls, path: str | Path, *, dtype: Any = jnp.float32, variant: str = "", kind: str = ""
+    ) -> tuple[PipelineFiles, dict[str, Fitted]]:
+        """Compares every part of a checkpoint with its network, from the files' headers alone.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`.
+        """
+        files = cls._open(path, variant=variant, kind=kind)
+        fitted, problems = {}, []
+        for name in cls._parts(files):
+            with _collect(problems):
+                config = _config(files, name, cls.networks)
+                where = f"{files.source} ({name})"
+                fitted[name] = fit(
+                    cls.networks[name],
+                    config,
+                    files.tensors(name),
+                    dtype=jnp.dtype(dtype),
+                    where=where,
+                )
+        with _collect(problems):
+            cls._tokenizers(files)
+        with _collect(problems):
+            _schedule(files)
+        with _collect(problems):
+            unet, vae = (_config(files, name, cls.networks) for name in ("unet", "vae"))
+            if not unet.in_channels == unet.out_channels == vae.latent_channels:
+                raise ValueError(
+                    f"{files.source}: the UNet takes {unet.in_channels} and gives "
+                    f"{unet.out_channels} channels, the latents have {vae.latent_channels}: "
+                    "expected a text-to-image model, where all are equal."
+                )
+        _raise(problems)
+        return files, fitted
+
+    @classmethod
+    def tokenizer(
+        cls, path: str | Path, *, variant: str = "", kind: str = ""
+    ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
+        """`tokenize` without the networks."""
+        return cls._tokenizers(cls._open(path, variant=variant, kind=kind))
+
+    @classmethod
+    def _open(cls, path: str | Path, *, variant: str, kind: str) -> PipelineFiles:
+        files = PipelineFiles(path, variant=variant, kind=kind)
+        found = files.index.get("_class_name")
+        if found not in cls.pipelines:
+            raise ValueError(
+                f"{files.source} holds a {found}: the backbone {cls.__module__.split('.')[-1]} "
+                f"reads {' or '.join(cls.pipelines)}. Set config.backbone.name to the backbone of "
+                "that kind."
+            )
+        return files
+
+    @classmethod
+    def _parts(cls, files: PipelineFiles) -> list[str]:
+        """The networks that this checkpoint has."""
+        return list(cls.networks)
+
+    @classmethod
+    def _tokenizers(cls, files: PipelineFiles) -> Callable:
+        return ClipTokenizer(files.folder / "tokenizer")
 
     def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
-        """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads, without a filter.
+        """Writes a folder that diffusers' `from_pretrained` loads, without a safety checker.
+
+        Every process calls it, the main one writes.
 
         Raises:
             FileExistsError: the folder is there and holds something.
@@ -97,15 +178,21 @@ class StableDiffusion:
         path = Path(path)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: give a new folder to save to.")
-        for name, network in NETWORKS.items():
-            config = read_json(self.folder / name / "config.json")
-            save_model(network, path / name, params[name], config, dtype=dtype)
-        for name in ("tokenizer", "scheduler"):
-            shutil.copytree(self.folder / name, path / name)
-        index = read_json(self.folder / "model_index.json")
+        multihost.barrier("save")  # every process has looked before the main one writes
+        folder, index = self._files.folder, dict(self._files.index)
+        for name in self._parts(self._files):
+            config = self._files.config(name)
+            save_model(self.networks[name], path / name, params[name], config, dtype=dtype)
+        if not multihost.is_main():
+            return
+        for name in ("tokenizer", "tokenizer_2", "scheduler"):
+            if (folder / name).is_dir():
+                shutil.copytree(folder / name, path / name)
         for name in ("safety_checker", "feature_extractor", "image_encoder"):
-            index[name] = [None, None]
-        index["requires_safety_checker"] = False
+            if name in index:
+                index[name] = [None, None]
+        if "safety_checker" in index:
+            index["requires_safety_checker"] = False
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -121,12 +208,12 @@ class StableDiffusion:
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """Token ids, int32, cut and padded to the text encoder's length."""
-        return self._tokenizer(prompts)
+        return self._tokenize(prompts)
 
     def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
         """What `denoise` is conditioned on: {"encoder_hidden_states": [b, n, d]}."""
-        hidden, _ = apply(self._graphs["text_encoder"], params["text_encoder"])(tokens)
-        return {"encoder_hidden_states": hidden}
+        encoder = apply(self._graphs["text_encoder"], params["text_encoder"])
+        return {"encoder_hidden_states": encoder(tokens).last_hidden_state}
 
     def encode_image(
         self, params: dict, images: UInt8[Array, "b H W 3"]
@@ -155,6 +242,29 @@ class StableDiffusion:
         unet = apply(self._graphs["unet"], params["unet"])
         prediction = unet(latents, timesteps, conditioning["encoder_hidden_states"])
         return prediction.astype(jnp.float32)
+
+
+@contextlib.contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    """Notes what the block raises, and goes on behind it."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _config(files: PipelineFiles, name: str, networks: dict[str, type]) -> Any:
+    return networks[name].config_class.from_dict(files.config(name))
+
+
+def _schedule(files: PipelineFiles) -> Schedule:
+    return Schedule.from_config(read_json(files.folder / "scheduler/scheduler_config.json"))
 
 
 Backbone = StableDiffusion

@@ -12,38 +12,35 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError, safe_open
 
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from agfsync_jax.scorers.clip import ClipEncoder
 from agfsync_jax.utils import weights
+from agfsync_jax.utils.paths import resolve_path
+from agfsync_jax.utils.tensor_files import open_tensors
 
 _FIRST = "layers.0.weight"
 
 
 def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """An AestheticPredictor from a .safetensors file, of the input size that its weights have.
+    """An AestheticPredictor from a file, of the input size that its weights have.
+
+    The published sac+logos+ava1-l14-linearMSE.pth needs torch, a .safetensors does not.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not safetensors, or not the tensors of this predictor: all are listed.
+        ValueError: not whole, or not the tensors of this predictor: all are listed.
     """
-    file = weights.resolve_path(path)
-    try:
-        with safe_open(file, framework="np") as tensors:
-            if _FIRST not in tensors.keys():
-                raise ValueError(
-                    f"{file} is no aesthetic head: expected {_FIRST} among its tensors, found"
-                    f" {', '.join(sorted(tensors.keys())[:8])}."
-                )
-            input_size = tensors.get_slice(_FIRST).get_shape()[1]
-    except SafetensorError as error:
+    file = resolve_path(path)
+    tensors = open_tensors(file)
+    if _FIRST not in tensors or len(tensors[_FIRST].shape) != 2:
         raise ValueError(
-            f"{file} is not a whole safetensors file ({error}). A published .pth is converted once"
-            " with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)."
-        ) from error
-    graph, abstract = weights.abstract_model(AestheticPredictor, AestheticConfig(input_size))
-    return graph, weights.fill_params(AestheticPredictor, abstract, [file])
+            f"{file} is no aesthetic head: expected a matrix {_FIRST} among its tensors, found"
+            f" {', '.join(sorted(tensors)[:8])}."
+        )
+    config = AestheticConfig(tensors[_FIRST].shape[1])
+    fitted = weights.fit(AestheticPredictor, config, tensors, where=file)
+    return fitted.graph, fitted.read()
 
 
 class Scorer:
@@ -51,8 +48,8 @@ class Scorer:
 
     Args:
         mesh: see `ClipEncoder`.
-        path: the CLIP folder on whose image embedding the head was trained.
-        head: the head's .safetensors.
+        path, architecture: the CLIP on whose image embedding the head was trained.
+        head: the head's .safetensors or .pth.
         batch_size: images at a time.
         dtype: of CLIP's computation.
 
@@ -63,10 +60,17 @@ class Scorer:
     asks_questions = False
 
     def __init__(
-        self, mesh: Mesh, *, path: str, head: str, batch_size: int = 64, dtype: str = "float32"
+        self,
+        mesh: Mesh,
+        *,
+        path: str,
+        head: str,
+        architecture: str = "",
+        batch_size: int = 64,
+        dtype: str = "float32",
     ):
         graph, self._params = load_head(head)
-        self._encoder = ClipEncoder(mesh, path, batch_size, dtype)
+        self._encoder = ClipEncoder(mesh, path, batch_size, dtype, architecture=architecture)
         expected = self._params["layers"][0]["kernel"].shape[0]
         if self._encoder.size != expected:
             raise ValueError(

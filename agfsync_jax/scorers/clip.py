@@ -14,41 +14,53 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from agfsync_jax.data.images import preprocessing, resize_and_normalize
-from agfsync_jax.data.tokenizers import ClipTokenizer
+from agfsync_jax.data.clip_files import ClipFiles
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
-from agfsync_jax.utils.weights import load_model, resolve_path
+from agfsync_jax.utils.weights import fit
 
 _TEXT_BATCH = 16  # distinct prompts are few beside images
 
 
 class ClipEncoder:
-    """Both towers of a CLIP folder: images and texts to embeddings of length one.
+    """Both towers of a CLIP: images and texts to embeddings of length one.
 
     Args:
         mesh: batches are split over its data and fsdp axes, weights are whole on every device.
-        path: a folder in transformers' layout, with tokenizer and preprocessor_config.json.
+        path, architecture, pad: see data/clip_files.py.
         batch_size: images at a time, rounded up to what the mesh divides.
         dtype: of the computation.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not there, or is no CLIPModel.
+        FileNotFoundError, ValueError: nothing is there, or no CLIPModel.
     """
 
-    def __init__(self, mesh: Mesh, path: str, batch_size: int, dtype: str):
-        folder = resolve_path(path)
-        self._tokenize = ClipTokenizer(folder)
-        self._resize = preprocessing(folder)
-        graph, params = load_model(CLIPModel, folder, dtype=jnp.dtype(dtype))
-        self._params = jax.device_put(params, replicated(mesh))
+    def __init__(
+        self,
+        mesh: Mesh,
+        path: str,
+        batch_size: int,
+        dtype: str,
+        *,
+        architecture: str = "",
+        pad: bool = False,
+    ):
+        files = ClipFiles(path, architecture=architecture, pad=pad)
+        config = CLIPModel.config_class.from_dict(files.config)
+        fitted = fit(CLIPModel, config, files.tensors, dtype=jnp.dtype(dtype), where=path)
+        graph, self._tokenize = fitted.graph, files.tokenize
+
+        def everywhere(abstract: nnx.State):
+            return jax.tree.map(lambda _: replicated(mesh), abstract)
+
+        self._params = fitted.read(shardings=everywhere, label=f"{path}")
         shards = batch_shards(mesh)
         self._batch_size = -(-batch_size // shards) * shards
         self._text_batch = -(-_TEXT_BATCH // shards) * shards
         self._sharding = batch_sharding(mesh)
 
         def embed_images(params: nnx.State, images: UInt8[Array, "b h w 3"]):
-            pixels = resize_and_normalize(images, **self._resize)
+            pixels = files.preprocess(images)
             return unit(nnx.merge(graph, params).get_image_features(pixels))
 
         def embed_texts(params: nnx.State, tokens):
@@ -94,8 +106,16 @@ class Scorer:
 
     asks_questions = False
 
-    def __init__(self, mesh: Mesh, *, path: str, batch_size: int = 64, dtype: str = "float32"):
-        self._encoder = ClipEncoder(mesh, path, batch_size, dtype)
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        path: str,
+        architecture: str = "",
+        batch_size: int = 64,
+        dtype: str = "float32",
+    ):
+        self._encoder = ClipEncoder(mesh, path, batch_size, dtype, architecture=architecture)
 
     def __call__(
         self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any

@@ -26,7 +26,8 @@ from agfsync_jax.parallel.sharding import (
     infer_shardings,
     replicated,
 )
-from agfsync_jax.utils.weights import load_model, resolve_path
+from agfsync_jax.utils.paths import local_files, resolve_path
+from agfsync_jax.utils.weights import load_model
 
 PROMPT = "Question: {question} Choices:{choices} Answer:"  # AGFSync's; choices as ['yes','no']
 SCORES = ("accuracy", "probability")
@@ -77,7 +78,8 @@ class Scorer:
             )
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, expected one of {', '.join(SCORES)}")
-        folder = resolve_path(path)
+        source = resolve_path(path)
+        folder = local_files(source)
         self._prompt, self._score = prompt, score
         self._tokenizer = TextTokenizer(folder)
         self._texts: dict[str, list[int]] = {}  # token ids of questions and choices
@@ -85,7 +87,7 @@ class Scorer:
         dtype = jnp.dtype(dtype)
         graph, self._params = load_model(
             Blip2ForConditionalGeneration,
-            folder,
+            source,
             dtype=dtype,
             param_dtype=dtype,
             shardings=lambda abstract: infer_shardings(abstract, mesh, sharding),

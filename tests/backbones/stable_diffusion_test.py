@@ -151,7 +151,7 @@ def test_latent_shape(backbone):
 
 def test_other_folders_are_refused(folder, pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ValueError, match="is of a StableDiffusionXLPipeline"):
+    with pytest.raises(ValueError, match="holds a StableDiffusionXLPipeline"):
         Backbone.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         Backbone.load("no/such/folder")

@@ -9,7 +9,7 @@ from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.micro import suite
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.utils import weights
+from agfsync_jax.utils import paths, weights
 
 SHORT = {
     "clip": {"text_steps": 2, "steps": 2},
@@ -28,7 +28,7 @@ def test_a_few_steps_of_every_stage(tmp_path, monkeypatch):
     output = tmp_path / "weights"
     suite.main([f"--workdir={tmp_path / 'work'}", f"--output={output}"])
     figures = json.loads((output / "figures.json").read_text())
-    shipped = json.loads((weights.resolve_path("micro:figures.json")).read_text())
+    shipped = json.loads((paths.resolve_path("micro:figures.json")).read_text())
     assert {name: set(each) for name, each in figures.items()} == {
         name: set(each) for name, each in shipped.items()
     }

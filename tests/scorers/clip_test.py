@@ -167,5 +167,5 @@ def test_a_head_for_another_clip(twin, mesh, tmp_path):
     with pytest.raises(ValueError, match=r"takes embeddings of 768 numbers.* makes 12"):
         aesthetic.Scorer(mesh, path=str(twin[0]), head=str(tmp_path / "head.safetensors"))
     (tmp_path / "head.pth").write_bytes(b"pickle" * 9)
-    with pytest.raises(ValueError, match="converted once"):
+    with pytest.raises(ValueError, match="not a whole pickle of tensors alone"):
         aesthetic.load_head(str(tmp_path / "head.pth"))

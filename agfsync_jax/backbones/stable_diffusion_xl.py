@@ -1,0 +1,115 @@
+"""Stable Diffusion XL, base and refiner (Podell et al., arXiv:2307.01952).
+
+`params` is {"unet", "vae", "text_encoder", "text_encoder_2"}; the refiner has no "text_encoder".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from agfsync_jax.backbones.stable_diffusion import StableDiffusion
+from agfsync_jax.data.pipeline_files import PipelineFiles
+from agfsync_jax.data.tokenizers import ClipTokenizer
+from agfsync_jax.models.clip import CLIPTextModelWithProjection
+from agfsync_jax.utils.weights import apply
+
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_AESTHETIC_SCORE = 6.0  # what the refiner is told of the image, as diffusers' pipeline tells it
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Two text encoders; their last but one hidden states, side by side, are the conditioning.
+
+    The second one's projected embedding and the image's size and crop go in with the timestep.
+    """
+
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    networks = StableDiffusion.networks | {"text_encoder_2": CLIPTextModelWithProjection}
+
+    @classmethod
+    def _parts(cls, files: PipelineFiles) -> list[str]:
+        encoders = [name for name in _TOKENIZERS if files.has(name)]
+        return ["unet", "vae", *encoders]
+
+    @classmethod
+    def _tokenizers(cls, files: PipelineFiles) -> Callable:
+        tokenizers = [
+            ClipTokenizer(files.folder / tokenizer)
+            for encoder, tokenizer in _TOKENIZERS.items()
+            if files.has(encoder)
+        ]
+
+        def tokenize(prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+            return np.concatenate([each(prompts) for each in tokenizers], axis=-1)
+
+        return tokenize
+
+    def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict[str, Any]):
+        super().__init__(files, graphs, params)
+        self._encoders = [name for name in _TOKENIZERS if name in graphs]
+        self._empty = None
+        if files.index.get("force_zeros_for_empty_prompt", False):
+            self._empty = self.tokenize([""])
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        """Token ids of each text encoder in turn, int32; their tokenizers pad differently."""
+        return super().tokenize(prompts)
+
+    def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
+        """What `denoise` is conditioned on.
+
+        The base model was trained with zeros for an empty prompt, so that is what it gets
+        (`force_zeros_for_empty_prompt` in model_index.json).
+
+        Returns:
+            {"encoder_hidden_states": [b, n, d], "text_embeds": [b, p]}.
+        """
+        states = []
+        for name, ids in zip(
+            self._encoders, jnp.split(tokens, len(self._encoders), axis=-1), strict=True
+        ):
+            output = apply(self._graphs[name], params[name])(ids)
+            states.append(output.penultimate_hidden_state)
+        hidden, pooled = jnp.concatenate(states, axis=-1), output.text_embeds
+        if self._empty is not None:
+            given = jnp.any(tokens != self._empty, axis=-1)
+            hidden = jnp.where(given[:, None, None], hidden, 0)
+            pooled = jnp.where(given[:, None], pooled, 0)
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def denoise(
+        self,
+        params: dict,
+        latents: Float[Array, "b h w c"],
+        timesteps: Array,
+        conditioning: dict[str, Array],
+    ) -> Float[Array, "b h w c"]:
+        """The denoiser's prediction, float32, of the kind that `schedule.prediction_type` says.
+
+        `conditioning` may hold "time_ids" [b, 6] (original size, top left of the crop, target size;
+        [b, 5] for the refiner: original size, crop, aesthetic score); by default an uncropped image
+        of the latents' own size.
+        """
+        unet = apply(self._graphs["unet"], params["unet"])
+        time_ids = conditioning.get("time_ids")
+        if time_ids is None:
+            size = [side * self._vae.downscale for side in latents.shape[1:3]]
+            last = (
+                [_AESTHETIC_SCORE] if self._files.index.get("requires_aesthetics_score") else size
+            )
+            time_ids = jnp.asarray([*size, 0, 0, *last], jnp.float32)
+            time_ids = jnp.broadcast_to(time_ids, (len(latents), time_ids.shape[0]))
+        prediction = unet(
+            latents,
+            timesteps,
+            conditioning["encoder_hidden_states"],
+            conditioning["text_embeds"],
+            time_ids,
+        )
+        return prediction.astype(jnp.float32)
+
+
+Backbone = StableDiffusionXL
