@@ -19,7 +19,12 @@ from pathlib import Path
 from agfsync_jax.utils import configs
 
 PACKAGE = Path(__file__).parent
-VERBS = ("run", "prompts", "questions", "sample", "score", "pair", "train", "evaluate", "report")
+VERBS = (
+    *("run", "prompts", "questions", "sample", "score", "pair", "train", "evaluate", "report"),
+    *("export", "bench"),
+)
+# Switches that only one verb knows, with their meaning.
+SWITCHES = {"export": {"verify": "let diffusers draw an image from the files, and compare"}}
 DEFAULT_CONFIG = "configs/micro.py"
 # What --help lists besides the block of the verb's own name.
 ALSO_READS = {
@@ -27,6 +32,7 @@ ALSO_READS = {
     "sample": ("backbone",),
     "score": ("scorers",),
     "train": ("loss",),
+    "export": ("backbone",),
 }
 EPILOG = """\
 --config.a.b=value sets any key of the config: agfsync sample --help lists those that sample reads.
@@ -49,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         workdir = Path(args.workdir)
         configs.claim(workdir, config, write=is_main)
         module = importlib.import_module(f"agfsync_jax.{verb}")
-        module.main(config, workdir, round_index=args.round, repair=args.repair)
+        switches = {name: getattr(args, name) for name in SWITCHES.get(verb, ())}
+        module.main(config, workdir, round_index=args.round, repair=args.repair, **switches)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             raise
@@ -90,6 +97,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     flags.add_argument("--workdir", metavar="DIR", help="all that the verbs read and write")
     flags.add_argument("--repair", action="store_true", help="make damaged shards anew")
     flags.add_argument("--round", type=int, default=0, metavar="N", help="of the loop, from 0")
+    for name, meaning in SWITCHES.get(verb, {}).items():
+        flags.add_argument(f"--{name}", action="store_true", help=meaning)
     args, rest = flags.parse_known_args(argv[1:])
     overrides = {}
     for item in rest:

@@ -11,7 +11,10 @@ def get_config() -> ConfigDict:
 
     c.backbone = ConfigDict()  # the text-to-image model
     c.backbone.name = "stable_diffusion"  # a file of agfsync_jax/backbones
-    c.backbone.path = ""  # a diffusers folder, or micro:NAME for one that ships with the package
+    c.backbone.path = ""  # a diffusers folder, a file, a repository (org/name), gs://, micro:NAME
+    c.backbone.variant = ""  # of its files: fp16 for model.fp16.safetensors
+    c.backbone.kind = ""  # of a single file that does not say itself what it is
+    c.backbone.lora = ()  # (path, scale) of LoRA files, added to the weights
     c.backbone.dtype = "float32"  # of the computation; parameters stay float32
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices an axis; -1: all that are left
@@ -73,6 +76,18 @@ def get_config() -> ConfigDict:
     c.evaluate.num_prompts = 300
     c.evaluate.num_seeds = 2  # images a prompt
     c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers
+
+    c.export = ConfigDict()
+    c.export.output = ""  # a new folder; round_NNN/export in the workdir where it is empty
+    c.export.dtype = "float32"  # of the files; float16 is what most people share
+    c.export.lora = ""  # diffusers, kohya or peft: the trained adapters alone, in this layout
+
+    c.bench = ConfigDict()
+    c.bench.models = ("stable-diffusion-v1-5", "stable-diffusion-xl-base")  # random weights
+    c.bench.file_dtype = "float16"
+    c.bench.param_dtype = "float32"  # what is held in memory
+    c.bench.against = ""  # diffusers: the same with from_pretrained, in the same run
+    c.bench.repeats = 2
 
     c.report = ConfigDict()
     c.report.num_examples = 12  # prompts shown in the grids

@@ -121,12 +121,16 @@ class Checkpoints:
 
 
 def restore_denoiser(folder: Path, abstract_params: PyTree, num_steps: int) -> PyTree:
-    """The denoiser's parameters at the end of a training, from the checkpoints in `folder`.
+    """The denoiser's parameters at the end of a training, from the checkpoints in `folder`."""
+    return restore_end(folder, {"params": abstract_params}, num_steps)["params"]
 
-    They are what was saved under the key "params" of the state.
+
+def restore_end(folder: Path, abstract: dict[str, PyTree], num_steps: int) -> dict[str, PyTree]:
+    """What a training left at its end, from the checkpoints in `folder`.
 
     Args:
-        abstract_params: the denoiser's parameters, or their shapes and shardings.
+        abstract: arrays, or their shapes and shardings: {"params": the denoiser's}, and
+            {"adapters": ...} where LoRA was trained.
         num_steps: the steps of the training, `config.train.num_steps`.
 
     Raises:
@@ -145,7 +149,7 @@ def restore_denoiser(folder: Path, abstract_params: PyTree, num_steps: int) -> P
                 f"{folder} ends at step {step} of config.train.num_steps={num_steps}:"
                 " run `agfsync train` to the end first"
             )
-        return checkpoints.restore(step, {"params": abstract_params})["params"]
+        return checkpoints.restore(step, abstract)
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

@@ -25,7 +25,7 @@ OUTPUTS = {
 # The first verb that reads a block, where that is not the verb it is named after.
 FIRST_READ = {"seed": "prompts", "backbone": "sample", "scorers": "score", "loss": "train"}
 # What changes no file that is already there, and may always differ.
-FREE = r"report\..*|rounds|mesh\..*|sharding|(sample|score)\.batch_size"
+FREE = r"(report|export|bench)\..*|rounds|mesh\..*|sharding|(sample|score)\.batch_size"
 SECRET = r".*(api_key|password|secret|token)"
 
 
@@ -65,7 +65,7 @@ def check(config: ConfigDict, verb: str) -> None:
         ValueError: a name that is no file of its room.
         FileNotFoundError: weights that are not there.
     """
-    from agfsync_jax.utils import modules, weights  # these import jax
+    from agfsync_jax.utils import modules, paths  # these import jax
 
     modules.check("backbones", config.backbone.name)
     modules.check("losses", config.loss.name)
@@ -75,14 +75,22 @@ def check(config: ConfigDict, verb: str) -> None:
         modules.check("scorers", scorer.name)
     for name in config.evaluate.evaluators:
         modules.check("evaluators", name)
-    paths = []
-    if verb in ("run", "sample", "pair", "train", "evaluate"):
-        paths.append(config.backbone.path)
+    wanted = []
+    if verb in ("run", "sample", "pair", "train", "evaluate", "export"):
+        wanted.append((config.backbone.path, config.backbone.variant))
+        known = [str, float], [str, int]
+        for entry in config.backbone.lora:
+            if isinstance(entry, str | int | float) or [type(x) for x in entry] not in known:
+                raise ValueError(
+                    f"config.backbone.lora has {entry!r}: expected (path, scale), as in "
+                    "(('lora.safetensors', 1.0),)"
+                )
+            wanted.append((entry[0], ""))
     if verb in ("run", "score", "evaluate"):
         for scorer in config.scorers.values():
-            paths += [scorer[key] for key in ("path", "head") if scorer.get(key)]
-    for path in paths:
-        weights.resolve_path(path)
+            wanted += [(scorer[key], "") for key in ("path", "head") if scorer.get(key)]
+    for path, variant in wanted:
+        paths.resolve_path(path, variant=variant)
 
 
 def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:

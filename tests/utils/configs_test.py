@@ -145,3 +145,11 @@ def test_a_file_is_no_workdir(tmp_path):
 def test_only_the_main_process_writes(tmp_path):
     configs.claim(tmp_path / "new", configs.load(MICRO, {}), write=False)
     assert os.listdir(tmp_path) == []
+
+
+def test_lora_files_are_looked_for(tmp_path):
+    missing = str(tmp_path / "lora.safetensors")
+    with pytest.raises(FileNotFoundError, match="lora.safetensors"):
+        configs.check(configs.load(MICRO, {"backbone.lora": f"(({missing!r}, 1.0),)"}), "sample")
+    with pytest.raises(ValueError, match=r"backbone.lora has .* expected \(path, scale\)"):
+        configs.check(configs.load(MICRO, {"backbone.lora": f"({missing!r}, 1.0)"}), "sample")

@@ -1,0 +1,195 @@
+"""Export: a round's tuned model -> a folder that diffusers loads, or a LoRA file.
+
+The folder is a whole pipeline: config.json files, safetensors (with an index above 10 GB),
+scheduler and tokenizers. `--config.export.lora=diffusers` (or kohya, or peft) writes the adapters
+of a training with config.train.lora_rank alone, in that layout. With --verify, diffusers and this
+package each draw one image from what was written, from the same noise; both are kept beside it in
+verify.png, and an image that differs by more than 2 of 255 gray levels on average is an error.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agfsync_jax import backbones
+from agfsync_jax.data import records
+from agfsync_jax.data.images import encode_png
+from agfsync_jax.diffusion import lora, samplers
+from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.parallel import multihost
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.utils.checkpoints import restore_denoiser, restore_end
+from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.lora_files import LAYOUTS, write_lora
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+_SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
+_PROMPT = "a photograph of an astronaut riding a horse"
+_TOLERANCE = 2.0  # gray levels of 255, mean
+
+
+def main(
+    config: Any,
+    workdir: Path,
+    *,
+    round_index: int = 0,
+    repair: bool = False,
+    verify: bool = False,
+) -> None:
+    """Writes `config.export.output`, or round_NNN/export/.
+
+    Raises:
+        FileNotFoundError: the round has no checkpoint.
+        FileExistsError: the output is there already.
+        ValueError: settings that cannot be; with `verify`, images that differ.
+        OSError: no space left.
+    """
+    spec = config.export
+    round_dir = Path(workdir) / f"round_{round_index:03d}"
+    output = Path(spec.output).expanduser() if spec.output else round_dir / "export"
+    if spec.dtype not in _DTYPES:
+        raise ValueError(f"config.export.dtype={spec.dtype}: expected one of {', '.join(_DTYPES)}")
+    if spec.lora not in ("", *LAYOUTS):
+        raise ValueError(f"config.export.lora={spec.lora}: expected one of {', '.join(LAYOUTS)}")
+    if spec.lora and not config.train.lora_rank:
+        raise ValueError(
+            "config.export.lora is set, but config.train.lora_rank is 0: all of the denoiser was "
+            "trained. Export the whole pipeline: leave config.export.lora empty."
+        )
+    if verify:
+        _import_diffusers()
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
+    with Stage(round_dir, "export", unit="files") as stage:
+        write = _write_lora if spec.lora else _write_pipeline
+        write(config, round_dir / "checkpoints", output)
+        files = [path for path in output.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        stage.print(f"{output}: {len(files)} files, {size / 1e9:.3g} GB")
+        if verify and multihost.is_main():
+            difference = _verify(config, _first_prompt(round_dir), output)
+            told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
+            if difference > _TOLERANCE:
+                raise ValueError(
+                    f"{told} (at most {_TOLERANCE:g} expected); see {output}/verify.png"
+                )
+            stage.print(f"verified: {told}, see {output}/verify.png")
+    multihost.barrier("export")
+
+
+def _write_pipeline(config: Any, checkpoints: Path, output: Path) -> None:
+    backbone = backbones.load(config, create_mesh(config.mesh))
+    name = backbone.denoiser_name
+    tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
+    backbone.save(output, backbone.params | {name: tuned}, dtype=_DTYPES[config.export.dtype])
+
+
+def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
+    """Needs the shapes of the denoiser alone, not its weights."""
+    name = backbones.backbone_class(config).denoiser_name
+    _, fitted = backbones.inspect(config)
+    adapters = jax.eval_shape(
+        lambda params: lora.init_adapters(jax.random.key(0), params, rank=config.train.lora_rank),
+        fitted[name].abstract,
+    )
+    end = restore_end(checkpoints, {"adapters": adapters}, config.train.num_steps)
+    if multihost.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        write_lora(
+            output,
+            {name: end["adapters"]},
+            layout=config.export.lora,
+            dtype=_DTYPES[config.export.dtype],
+        )
+
+
+def _first_prompt(round_dir: Path) -> str:
+    path = round_dir / "prompts.jsonl"
+    return records.read_jsonl(path)[0]["prompt"] if path.exists() else _PROMPT
+
+
+def _import_diffusers() -> Any:
+    try:
+        import diffusers
+        import torch  # noqa: F401 - without it diffusers' classes are empty
+    except ImportError as error:
+        raise ValueError(
+            "--verify draws with diffusers: pip install 'agfsync_jax[torch]', or leave it out"
+        ) from error
+    return diffusers
+
+
+def _verify(config: Any, prompt: str, output: Path) -> float:
+    """Draws one image with each, writes both side by side; their mean difference in gray levels."""
+    with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
+        folder, file = output, None
+        if config.export.lora:  # beside the model that it adapts
+            folder, file = Path(aside) / "base", output
+            base = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
+            base.save(folder, base.params)
+        ours, noise = _draw(config, prompt, folder, file)
+        theirs = _draw_diffusers(config, prompt, noise, folder, file)
+    (output / "verify.png").write_bytes(encode_png(np.concatenate([ours, theirs], axis=1)))
+    return float(np.abs(ours.astype(np.float64) - theirs).mean())
+
+
+def _draw(
+    config: Any, prompt: str, folder: Path, file: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Our image, uint8 [H, W, 3], and the noise it is from."""
+    sample = config.sample
+    backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
+    sampler = samplers.find(sample.sampler)
+    shape = (1, *backbone.latent_shape(sample.height, sample.width))
+    noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)
+
+    @jax.jit
+    def program(params, tokens, negative, noise):
+        given, unguided = (backbone.encode_prompt(params, ids) for ids in (tokens, negative))
+        denoise = guide(
+            lambda *args: backbone.denoise(params, *args), given, unguided, sample.guidance_scale
+        )
+        latents = sampler(denoise, backbone.schedule, noise, sample.num_inference_steps)
+        return backbone.decode_latents(params, latents)
+
+    tokens, negative = (backbone.tokenize([text]) for text in (prompt, sample.negative_prompt))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(program(backbone.params, tokens, negative, noise))[0], noise
+
+
+def _draw_diffusers(
+    config: Any, prompt: str, noise: np.ndarray, folder: Path, file: Path | None
+) -> np.ndarray:
+    diffusers = _import_diffusers()
+    import torch
+    import transformers
+
+    for library in (diffusers, transformers):  # what they say is not of this check
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    sample = config.sample
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if file and config.export.lora == "peft":
+        from peft import PeftModel
+
+        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, file).merge_and_unload()
+    elif file:
+        pipeline.load_lora_weights(file)
+    scheduler = getattr(diffusers, _SCHEDULERS[sample.sampler])
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    images = pipeline(
+        prompt,
+        negative_prompt=sample.negative_prompt or None,
+        height=sample.height,
+        width=sample.width,
+        num_inference_steps=sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale,
+        latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+        output_type="np",
+    ).images
+    return np.round(images[0] * 255).astype(np.uint8)

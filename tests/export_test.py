@@ -1,0 +1,104 @@
+"""Export: what diffusers loads from it draws what we draw."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agfsync_jax import backbones, export
+from agfsync_jax.diffusion import lora
+from agfsync_jax.utils.checkpoints import Checkpoints
+from configs import micro
+from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion", "stable_diffusion_xl"])
+def config(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    make = tiny_stable_diffusion_xl if request.param.endswith("xl") else tiny_stable_diffusion
+    make(folder)
+    config = micro.get_config("tiny")
+    config.backbone.name, config.backbone.path = request.param, str(folder)
+    config.sample.update(height=32, width=32, num_inference_steps=5, guidance_scale=3.0)
+    config.sample.sampler = "euler" if request.param.endswith("xl") else "ddim"
+    config.train.num_steps = 3
+    return config
+
+
+@pytest.fixture
+def trained(config, tmp_path):
+    """A workdir whose round 0 ends with every parameter of the denoiser a little larger."""
+    params = backbones.backbone_class(config).load(config.backbone.path).params["unet"]
+    params = jax.tree.map(lambda leaf: leaf * 1.1, params)
+    with Checkpoints(tmp_path / "round_000" / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"params": params})
+    return tmp_path
+
+
+@pytest.fixture
+def adapted(config, tmp_path):
+    """A workdir whose round 0 ends with adapters of rank 4 and the merged denoiser."""
+    params = backbones.backbone_class(config).load(config.backbone.path).params["unet"]
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=4)
+    adapters = {
+        name: pair | {"B": 0.2 * jnp.ones_like(pair["B"])} for name, pair in adapters.items()
+    }
+    state = {"params": lora.merge(params, adapters), "adapters": adapters}
+    with Checkpoints(tmp_path / "round_000" / "checkpoints") as checkpoints:
+        checkpoints.save(3, state)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_pipeline_draws_the_same_in_diffusers(config, trained, dtype, capsys):
+    config = config.copy_and_resolve_references()
+    config.export.dtype = dtype
+    config.export.output = str(trained / "out")
+    export.main(config, trained, verify=True)
+    assert "verified" in capsys.readouterr().err
+    assert (trained / "out" / "verify.png").stat().st_size > 1000
+    weights = load_file(trained / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {getattr(torch, dtype)}
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export.main(config, trained)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_lora_draws_the_same_in_diffusers(config, adapted, layout, capsys):
+    config = config.copy_and_resolve_references()
+    config.train.lora_rank = 4
+    config.export.lora = layout
+    export.main(config, adapted, verify=True)
+    assert "verified" in capsys.readouterr().err
+    assert not list((adapted / "round_000" / "export").glob("*/"))  # no network of the base
+
+
+def test_a_verification_fails_when_the_images_differ(config, trained, monkeypatch):
+    draw = export._draw
+
+    def dark(*args):
+        image, noise = draw(*args)
+        return image // 2, noise
+
+    monkeypatch.setattr(export, "_draw", dark)
+    with pytest.raises(ValueError, match=r"of 255 gray levels.*at most 2.*verify\.png"):
+        export.main(config, trained, verify=True)
+
+
+def test_errors_come_before_any_work(config, trained, tmp_path):
+    def attempt(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        export.main(changed, trained)
+
+    with pytest.raises(ValueError, match="export.dtype=int8: expected one of float32"):
+        attempt(export__dtype="int8")
+    with pytest.raises(ValueError, match="export.lora=x: expected one of diffusers, kohya, peft"):
+        attempt(export__lora="x")
+    with pytest.raises(ValueError, match="lora_rank is 0: all of the denoiser was trained"):
+        attempt(export__lora="kohya")
+    with pytest.raises(ValueError, match="ends at step 3 of config.train.num_steps=4"):
+        attempt(train__num_steps=4)
+    with pytest.raises(FileNotFoundError, match="run `agfsync train` first"):
+        export.main(config, tmp_path / "other")
