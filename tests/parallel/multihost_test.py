@@ -1,15 +1,7 @@
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from agfsync_jax.parallel import multihost
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_processes
 
 PROCESS = """
 import json, sys
@@ -38,30 +30,7 @@ print(json.dumps({
 
 
 def test_two_processes_share_one_batch():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS],
-            cwd=ROOT,
-            env=env | {"JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outs = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outs = run_processes(PROCESS)
     first, second = outs
     assert [out["main"] for out in outs] == [True, False]
     assert [out["devices"] for out in outs] == [4, 4]

@@ -17,6 +17,7 @@ from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.utils import tensor_files
 from agfsync_jax.utils.paths import resolve_path
 from agfsync_jax.utils.weights import fit_folder, init_model, load_model, save_model
+from tests.processes import run_processes
 from tests.twins import tiny_t5
 
 CONFIG = {
@@ -205,3 +206,48 @@ def test_a_tied_table_may_have_any_of_its_names(tmp_path, kept):
     save_file({**tensors, f"{kept}.weight": table}, tmp_path / "model.safetensors")
     _, params = load_model(T5ForConditionalGeneration, tmp_path)
     np.testing.assert_array_equal(params["shared"]["embedding"][...], table)
+
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+from agfsync_jax.parallel import multihost
+multihost.initialize()
+import jax
+from agfsync_jax.models.clip import CLIPTextModel
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.sharding import infer_shardings
+from agfsync_jax.utils import tensor_files
+from agfsync_jax.utils.weights import fit_folder, save_model
+
+folder = Path(sys.argv[1])
+read, preadv = [], tensor_files.os.preadv
+def counting(descriptor, buffers, offset):
+    read.append(sum(len(buffer) for buffer in buffers))
+    return preadv(descriptor, buffers, offset)
+mesh = create_mesh({"fsdp": 4})
+rules = [("kernel$", (None, "fsdp")), ("embedding$", ("fsdp",)), ("", ())]
+fitted = fit_folder(CLIPTextModel, folder)
+tensor_files.os.preadv = counting
+params = fitted.read(shardings=lambda abstract: infer_shardings(abstract, mesh, rules))
+config = json.loads((folder / "config.json").read_text())
+save_model(CLIPTextModel, folder / "again", params, config)
+multihost.barrier("saved")
+print(json.dumps({"read": sum(read), "whole": fitted.nbytes}))
+"""
+
+
+def test_two_processes_read_their_own_rows_and_save_one_file(folder):
+    outs = run_processes(PROCESS, folder)
+    tensors = load_file(folder / "model.safetensors")
+    split = sum(value.nbytes for value in tensors.values() if value.ndim > 1)
+    for out in outs:
+        assert out["read"] == split / 2 + out["whole"] - split
+    again = load_file(folder / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(again[key], value)
+    assert sorted(path.name for path in (folder / "again").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]

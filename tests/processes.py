@@ -1,0 +1,40 @@
+"""Several processes on one machine, as a pod's: two fake devices each."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_processes(program, *arguments, count=2):
+    """Runs a program in each of `count` processes that find each other; the JSON that each prints
+    last. The program calls `multihost.initialize()` before it touches a device.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            cwd=ROOT,
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    try:
+        return [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
