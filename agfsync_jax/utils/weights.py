@@ -82,9 +82,16 @@ def abstract_model(
     cls: type, config: Any, *, dtype: Any = jnp.float32
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The same without memory: the leaves are `jax.ShapeDtypeStruct`s."""
-    model = nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), dtype=dtype))
-    graph, params, _ = nnx.split(model, nnx.Param, ...)
-    return graph, params
+    graphs = []
+
+    def build():  # in one pass; nnx.eval_shape takes the model apart twice
+        model = cls(config, rngs=_OneKey(), dtype=dtype)
+        graph, params, _ = nnx.split(model, nnx.Param, ...)
+        graphs.append(graph)
+        return params
+
+    params = jax.eval_shape(build)
+    return graphs[0], params
 
 
 class _OneKey:
