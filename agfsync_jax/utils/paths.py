@@ -83,10 +83,9 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -94,9 +93,9 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
             return Path(hf_hub_download(repository, file, revision=revision))
         try:
             files = HfApi().list_repo_files(repository, revision=revision)
-        except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-            if isinstance(error, RepositoryNotFoundError):
-                raise
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # noqa: BLE001 - the errors of HTTP libraries have no common ancestor
             # Not reached: what an earlier run left in the cache will do.
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
         wanted = choose_files(files, variant)
@@ -110,6 +109,8 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
             f"{repository!r} is neither a local folder nor a repository of the Hugging Face Hub "
             "that you may read (a private one needs HF_TOKEN)."
         ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no revision {revision!r}.") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
             f"{repository!r} is no local folder, and the Hugging Face Hub was not reached: give a "

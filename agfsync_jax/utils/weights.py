@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,7 +189,14 @@ class Fitted:
             return jax.make_array_from_callback(tensor.shape, place, part).block_until_ready()
 
         progress = tqdm(
-            total=self.nbytes, unit="B", unit_scale=True, desc=label, delay=3, leave=False
+            total=self.nbytes,
+            unit="B",
+            unit_scale=True,
+            desc=label,
+            delay=3,  # seconds
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+            leave=False,
+            disable=jax.process_index() > 0,
         )
         filled = {}
         with progress, ThreadPoolExecutor(_THREADS) as pool:

@@ -1,9 +1,16 @@
 """Where weights lie. The Hub is played by functions, as no test may need a network."""
 
+import types
+
 import huggingface_hub
 import pytest
 from etils import epath
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from agfsync_jax.utils.paths import choose_files, resolve_path
 
@@ -85,8 +92,11 @@ def test_a_repository_a_revision_and_a_file_of_the_hub(hub, tmp_path):
 
 
 def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path):
+    class Unreached(Exception):
+        """As those of the Hub's HTTP library, which are no OSError."""
+
     def unreached(*args, **kwargs):
-        raise ConnectionError("no route")
+        raise Unreached("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreached)
     assert resolve_path("org/model") == tmp_path
@@ -98,6 +108,23 @@ def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
     with pytest.raises(OSError, match="Hub was not reached.*hf download org/model"):
         resolve_path("org/model")
+
+
+def test_what_the_hub_does_not_have(hub, monkeypatch):
+    response = types.SimpleNamespace(headers={}, request=None, status_code=404)
+    for error, message in (
+        (RepositoryNotFoundError, "neither a local folder nor a repository"),
+        (RevisionNotFoundError, "org/model has no revision 'v9'"),
+        (GatedRepoError, "accept its terms on its page, then set HF_TOKEN"),
+    ):
+
+        def refuse(*args, error=error, **kwargs):
+            raise error("no", response=response)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+        with pytest.raises(OSError, match=message):
+            resolve_path("org/model@v9")
+    assert not hub
 
 
 def test_local_comes_first_and_what_is_nowhere_says_what_to_give(hub, tmp_path, monkeypatch):
