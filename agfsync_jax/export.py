@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from agfsync_jax import backbones
 from agfsync_jax.data import records
@@ -69,7 +70,7 @@ def main(
         write(config, round_dir / "checkpoints", output)
         files = [path for path in output.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
-        stage.print(f"{output}: {len(files)} files, {size / 1e9:.3g} GB")
+        stage.print(f"wrote {tqdm.format_sizeof(size, 'B')} to {output}")
         if verify and multihost.is_main():
             difference = _verify(config, _first_prompt(round_dir), output)
             told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
