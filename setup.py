@@ -56,6 +56,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
-        "test": TORCH + ["pytest>=8", "pytest-timeout", "ruff>=0.12", "scipy"],
+        # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
+        "test": TORCH
+        + ["pytest>=8", "pytest-timeout", "ruff>=0.12", "scipy", "transformers!=5.24.*"],
     },
 )
