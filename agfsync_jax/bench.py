@@ -13,28 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.data import records, skeletons
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.tensor_files import Tensor, write_tensors
+from agfsync_jax.utils.tensor_files import FLOATING, Tensor, write_tensors
 from agfsync_jax.utils.weights import abstract_model, checkpoint_table, read_json
 
-DTYPES = ("file_dtype", "param_dtype")
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-_CLASSES = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion_xl",
-    "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
-}
+_DTYPE_KEYS = ("file_dtype", "param_dtype")
 
 # What the process that is measured runs. Peak memory is counted from when the imports are done; the
 # kernel's mark is reset there.
-_MEASURE = """\
-
+_MEASURE = """
 import json, sys, time
 folder, dtype, backbone = sys.argv[1:]
 def memory(field):
@@ -100,10 +93,10 @@ def main(config: Any, workdir: Path, *, round_index: int = 0, repair: bool = Fal
     spec = config.bench
     if not Path("/proc/self/clear_refs").exists():
         raise ValueError("agfsync bench reads peak memory from /proc: it runs on Linux")
-    for key in DTYPES:
-        if spec[key] not in _DTYPES:
+    for key in _DTYPE_KEYS:
+        if spec[key] not in FLOATING:
             raise ValueError(
-                f"config.bench.{key}={spec[key]}: expected one of {', '.join(_DTYPES)}"
+                f"config.bench.{key}={spec[key]}: expected one of {', '.join(FLOATING)}"
             )
     if unknown := set(spec.models) - set(skeletons.KINDS):
         raise ValueError(
@@ -121,7 +114,7 @@ def main(config: Any, workdir: Path, *, round_index: int = 0, repair: bool = Fal
             folder = bench / model
             try:
                 size = write_random(model, folder, spec.file_dtype, seed=config.seed)
-                itemsize = [np.dtype(_DTYPES[spec[key]]).itemsize for key in DTYPES]
+                itemsize = [jnp.dtype(spec[key]).itemsize for key in _DTYPE_KEYS]
                 held = size * itemsize[1] // itemsize[0]
                 stage.print(f"{model}: {size / 1e9:.2f} GB of {spec.file_dtype} in files")
                 for _ in range(spec.repeats):
@@ -158,7 +151,7 @@ def write_random(kind: str, folder: Path, dtype: str, *, seed: int) -> int:
     """
     skeletons.write_skeleton(kind, folder)
     index = read_json(folder / "model_index.json")
-    backbone = modules.load("backbones", _CLASSES[index["_class_name"]]).Backbone
+    backbone = modules.load("backbones", _backbone_of(folder)).Backbone
     rng, size = np.random.default_rng(seed), 0
     for name, network in backbone.networks.items():
         if not isinstance(index.get(name), list) or index[name][0] is None:
@@ -168,13 +161,20 @@ def write_random(kind: str, folder: Path, dtype: str, *, seed: int) -> int:
         for key, (_, _, shape) in checkpoint_table(abstract_model(network, config)[1]).items():
 
             def fetch(_, shape=shape):
-                return (rng.standard_normal(shape, np.float32) * 0.02).astype(_DTYPES[dtype])
+                return (rng.standard_normal(shape, np.float32) * 0.02).astype(jnp.dtype(dtype))
 
-            tensors[key] = Tensor(key, shape, np.dtype(_DTYPES[dtype]), fetch)
+            tensors[key] = Tensor(key, shape, jnp.dtype(dtype), fetch)
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         write_tensors(folder / name / f"{stem}.safetensors", tensors)
         size += sum(tensor.nbytes for tensor in tensors.values())
     return size
+
+
+def _backbone_of(folder: Path) -> str:
+    """The file of backbones/ that reads this pipeline."""
+    kind = read_json(folder / "model_index.json")["_class_name"]
+    rooms = {name: modules.load("backbones", name).Backbone for name in modules.names("backbones")}
+    return next(name for name, backbone in rooms.items() if kind in backbone.pipelines)
 
 
 def _warm(folder: Path, held: int) -> None:
@@ -193,8 +193,7 @@ def _warm(folder: Path, held: int) -> None:
 def _measure(side: str, folder: Path, dtype: str) -> dict[str, float]:
     """Seconds, peak and held bytes of one load in a fresh process."""
     program = _MEASURE.format(**_LOADERS[side])
-    backbone = _CLASSES[read_json(folder / "model_index.json")["_class_name"]]
-    command = [sys.executable, "-c", program, str(folder), dtype, backbone]
+    command = [sys.executable, "-c", program, str(folder), dtype, _backbone_of(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{side} could not load {folder}:\n{done.stderr.strip()[-2000:]}")

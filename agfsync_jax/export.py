@@ -26,8 +26,8 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser, restore_end
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.lora_files import LAYOUTS, write_lora
+from agfsync_jax.utils.tensor_files import FLOATING
 
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 _SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
 _PROMPT = "a photograph of an astronaut riding a horse"
 _TOLERANCE = 2.0  # gray levels of 255, mean
@@ -52,8 +52,8 @@ def main(
     spec = config.export
     round_dir = Path(workdir) / f"round_{round_index:03d}"
     output = Path(spec.output).expanduser() if spec.output else round_dir / "export"
-    if spec.dtype not in _DTYPES:
-        raise ValueError(f"config.export.dtype={spec.dtype}: expected one of {', '.join(_DTYPES)}")
+    if spec.dtype not in FLOATING:
+        raise ValueError(f"config.export.dtype={spec.dtype}: expected one of {', '.join(FLOATING)}")
     if spec.lora not in ("", *LAYOUTS):
         raise ValueError(f"config.export.lora={spec.lora}: expected one of {', '.join(LAYOUTS)}")
     if spec.lora and not config.train.lora_rank:
@@ -63,8 +63,14 @@ def main(
         )
     if verify:
         _import_diffusers()
+        if config.sample.sampler not in _SCHEDULERS:
+            raise ValueError(
+                f"--verify draws with {' or '.join(_SCHEDULERS)}, not with config.sample.sampler="
+                f"{config.sample.sampler}: set one of them for this command"
+            )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
+    multihost.barrier("export plan")  # every process has looked before the main one writes
     with Stage(round_dir, "export", unit="files") as stage:
         write = _write_lora if spec.lora else _write_pipeline
         write(config, round_dir / "checkpoints", output)
@@ -86,7 +92,7 @@ def _write_pipeline(config: Any, checkpoints: Path, output: Path) -> None:
     backbone = backbones.load(config, create_mesh(config.mesh))
     name = backbone.denoiser_name
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
-    backbone.save(output, backbone.params | {name: tuned}, dtype=_DTYPES[config.export.dtype])
+    backbone.save(output, backbone.params | {name: tuned}, dtype=jnp.dtype(config.export.dtype))
 
 
 def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
@@ -104,7 +110,7 @@ def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
             output,
             {name: end["adapters"]},
             layout=config.export.lora,
-            dtype=_DTYPES[config.export.dtype],
+            dtype=jnp.dtype(config.export.dtype),
         )
 
 

@@ -98,6 +98,10 @@ def test_errors_come_before_any_work(config, trained, tmp_path):
         attempt(export__lora="x")
     with pytest.raises(ValueError, match="lora_rank is 0: all of the denoiser was trained"):
         attempt(export__lora="kohya")
+    with pytest.raises(ValueError, match="verify draws with ddim or euler, not .*=pndm"):
+        other = config.copy_and_resolve_references()
+        other.sample.sampler = "pndm"
+        export.main(other, trained, verify=True)
     with pytest.raises(ValueError, match="ends at step 3 of config.train.num_steps=4"):
         attempt(train__num_steps=4)
     with pytest.raises(FileNotFoundError, match="run `agfsync train` first"):

@@ -89,7 +89,6 @@ class StableDiffusion:
                 adapters.append((load_lora(file, abstract), scale))
         _raise(problems)
         shardings = functools.partial(infer_shardings, mesh=mesh, rules=rules) if mesh else None
-        add = jax.jit(merge, donate_argnums=0)
         params = {}
         for name, each in fitted.items():
             params[name] = each.read(
@@ -99,6 +98,8 @@ class StableDiffusion:
             )
             for by_network, scale in adapters:
                 if name in by_network:
+                    places = jax.tree.map(lambda leaf: leaf.sharding, params[name])
+                    add = jax.jit(merge, donate_argnums=0, out_shardings=places)
                     params[name] = add(params[name], by_network[name], scale=scale)
         return cls(files, {name: each.graph for name, each in fitted.items()}, params)
 

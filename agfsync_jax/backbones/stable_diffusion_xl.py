@@ -23,7 +23,8 @@ _AESTHETIC_SCORE = 6.0  # what the refiner is told of the image, as diffusers' p
 class StableDiffusionXL(StableDiffusion):
     """Two text encoders; their last but one hidden states, side by side, are the conditioning.
 
-    The second one's projected embedding and the image's size and crop go in with the timestep.
+    Token ids are those of each encoder in turn, as their tokenizers pad differently. The second
+    one's projected embedding and the image's size and crop go in with the timestep.
     """
 
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
@@ -53,10 +54,6 @@ class StableDiffusionXL(StableDiffusion):
         self._empty = None
         if files.index.get("force_zeros_for_empty_prompt", False):
             self._empty = self.tokenize([""])
-
-    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
-        """Token ids of each text encoder in turn, int32; their tokenizers pad differently."""
-        return super().tokenize(prompts)
 
     def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
         """What `denoise` is conditioned on.

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,11 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
             files = HfApi().list_repo_files(repository, revision=revision)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise
-        except Exception:  # noqa: BLE001 - the errors of HTTP libraries have no common ancestor
-            # Not reached: what an earlier run left in the cache will do.
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except Exception as error:  # noqa: BLE001 - those of HTTP libraries have no common ancestor
+            found = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+            why = f"{type(error).__name__}: {error}"
+            print(f"The Hub was not reached ({why}): using the copy in {found}.", file=sys.stderr)
+            return found
         wanted = choose_files(files, variant)
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:

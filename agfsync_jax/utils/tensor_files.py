@@ -40,6 +40,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+FLOATING = ("float32", "float16", "bfloat16")  # what weights are written in
 _MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
 
 Index = tuple[slice, ...]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from agfsync_jax.backbones import stable_diffusion, stable_diffusion_xl
 from agfsync_jax.data import pipeline_files
+from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import paths
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
@@ -100,8 +101,12 @@ def test_a_lora_is_added_with_its_scale(original, tmp_path):
         block = backbone.params["unet"]["down_blocks"][0]["attentions"][0]
         return np.asarray(block["transformer_blocks"][0]["attn1"]["to_q"]["kernel"][...])
 
-    plain = load(original)
-    adapted = load(original, lora=[(tmp_path / "lora.safetensors", 0.5)])
+    mesh = create_mesh({"data": 2, "fsdp": 4})
+    placed = {"mesh": mesh, "rules": [(r"to_q\.kernel", (None, "fsdp"))]}
+    plain = load(original, **placed)
+    adapted = load(original, lora=[(tmp_path / "lora.safetensors", 0.5)], **placed)
+    same_places = jax.tree.map(lambda a, b: a.sharding == b.sharding, plain.params, adapted.params)
+    assert jax.tree.all(same_places)
     expected = kernel(plain) + 0.5 * (up @ down).numpy().T
     np.testing.assert_allclose(kernel(adapted), expected, rtol=1e-5, atol=1e-6)
 

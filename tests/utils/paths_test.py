@@ -91,7 +91,7 @@ def test_a_repository_a_revision_and_a_file_of_the_hub(hub, tmp_path):
     assert hub.pop() == ("org/model", "sub/x.safetensors")
 
 
-def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path):
+def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path, capsys):
     class Unreached(Exception):
         """As those of the Hub's HTTP library, which are no OSError."""
 
@@ -101,6 +101,7 @@ def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreached)
     assert resolve_path("org/model") == tmp_path
     assert hub.pop()[1] == {"revision": None, "local_files_only": True}
+    assert "not reached (Unreached: no route): using the copy in" in capsys.readouterr().err
 
     def nothing(*args, **kwargs):
         raise LocalEntryNotFoundError("not in the cache")
