@@ -34,7 +34,10 @@ def run_processes(program, *arguments, count=2):
         for index in range(count)
     ]
     try:
-        return [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
+        outputs = [process.communicate(timeout=240)[0].splitlines() for process in processes]
+        # the network library of JAX on CPU prints at any time, also as the process ends
+        told = [[line for line in lines if not line.startswith("[Gloo]")] for lines in outputs]
+        return [json.loads(lines[-1]) for lines in told]
     finally:
         for process in processes:
             process.kill()

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, ModelConfig, attention
+from agfsync_jax.models.layers import (
+    ACTIVATIONS,
+    Conv,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+    attention,
+    param,
+)
 from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
 
 
@@ -100,8 +108,8 @@ class Blip2VisionEmbeddings(nnx.Module):
         patch, width = config.patch_size, config.hidden_size
         num_positions = (config.image_size // patch) ** 2 + 1
         init = nnx.initializers.truncated_normal(0.02)
-        self.class_embedding = nnx.Param(init(rngs.params(), (1, 1, width)))
-        self.position_embedding = nnx.Param(init(rngs.params(), (1, num_positions, width)))
+        self.class_embedding = param(init, (1, 1, width), rngs=rngs)
+        self.position_embedding = param(init, (1, num_positions, width), rngs=rngs)
         self.patch_embedding = Conv(
             3, width, patch, stride=patch, padding=((0, 0), (0, 0)), dtype=dtype, rngs=rngs
         )
@@ -308,9 +316,8 @@ class Blip2ForConditionalGeneration(nnx.Module):
         self.config, self.dtype = config, dtype
         qformer_size = config.qformer_config.hidden_size
         # not zeros as in transformers, where identical queries could never learn to differ
-        self.query_tokens = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_query_tokens, qformer_size))
-        )
+        queries = (1, config.num_query_tokens, qformer_size)
+        self.query_tokens = param(nnx.initializers.normal(0.02), queries, rngs=rngs)
         self.vision_model = Blip2VisionModel(config.vision_config, rngs=rngs, dtype=dtype)
         self.qformer = Blip2QFormerModel(config.qformer_config, rngs=rngs, dtype=dtype)
         self.language_projection = Linear(

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,6 +16,7 @@ from agfsync_jax.models.layers import (
     ModelConfig,
     attention,
     merge_heads,
+    param,
     split_heads,
 )
 
@@ -201,7 +201,7 @@ class CLIPVisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, dtype, rngs):
         patch, width = config.patch_size, config.hidden_size
         tokens = (config.image_size // patch) ** 2 + 1
-        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
+        self.class_embedding = param(nnx.initializers.normal(0.02), (width,), rngs=rngs)
         self.patch_embedding = Conv(
             config.num_channels,
             width,
@@ -309,7 +309,7 @@ class CLIPModel(nnx.Module):
         self.visual_projection = Linear(
             config.vision_config.hidden_size, config.projection_dim, **projection
         )
-        self.logit_scale = nnx.Param(jnp.asarray(2.6592))
+        self.logit_scale = param(nnx.initializers.constant(2.6592), (), rngs=rngs)
 
     def get_text_features(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b p"]:
         """Projected text embeddings, not normalized."""

@@ -5,7 +5,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -131,12 +131,48 @@ class ModelConfig:
             yield name, "no effect", why, ""
 
 
-Linear = nnx.Linear
-Embed = nnx.Embed
-LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5)
+def initializer(init: Callable) -> Callable:
+    """`init(key, shape, dtype)`, which gives the shape alone where there is no key."""
+
+    def initialize(key, shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype) if key is None else init(key, shape, dtype)
+
+    return initialize
 
 
-def Conv(  # noqa: N802 - reads as the layer it makes
+_ZEROS = initializer(nnx.initializers.zeros)
+_ONES = initializer(nnx.initializers.ones)
+_FAN_IN = nnx.initializers.lecun_normal()
+_EMBEDDING = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+_NORMS = {"bias_init": _ZEROS, "scale_init": _ONES}
+
+LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5, **_NORMS)
+RMSNorm = functools.partial(nnx.RMSNorm, scale_init=_ONES)
+
+
+def param(init: Callable, shape: tuple[int, ...], *, rngs: nnx.Rngs) -> nnx.Param:
+    """A parameter of a network's own."""
+    return nnx.Param(initializer(init)(rngs.params(), shape))
+
+
+def Linear(  # noqa: N802 - reads as the layer it makes, as the next two
+    features_in: int, features_out: int, *, kernel_init: Callable = _FAN_IN, **kwargs
+) -> nnx.Linear:
+    """A linear layer over the last axis."""
+    kernel_init = initializer(kernel_init)
+    return nnx.Linear(
+        features_in, features_out, kernel_init=kernel_init, bias_init=_ZEROS, **kwargs
+    )
+
+
+def Embed(  # noqa: N802
+    size: int, features: int, *, embedding_init: Callable = _EMBEDDING, **kwargs
+) -> nnx.Embed:
+    """A table of `size` rows."""
+    return nnx.Embed(size, features, embedding_init=initializer(embedding_init), **kwargs)
+
+
+def Conv(  # noqa: N802
     features_in: int,
     features_out: int,
     kernel: int = 3,
@@ -158,6 +194,8 @@ def Conv(  # noqa: N802 - reads as the layer it makes
         strides=(stride, stride),
         padding=padding,
         use_bias=use_bias,
+        kernel_init=initializer(_FAN_IN),
+        bias_init=_ZEROS,
         **kwargs,
     )
 
@@ -169,8 +207,8 @@ class GroupNorm(nnx.Module):
         if channels % groups:
             raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.scale = param(_ONES, (channels,), rngs=rngs)
+        self.bias = param(_ZEROS, (channels,), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape

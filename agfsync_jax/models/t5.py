@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, attention
+from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, RMSNorm, attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def relative_position_buckets(
 
 
 def t5_norm(config: T5Config, *, rngs: nnx.Rngs, dtype) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+    return RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
 
 class T5Attention(nnx.Module):
