@@ -221,8 +221,27 @@ def _read(tensor: Tensor, index: list[slice], dtype: Any) -> np.ndarray:
         value, to = np.moveaxis(value, axis, 0), blocks[first - rows.start :]
         for row in range(0, len(value), _BLOCK):
             block = value[row : row + _BLOCK]
-            np.copyto(to[row : row + len(block)], block)
+            _convert(block, to[row : row + len(block)])
     return out
+
+
+def _convert(value: np.ndarray, to: np.ndarray) -> None:
+    """`np.copyto(to, value)`, which is four times slower at widening float16.
+
+    With its bits in float32's places, a float16 is a number 2**112 too small; none but those that
+    are not finite.
+    """
+    if (value.dtype, to.dtype) != (np.float16, np.float32):
+        np.copyto(to, value)
+        return
+    half = np.empty_like(to, np.float16)  # in the order that `to` lies in
+    np.copyto(half, value)
+    bits = half.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # 0x8fffe000: not the copies of the sign
+    np.multiply(bits.view(np.float32), np.float32(2.0**112), out=to)
+    if (half.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:
+        np.copyto(to, half)
 
 
 def _memory(size: int) -> np.ndarray:

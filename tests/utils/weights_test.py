@@ -1,5 +1,6 @@
 """Weights in and out: every problem of a folder is found, and all are told at once."""
 
+import itertools
 import json
 import tracemalloc
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from agfsync_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -16,7 +18,8 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.utils import tensor_files
 from agfsync_jax.utils.paths import resolve_path
-from agfsync_jax.utils.weights import fit_folder, init_model, load_model, save_model
+from agfsync_jax.utils.tensor_files import from_array
+from agfsync_jax.utils.weights import Fitted, fit_folder, init_model, load_model, save_model
 from tests.processes import run_processes
 from tests.twins import tiny_t5
 
@@ -208,6 +211,20 @@ def test_a_tied_table_may_have_any_of_its_names(tmp_path, kept):
     np.testing.assert_array_equal(params["shared"]["embedding"][...], table)
 
 
+def test_every_float16_number_is_read_as_the_same_float32_number():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    for halves in (every, finite[: 2 * 31744].reshape(31744, 2), every.reshape(64, 32, 32)):
+        for axes in itertools.permutations(range(halves.ndim)):
+            view = halves.transpose(axes)
+            abstract = nnx.State({"x": nnx.Param(jax.ShapeDtypeStruct(view.shape, np.float32))})
+            params = Fitted(None, abstract, {("x",): from_array("x", view)}).read()
+            read = np.asarray(params["x"][...])
+            assert read.dtype == np.float32
+            np.testing.assert_array_equal(read, view.astype(np.float32))
+            np.testing.assert_array_equal(np.signbit(read), np.signbit(view))
+
+
 PROCESS = """
 import json, sys
 from pathlib import Path
@@ -218,7 +235,7 @@ from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.utils import tensor_files
-from agfsync_jax.utils.weights import fit_folder, save_model
+from agfsync_jax.utils.weights import Fitted, fit_folder, save_model
 
 folder = Path(sys.argv[1])
 read, preadv = [], tensor_files.os.preadv
