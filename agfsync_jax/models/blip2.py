@@ -10,15 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.layers import (
-    ACTIVATIONS,
-    Conv,
-    LayerNorm,
-    Linear,
-    ModelConfig,
-    attention,
-    param,
-)
+from agfsync_jax.models.attention import attention
+from agfsync_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, ModelConfig, param
 from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from agfsync_jax.models.attention import attention, merge_heads, split_heads
 from agfsync_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -14,10 +15,7 @@ from agfsync_jax.models.layers import (
     LayerNorm,
     Linear,
     ModelConfig,
-    attention,
-    merge_heads,
     param,
-    split_heads,
 )
 
 

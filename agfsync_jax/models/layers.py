@@ -1,4 +1,4 @@
-"""What every network is made of: the config base class, layers, attention, activations."""
+"""What every network is made of: the config base class, layers, activations."""
 
 import dataclasses
 import functools
@@ -249,40 +249,3 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
-
-
-def attention(
-    q: Float[Array, "b s h d"],
-    k: Float[Array, "b t h d"],
-    v: Float[Array, "b t h d"],
-    *,
-    mask: Array | None = None,
-    bias: Array | None = None,
-    scale: float | None = None,
-) -> Float[Array, "b s h d"]:
-    """Scaled dot-product attention; softmax in float32.
-
-    `mask` (True = attend) and the additive `bias` broadcast to [b, h, s, t]; `scale` is
-    d ** -0.5 unless given.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # The scale enters after the sum, in float32: in bfloat16 it would round every query once more.
-    weights = scale * jnp.einsum("bshd,bthd->bhst", q, k, preferred_element_type=jnp.float32)
-    if bias is not None:
-        weights = weights + jnp.broadcast_to(bias, weights.shape)
-    if mask is not None:
-        weights = jnp.where(
-            jnp.broadcast_to(mask, weights.shape), weights, jnp.finfo(weights.dtype).min
-        )
-    weights = jax.nn.softmax(weights, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhst,bthd->bshd", weights, v)
-
-
-def split_heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s h d"]:
-    """Splits the channels into attention heads."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def merge_heads(x: Float[Array, "b s h d"]) -> Float[Array, "b s c"]:
-    """The inverse of `split_heads`."""
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

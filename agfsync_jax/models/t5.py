@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, RMSNorm, attention
+from agfsync_jax.models.attention import attention
+from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,17 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from agfsync_jax.models.layers import (
-    Conv,
-    GroupNorm,
-    LayerNorm,
-    Linear,
-    ModelConfig,
-    Upsample2D,
-    attention,
-    merge_heads,
-    split_heads,
-)
+from agfsync_jax.models.attention import attention, merge_heads, split_heads
+from agfsync_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, ModelConfig, Upsample2D
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # block type -> has attention
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

@@ -11,16 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agfsync_jax.models.layers import (
-    Conv,
-    GroupNorm,
-    Linear,
-    ModelConfig,
-    Upsample2D,
-    attention,
-    merge_heads,
-    split_heads,
-)
+from agfsync_jax.models.attention import attention, merge_heads, split_heads
+from agfsync_jax.models.layers import Conv, GroupNorm, Linear, ModelConfig, Upsample2D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +29,7 @@ class AutoencoderKLConfig(ModelConfig):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     sample_size: int | tuple[int, ...] = 32
+    force_upcast: bool = True  # XL's activations leave the range of float16
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
 
@@ -46,10 +39,6 @@ class AutoencoderKLConfig(ModelConfig):
         "shift_factor": (None, 0, 0.0),
         "latents_mean": (None,),
         "latents_std": (None,),
-    }
-    ignored = {
-        # It keeps diffusers from float16, whose range XL's activations leave; bfloat16's is wide.
-        "force_upcast": "it concerns float16, in which nothing is computed here",
     }
 
     def __post_init__(self):
