@@ -15,6 +15,7 @@ def guide(
     conditioning: Any,
     unconditional: Any,
     guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Callable[[Array, Array], Array]:
     """Classifier-free guidance (arXiv:2207.12598, eq. 6) as one batch of 2 b rows.
 
@@ -22,6 +23,8 @@ def guide(
         denoise: (latents [b, ...], timesteps [b], conditioning) -> prediction [b, ...].
         conditioning, unconditional: pytrees of arrays [b, ...] alike.
         guidance_scale: 1 means no guidance: the unconditional half is not computed.
+        guidance_rescale: how far, from 0 to 1, a guided prediction's standard deviation over a row
+            is drawn back to that of the conditional one (arXiv:2305.08891, eqs. 15 and 16).
 
     Returns:
         (latents [b, ...], timesteps [b]) -> guided prediction [b, ...].
@@ -38,7 +41,13 @@ def guide(
     def guided(latents, timesteps):
         predictions = denoise(double(latents, latents), double(timesteps, timesteps), both)
         predictions = predictions.reshape((-1, 2) + latents.shape[1:]).astype(jnp.float32)
-        return predictions[:, 0] + guidance_scale * (predictions[:, 1] - predictions[:, 0])
+        first, second = predictions[:, 0], predictions[:, 1]
+        result = first + guidance_scale * (second - first)
+        if guidance_rescale:
+            axes = tuple(range(1, result.ndim))
+            wanted, found = (jnp.std(x, axes, ddof=1, keepdims=True) for x in (second, result))
+            result *= guidance_rescale * wanted / found + (1 - guidance_rescale)
+        return result
 
     return guided
 

@@ -7,6 +7,8 @@ sqrt(1 - a_t) x_0.
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,155 +17,219 @@ from jaxtyping import Array, Float, Int
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
-# Fields of one diffusers scheduler or another that change the trajectory: the supported value.
-_ONLY = {
+_NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
+_THRESHOLDING = {
     "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+_SIGMAS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
+    # DPM-Solver's class does not name these two, but reads them from the file all the same.
     "sigma_min": None,
     "sigma_max": None,
+    "final_sigmas_type": "zero",
+    "timestep_spacing": "linspace",
+    "rescale_betas_zero_snr": False,
 }
-# Fields of a solver (config.sample.sampler chooses it), or that act only beside a field of _ONLY.
-_IGNORED = {
-    *(
-        "_class_name",
-        "_diffusers_version",
-        "skip_prk_steps",
-        "sample_max_value",
-        "dynamic_thresholding_ratio",
-    ),
-    *(
-        "variance_type",
-        "algorithm_type",
-        "solver_order",
-        "solver_type",
-        "lower_order_final",
-        "euler_at_final",
-    ),
-    *(
-        "lambda_min_clipped",
-        "use_lu_lambdas",
-        "original_inference_steps",
-        "timestep_scaling",
-        "flow_shift",
-    ),
-    *("use_dynamic_shifting", "time_shift_type"),
+# Class of a diffusers scheduler -> its fields and their defaults.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": _NOISE
+    | _THRESHOLDING
+    | {
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "leading",
+        "rescale_betas_zero_snr": False,
+    },
+    "EulerDiscreteScheduler": _NOISE
+    | _SIGMAS
+    | {
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+    },
+    "EulerAncestralDiscreteScheduler": _NOISE
+    | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
+    "DPMSolverMultistepScheduler": _NOISE
+    | _SIGMAS
+    | _THRESHOLDING
+    | {
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+        "use_dynamic_shifting": False,
+        "time_shift_type": "exponential",
+    },
+    "PNDMScheduler": _NOISE
+    | {"skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"},
+    "LCMScheduler": _NOISE
+    | _THRESHOLDING
+    | {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "original_inference_steps": 50,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "leading",
+        "timestep_scaling": 10.0,
+        "rescale_betas_zero_snr": False,
+    },
 }
+# What these fields may hold; any other value is refused by name. Fields that stand neither here
+# nor in NO_EFFECT are honored.
+SUPPORTED: dict[str, tuple] = {
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": SPACINGS,
+    "thresholding": (False,),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "skip_prk_steps": (True,),
+    "solver_order": (1, 2),
+    "algorithm_type": ("dpmsolver++",),
+    # The last three are of DEIS and UniPC; diffusers takes them as the first.
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "lambda_min_clipped": (-math.inf,),
+    # DDPM's, which change nothing here; learned variances double the denoiser's channels.
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+_WITHOUT_SAMPLE = {"prediction_type": ("epsilon", "v_prediction")}
+_SUPPORTED_BY = {
+    "PNDMScheduler": _WITHOUT_SAMPLE,
+    "EulerAncestralDiscreteScheduler": _WITHOUT_SAMPLE,
+}
+_OF_DISTILLATION = "LCM visits timesteps of its distillation, and ends in a prediction of x_0"
+# Class, or "" for all -> field -> why it changes no trajectory.
+NO_EFFECT: dict[str, dict[str, str]] = {
+    "": {
+        "dynamic_thresholding_ratio": "acts with thresholding, which is refused",
+        "sample_max_value": "acts with thresholding, which is refused",
+        "flow_shift": "acts with use_flow_sigmas, which is refused",
+        "use_dynamic_shifting": "acts with a `mu` that no Stable Diffusion pipeline gives",
+        "time_shift_type": "acts with use_dynamic_shifting",
+    },
+    "LCMScheduler": {
+        "timestep_spacing": _OF_DISTILLATION,
+        "steps_offset": _OF_DISTILLATION,
+        "set_alpha_to_one": _OF_DISTILLATION,
+    },
+}
+# Fields that only solvers have that are not here; other samplers have no use for them.
+_OF_UNIPC = {"predict_x0", "solver_p", "disable_corrector", "shift_terminal"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """A discrete noise schedule.
+    """A discrete noise schedule, and the scheduler_config.json that it was read from.
 
     Attributes:
         alphas_cumprod: float32 [num_train_timesteps], a_t.
-        final_alpha_cumprod: a at the end of a DDIM trajectory (`set_alpha_to_one`: 1, else a_0).
-        timestep_spacing: None where the file is silent: each sampler has its own default then.
-        clip_sample_range: bound on the predicted x_0, None for no bound.
+        prediction_type: what the denoiser predicts, one of PREDICTION_TYPES.
+        scheduler: the file's `_class_name`, such as "PNDMScheduler".
+        config: the file.
     """
 
     alphas_cumprod: np.ndarray
-    prediction_type: str = "epsilon"
-    timestep_spacing: str | None = None
-    steps_offset: int = 0
-    final_alpha_cumprod: float = 1.0
-    clip_sample_range: float | None = None
-    zero_terminal_snr: bool = False
+    prediction_type: str
+    scheduler: str
+    config: dict[str, Any]
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
-        """Builds the schedule of a diffusers `scheduler_config.json`.
+        """Reads a diffusers `scheduler_config.json`, of any class that shares this noise.
 
-        Raises ValueError, listing every unsupported field and value at once.
+        Raises ValueError, listing every unknown field and every unsupported kind of noise at once;
+        what a sampler does not support of it, `fields` tells.
         """
-        config = dict(config)
-        class_name = config.get("_class_name", "DDIMScheduler")
-        known = {
-            "num_train_timesteps": 1000,
-            "beta_start": 0.0001,
-            "beta_end": 0.02,
-            "beta_schedule": "linear",
-            "trained_betas": None,
-            "prediction_type": "epsilon",
-            "timestep_spacing": None,
-            "steps_offset": 0,
-            "set_alpha_to_one": True,
-            # The two classes that clip by default: latents must not be clipped by any other.
-            "clip_sample": class_name in ("DDIMScheduler", "DDPMScheduler"),
-            "clip_sample_range": 1.0,
-            "rescale_betas_zero_snr": False,
-        }
-        errors = []
-        for name, value in config.items():
-            if name in _ONLY and value != _ONLY[name]:
-                errors.append(f"{name}={value!r} (supported: {_ONLY[name]!r})")
-            elif name not in known and name not in _ONLY and name not in _IGNORED:
-                errors.append(f"{name}={value!r} (unknown field)")
-        fields = known | {name: value for name, value in config.items() if name in known}
-        if fields["prediction_type"] not in PREDICTION_TYPES:
+        # As diffusers: what was a default of the class that wrote the file is not of the file.
+        left_out = ("_use_default_values", *config.get("_use_default_values", ()))
+        config = {name: value for name, value in config.items() if name not in left_out}
+        scheduler = config.get("_class_name", "DDIMScheduler")
+        known = _OF_UNIPC.union(*SCHEDULERS.values())
+        errors = [
+            f"{name}={value!r} (unknown field)"
+            for name, value in config.items()
+            if name not in known and not name.startswith("_")
+        ]
+        own = SCHEDULERS.get(scheduler, _NOISE) | {"rescale_betas_zero_snr": False} | config
+        if own["prediction_type"] not in PREDICTION_TYPES:
             errors.append(
-                f"prediction_type={fields['prediction_type']!r} (supported: {PREDICTION_TYPES})"
+                f"prediction_type={own['prediction_type']!r} (supported: {PREDICTION_TYPES})"
             )
-        if fields["timestep_spacing"] not in (None, *SPACINGS):
-            errors.append(
-                f"timestep_spacing={fields['timestep_spacing']!r} (supported: {SPACINGS})"
-            )
-        if fields["trained_betas"] is None and fields["beta_schedule"] not in _BETAS:
-            errors.append(f"beta_schedule={fields['beta_schedule']!r} (supported: {tuple(_BETAS)})")
+        if own["trained_betas"] is None and own["beta_schedule"] not in _BETAS:
+            errors.append(f"beta_schedule={own['beta_schedule']!r} (supported: {tuple(_BETAS)})")
+        if own["trained_betas"] is not None:
+            count = len(own["trained_betas"])
+            if count != own["num_train_timesteps"]:
+                errors.append(f"{count} trained_betas for {own['num_train_timesteps']} timesteps")
         if errors:
             raise ValueError(
                 "scheduler_config.json holds what this schedule does not do: " + "; ".join(errors)
             )
+        return cls(_alphas_cumprod(own), own["prediction_type"], scheduler, config)
 
-        if fields["trained_betas"] is not None:
-            betas = np.asarray(fields["trained_betas"], np.float32)
-        else:
-            make = _BETAS[fields["beta_schedule"]]
-            betas = make(fields["num_train_timesteps"], fields["beta_start"], fields["beta_end"])
-        if fields["rescale_betas_zero_snr"]:
-            betas = _rescale_zero_terminal_snr(betas)
-        alphas_cumprod = np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
-        return cls(
-            alphas_cumprod=alphas_cumprod,
-            prediction_type=fields["prediction_type"],
-            timestep_spacing=fields["timestep_spacing"],
-            steps_offset=fields["steps_offset"],
-            final_alpha_cumprod=1.0 if fields["set_alpha_to_one"] else float(alphas_cumprod[0]),
-            clip_sample_range=float(fields["clip_sample_range"]) if fields["clip_sample"] else None,
-            zero_terminal_snr=fields["rescale_betas_zero_snr"],
+    @property
+    def timestep_spacing(self) -> str | None:
+        """None where the file is silent: each sampler has its own default then."""
+        return self.config.get("timestep_spacing")
+
+    def fields(self, scheduler: str) -> SimpleNamespace:
+        """The fields of a class of SCHEDULERS, as its `from_config(config)` sets them in diffusers.
+
+        Fields that the file lacks take the class's defaults, whatever class wrote the file; those
+        that the class lacks are left out, as are those without effect. `alphas_cumprod` is that of
+        these fields.
+
+        Raises ValueError, listing every unsupported value at once.
+        """
+        fields = {
+            name: self.config.get(name, default) for name, default in SCHEDULERS[scheduler].items()
+        }
+        supported = SUPPORTED | _SUPPORTED_BY.get(scheduler, {})
+        errors = [
+            f"{name}={value!r} (supported: {', '.join(map(repr, supported[name]))})"
+            for name, value in fields.items()
+            if name in supported and value not in supported[name]
+        ]
+        if errors:
+            raise ValueError(
+                f"scheduler_config.json, read as {scheduler}'s, asks for what this sampler does not"
+                f" do: {'; '.join(errors)}. Choose another config.sample.sampler, or change the"
+                " file."
+            )
+        no_effect = NO_EFFECT[""] | NO_EFFECT.get(scheduler, {})
+        return SimpleNamespace(
+            alphas_cumprod=_alphas_cumprod({"rescale_betas_zero_snr": False} | fields),
+            **{name: value for name, value in fields.items() if name not in no_effect},
         )
 
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
-
-    def timesteps(self, num_steps: int, *, spacing: str = "leading") -> np.ndarray:
-        """Falling timesteps of an inference run, float64 [num_steps] (arXiv:2305.08891, table 2).
-
-        `spacing` holds where the schedule itself names none. Whole numbers, except with "linspace".
-        """
-        total, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
-        if not 1 <= num_steps <= total:
-            raise ValueError(
-                f"num_inference_steps is {num_steps}; this schedule takes 1 to {total}."
-            )
-        if spacing == "leading":
-            timesteps = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
-        elif spacing == "trailing":
-            timesteps = np.round(np.arange(total, 0, -total / num_steps)) - 1
-        else:
-            timesteps = np.linspace(0, total - 1, num_steps)[::-1]
-        if timesteps[0] > total - 1:
-            raise ValueError(
-                f"{num_steps} steps with steps_offset {self.steps_offset} start at timestep "
-                f"{int(timesteps[0])}, beyond the last one, {total - 1}: take fewer steps."
-            )
-        return timesteps.astype(np.float64)
 
     def signal_and_noise(self, timesteps: Int[Array, " b"], ndim: int) -> tuple[Array, Array]:
         """sqrt(a_t) and sqrt(1 - a_t), each [b, 1, ...] with `ndim` dimensions."""
@@ -196,6 +262,21 @@ class Schedule:
         return signal * noise - sigma * latents
 
 
+def _alphas_cumprod(fields: dict) -> np.ndarray:
+    if fields["trained_betas"] is not None:
+        betas = np.asarray(fields["trained_betas"], np.float32)
+    else:
+        make = _BETAS[fields["beta_schedule"]]
+        betas = make(fields["num_train_timesteps"], fields["beta_start"], fields["beta_end"])
+    if fields["rescale_betas_zero_snr"]:
+        betas = _rescale_zero_terminal_snr(betas)
+    return _cumprod(1 - betas)
+
+
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+
 def _scaled_linear(num: int, start: float, end: float) -> np.ndarray:
     return np.linspace(start**0.5, end**0.5, num).astype(np.float32) ** 2
 
@@ -215,8 +296,7 @@ _BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2
 
 def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Betas whose last step holds no signal (arXiv:2305.08891, algorithm 1)."""
-    root = np.sqrt(np.cumprod(1.0 - betas.astype(np.float64)))
+    root = np.sqrt(_cumprod(1 - betas))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alphas_cumprod = root**2
-    alphas = np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-    return (1 - alphas).astype(np.float32)
+    return 1 - np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1])
