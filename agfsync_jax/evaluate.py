@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from agfsync_jax import backbones, evaluators, scorers
 from agfsync_jax.data import images as png
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import write_candidates
-from agfsync_jax.diffusion.generation import Generator, row_seed
+from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
-
-# Of config.sample, what is of candidates alone.
-PERTURBED = ("num_candidates", "prompts_per_shard", "conditioning_noise")
 
 
 class Shard(NamedTuple):
@@ -64,14 +63,14 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     multihost.barrier("evaluate repair")
 
     mine = [shard for shards in plan.values() for shard in _of_process(shards)]
-    undrawn = [shard for shard in mine if not shard.images.exists()]
+    undrawn = {shard.images for shard in mine if not shard.images.exists()}
     unscored = [shard for shard in mine if not shard.scores.exists()]
     drawing = any(not shard.images.exists() for shard in every)
     multihost.barrier("evaluate plan")
     with Stage(round_dir, "evaluate") as stage:
         stage.skipped(len(mine) - len(undrawn), len(mine))
         if drawing:  # the processes draw together, those without work too
-            _draw(config, round_dir / "checkpoints", undrawn, prompts, stage)
+            _draw(config, round_dir / "checkpoints", mine, undrawn, prompts, stage)
         if unscored:
             _score(config, unscored, prompts, questions, stage)
         multihost.barrier("evaluate scores")
@@ -132,23 +131,33 @@ def _of_process(found: Sequence[Shard]) -> list[Shard]:
 
 
 def _draw(
-    config, checkpoints: Path, undrawn: list[Shard], prompts: dict[str, dict], stage: Stage
+    config,
+    checkpoints: Path,
+    mine: list[Shard],
+    undrawn: set[Path],
+    prompts: dict[str, dict],
+    stage: Stage,
 ) -> None:
-    """Draws the shards, unperturbed, with the sampler's settings of `config.sample`."""
+    """Draws the undrawn shards, unperturbed, with the sampler's settings of `config.sample`."""
     mesh = create_mesh(config.mesh)
-    backbone = backbones.load(config, mesh)
+    backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
     name = backbone.denoiser_name
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
-    settings = {key: value for key, value in config.sample.items() if key not in PERTURBED}
-    generator = Generator(backbone, mesh, **settings)
-    with stage.progress(sum(len(shard.rows) for shard in undrawn)) as progress:
+    generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
+    missing = [shard for shard in mine if shard.images in undrawn]
+    with stage.progress(sum(len(shard.rows) for shard in missing)) as progress:
         for model, weights in params.items():
-            files = [(shard.images, shard.rows) for shard in undrawn if shard.model == model]
-            rows = [row for _, each in files for row in each]
-            texts = [prompts[row["prompt_id"]]["prompt"] for row in rows]
-            seeds = [row["seed"] for row in rows]
-            batches = generator.stream(weights, texts, seeds, [False] * len(rows))
+            found = [shard for shard in mine if shard.model == model]
+            rows = [row for shard in found for row in shard.rows]
+            texts = [prompts[row["prompt_id"]]["prompt"] for row in rows if row["candidate"] == 0]
+            seeds = np.array([row["seed"] for row in rows], np.uint32)
+            seeds = seeds.reshape(len(texts), config.evaluate.num_seeds)
+            wanted = [shard.images in undrawn for shard in found for _ in shard.rows]
+            batches = generator.stream(
+                weights, texts, seeds, np.zeros(seeds.shape, bool), wanted=wanted
+            )
+            files = [(shard.images, shard.rows) for shard in missing if shard.model == model]
             for count in write_candidates(batches, files):
                 progress.update(count)
 

@@ -21,6 +21,7 @@ from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.diffusion import lora, samplers
 from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.diffusion.trajectories import SAMPLERS
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser, restore_end
@@ -28,7 +29,7 @@ from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.lora_files import LAYOUTS, write_lora
 from agfsync_jax.utils.tensor_files import FLOATING
 
-_SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
+_STOCHASTIC = ("euler_ancestral", "lcm")  # their noise is not torch's
 _PROMPT = "a photograph of an astronaut riding a horse"
 _TOLERANCE = 2.0  # gray levels of 255, mean
 
@@ -63,10 +64,10 @@ def main(
         )
     if verify:
         _import_diffusers()
-        if config.sample.sampler not in _SCHEDULERS:
+        if (name := backbones.sampler(config)) in _STOCHASTIC:
             raise ValueError(
-                f"--verify draws with {' or '.join(_SCHEDULERS)}, not with config.sample.sampler="
-                f"{config.sample.sampler}: set one of them for this command"
+                f"--verify compares images that depend on the first noise alone, which those of "
+                f"{name} do not: add --config.sample.sampler=ddim to this command"
             )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
@@ -150,7 +151,7 @@ def _draw(
     """Our image, uint8 [H, W, 3], and the noise it is from."""
     sample = config.sample
     backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
-    sampler = samplers.find(sample.sampler)
+    sampler = samplers.find(backbones.sampler(config))
     shape = (1, *backbone.latent_shape(sample.height, sample.width))
     noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)
 
@@ -186,7 +187,7 @@ def _draw_diffusers(
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, file).merge_and_unload()
     elif file:
         pipeline.load_lora_weights(file)
-    scheduler = getattr(diffusers, _SCHEDULERS[sample.sampler])
+    scheduler = getattr(diffusers, SAMPLERS[backbones.sampler(config)][0])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     images = pipeline(

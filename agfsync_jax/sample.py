@@ -6,21 +6,21 @@ Candidate 0 is drawn as it is; the others have Gaussian noise on their text embe
 
 A candidate depends on (config.seed, round, prompt id, candidate index) alone, not on batches or
 devices. Shards of `config.sample.prompts_per_shard` prompts are whole or absent; those that are
-there are not drawn again.
+there are not drawn again, and the others are the same bytes as if the run had not been stopped.
 """
 
 from pathlib import Path
 
+import numpy as np
+
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import write_candidates
-from agfsync_jax.diffusion.generation import Generator, row_seed
+from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
-
-PLAN = ("num_candidates", "prompts_per_shard")  # the other keys of the block go to the generator
 
 Shard = tuple[Path, list[dict]]
 
@@ -45,13 +45,15 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     multihost.barrier("sample repair")
 
     mine = [every[index] for index in multihost.shards_of_process(len(every))]
-    undrawn = [shard for shard in mine if not shard[0].exists()]
+    undrawn = {path for path, _ in mine if not path.exists()}
     drawing = any(not path.exists() for path, _ in every)
     multihost.barrier("sample plan")
+    if drawing:
+        backbones.sampler(config)  # raises before weights are read
     with Stage(round_dir, "sample") as stage:
         stage.skipped(len(mine) - len(undrawn), len(mine))
         if drawing:  # all processes draw together, those without shards of their own too
-            draw(config, workdir, round_index, undrawn, prompts, stage)
+            draw(config, workdir, round_index, mine, undrawn, prompts, stage)
     multihost.barrier("sample")
 
 
@@ -86,27 +88,35 @@ def draw(
     workdir: Path,
     round_index: int,
     shards: list[Shard],
+    undrawn: set[Path],
     prompts: dict[str, str],
     stage: Stage,
 ) -> None:
-    """Draws the shards' rows as one stream, so that a batch may span several of them."""
+    """Draws the undrawn of this process's shards, in the batches in which all would be drawn."""
     mesh = create_mesh(config.mesh)
-    backbone = backbones.load(config, mesh)
-    settings = {key: value for key, value in config.sample.items() if key not in PLAN}
-    generator = Generator(backbone, mesh, **settings)
+    backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
+    generator = backbones.generator(config, mesh, backbone)
     params = backbone.params
     if round_index:
         name = backbone.denoiser_name
         checkpoints = workdir / f"round_{round_index - 1:03d}" / "checkpoints"
         tuned = restore_denoiser(checkpoints, params[name], config.train.num_steps)
         params = params | {name: tuned}
+    for line in backbone.describe():
+        stage.print(line)
+    if cut := backbone.count_truncated(list(prompts.values())):
+        stage.print(f"{cut} of {len(prompts)} prompts are too long for the text encoder: cut off")
     rows = [row for _, each in shards for row in each]
+    texts = [prompts[row["prompt_id"]] for row in rows if row["candidate"] == 0]
+    shape = len(texts), config.sample.num_candidates
     batches = generator.stream(
         params,
-        [prompts[row["prompt_id"]] for row in rows],
-        [row["seed"] for row in rows],
-        [row["candidate"] > 0 for row in rows],
+        texts,
+        np.array([row["seed"] for row in rows], np.uint32).reshape(shape),
+        np.array([row["candidate"] > 0 for row in rows], bool).reshape(shape),
+        wanted=np.array([path in undrawn for path, each in shards for _ in each], bool),
     )
-    with stage.progress(len(rows)) as progress:
-        for count in write_candidates(batches, shards):
+    missing = [shard for shard in shards if shard[0] in undrawn]
+    with stage.progress(sum(len(each) for _, each in missing)) as progress:
+        for count in write_candidates(batches, missing):
             progress.update(count)

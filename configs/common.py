@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     c.backbone.variant = ""  # of its files: fp16 for model.fp16.safetensors
     c.backbone.kind = ""  # of a single file that does not say itself what it is
     c.backbone.lora = ()  # (path, scale) of LoRA files, added to the weights
-    c.backbone.dtype = "float32"  # of the computation; parameters stay float32
+    c.backbone.dtype = "float32"  # of the computation: float32, bfloat16 or float16
+    c.backbone.attention = "auto"  # the kernel, by device and shape; models/attention.py has others
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices an axis; -1: all that are left
     c.sharding = ()  # (path regex, axes) rules, the first match wins; unmatched is replicated
@@ -34,13 +35,17 @@ def get_config() -> ConfigDict:
     c.sample.num_inference_steps = 20
     c.sample.guidance_scale = 7.5
     c.sample.num_candidates = 8  # a prompt
-    c.sample.sampler = "ddim"
+    c.sample.guidance_rescale = 0.0  # 0 to 1: keeps strong guidance from overexposure
+    c.sample.sampler = ""  # a function of diffusion/samplers.py; empty: the checkpoint's own
     c.sample.batch_size = 16  # images on all devices together
     c.sample.conditioning_noise = (
         0.1  # std of the noise on the text embedding, candidates 1, 2, ...
     )
     c.sample.negative_prompt = ""
     c.sample.prompts_per_shard = 32
+    c.sample.param_dtype = "float32"  # bfloat16: parameters take half the memory while drawing
+    c.sample.refiner = ""  # a second checkpoint of the same kind, for the end of the trajectory
+    c.sample.refiner_start = 0.8  # the fraction of the trajectory where it takes over
 
     c.scorers = ConfigDict()  # a block a scorer: its file in agfsync_jax/scorers, and its arguments
     c.score = ConfigDict()
@@ -83,15 +88,70 @@ def get_config() -> ConfigDict:
     c.export.lora = ""  # diffusers, kohya or peft: the trained adapters alone, in this layout
 
     c.bench = ConfigDict()
-    c.bench.models = ("stable-diffusion-v1-5", "stable-diffusion-xl-base")  # random weights
+    c.bench.model = "stable-diffusion-v1-5"  # its sizes, with random weights
     c.bench.file_dtype = "float16"
-    c.bench.param_dtype = "float32"  # what is held in memory
-    c.bench.against = ""  # diffusers: the same with from_pretrained, in the same run
-    c.bench.repeats = 2
+    c.bench.repeats = 3  # turns of each side
+    c.bench.param_dtype = "float32"  # load: what is held in memory
+    c.bench.dtype = ""  # sample: float32 on a CPU, bfloat16 elsewhere
+    c.bench.height = 0  # sample: pixels, 0 for what the model was trained on
+    c.bench.width = 0
+    c.bench.num_inference_steps = 20
+    c.bench.guidance_scale = 7.5
+    c.bench.batch_size = 8
+    c.bench.sampler = "ddim"
 
     c.report = ConfigDict()
     c.report.num_examples = 12  # prompts shown in the grids
     return c
+
+
+def agfsync() -> ConfigDict:
+    """The published setting (arXiv:2403.13352) on a released model: what its configs share.
+
+    Eight candidates a prompt in 15 steps with guidance 4.5, BLIP-2 FLAN-T5-XXL for the questions,
+    CLIP ViT-L/14 and LAION's aesthetic head on it; all three have equal say in a pair.
+    """
+    c = get_config()
+    c.backbone.dtype = "bfloat16"
+    c.prompts.source = "jsonl"
+    c.prompts.path = ""
+    c.prompts.num_prompts = 45_800
+    c.questions.source = "jsonl"
+    c.questions.path = ""
+
+    c.sample.num_inference_steps = 15
+    c.sample.guidance_scale = 4.5
+    c.sample.param_dtype = "bfloat16"
+
+    clip = "openai/clip-vit-large-patch14"
+    head = (
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac+logos+ava1-l14-linearMSE.pth"
+    )
+    c.scorers.vqa = ConfigDict(
+        dict(name="vqa", path="Salesforce/blip2-flan-t5-xxl", dtype="bfloat16")
+    )
+    c.scorers.clip = ConfigDict(dict(name="clip", path=clip, dtype="bfloat16"))
+    c.scorers.aesthetic = ConfigDict(dict(name="aesthetic", path=clip, head=head, dtype="bfloat16"))
+    c.pair.weights = ConfigDict(dict(vqa=1.0, clip=1.0, aesthetic=1.0))
+
+    c.train.batch_size = 64
+    c.train.num_steps = 1000
+    c.train.learning_rate = 1e-6
+    c.train.warmup_steps = 0
+    c.train.schedule = "cosine"
+
+    c.evaluate.source = "jsonl"
+    c.evaluate.path = ""
+    return c
+
+
+def latent_consistency(c: ConfigDict, lora: str) -> None:
+    """Draws with a latent consistency LoRA (arXiv:2311.05556): 5 steps without guidance."""
+    c.backbone.lora = ((lora, 1.0),)
+    c.sample.sampler = "lcm"
+    c.sample.num_inference_steps = 5
+    c.sample.guidance_scale = 1.0
 
 
 def parse_arg(arg: str | None, **known: bool | int | float | str) -> ConfigDict:

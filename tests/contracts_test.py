@@ -124,6 +124,8 @@ BACKBONE = {
     "decode_latents": ["params", "latents"],
     "denoise": ["params", "latents", "timesteps", "conditioning"],
     "latent_shape": ["height", "width"],
+    "count_truncated": ["prompts"],
+    "describe": [],
     "save": ["path", "params"],
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agfsync_jax import evaluate, evaluators, scorers
+from agfsync_jax import backbones, evaluate, evaluators, scorers
 from agfsync_jax.data import records
 from agfsync_jax.data.images import decode_png
 from agfsync_jax.diffusion.generation import Generator, row_seed
@@ -57,7 +57,7 @@ class Backbone:
         )
 
     @classmethod
-    def load(cls, path, *, dtype, mesh, rules, variant="", kind="", lora=()):
+    def load(cls, path, *, mesh, rules, **settings):
         return cls()
 
     def latent_shape(self, height, width):
@@ -219,7 +219,7 @@ def test_what_is_done_is_not_done_again(done, monkeypatch, capsys):
     }
     assert (evals / "comparison.json").read_text() == before
 
-    monkeypatch.setattr(evaluate, "Generator", forbid)
+    monkeypatch.setattr(backbones, "generator", forbid)
     monkeypatch.setattr(scorers, "load_scorers", forbid)
     evaluate.main(config, workdir)
     assert (evals / "comparison.json").read_text() == before

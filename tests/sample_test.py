@@ -1,5 +1,11 @@
 """The sample verb, with a tiny random Stable Diffusion."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.utils.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import read_stages
 from configs import micro
+from tests.processes import ROOT, run_processes
 from tests.twins import tiny_stable_diffusion
 
 PROMPTS = {"p0": "red circle", "p1": "blue square", "p2": "circle", "p3": "red", "p4": "blue"}
@@ -134,6 +141,83 @@ def test_a_later_round_draws_with_the_trained_denoiser(workdir, config, folder):
         checkpoints.save(5, {"params": unet}, wait=True)
     sample.main(config, workdir, round_index=1)
     assert np.abs(read(workdir, 1)[1][0]["latents"] - second[0]["latents"]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_draws_the_same_bytes(tmp_path):
+    """1,000 prompts of the micro suite, by the command line."""
+    flags = ["--config=configs/micro.py", "--config.prompts.num_prompts=1000"]
+    flags += ["--config.sample.num_inference_steps=2", "--config.sample.num_candidates=3"]
+    flags += ["--config.sample.prompts_per_shard=10", "--config.sample.batch_size=64"]
+
+    def command(verb, name):
+        return [sys.executable, "-m", "agfsync_jax", verb, f"--workdir={tmp_path / name}", *flags]
+
+    def drawn(name):
+        folder = tmp_path / name / "round_000" / "candidates"
+        return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tfrecord"))}
+
+    for name in ("whole", "killed"):
+        subprocess.run(command("prompts", name), cwd=ROOT, check=True)
+    started = time.monotonic()
+    subprocess.run(command("sample", "whole"), cwd=ROOT, check=True)
+    seconds, rng, kills = time.monotonic() - started, np.random.default_rng(0), 0
+    while kills < 10:
+        process = subprocess.Popen(command("sample", "killed"), cwd=ROOT)
+        time.sleep(rng.uniform(0.02, 0.25) * seconds)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        print(f"killed {kills} times, {len(drawn('killed'))} of 100 shards are whole")
+    subprocess.run(command("sample", "killed"), cwd=ROOT, check=True)
+    assert kills >= 5
+    assert len(drawn("whole")) == 100
+    assert drawn("killed") == drawn("whole")
+
+
+TOGETHER = """
+import json, sys
+from pathlib import Path
+from agfsync_jax.parallel import multihost
+multihost.initialize()
+from agfsync_jax import sample
+from ml_collections import ConfigDict
+config, workdir = ConfigDict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
+sample.main(config, workdir)
+print(json.dumps({"process": multihost.is_main()}))
+"""
+
+
+def test_two_processes_draw_what_one_draws(workdir, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    start(tmp_path)
+    outs = run_processes(TOGETHER, tmp_path / "config.json", tmp_path)
+    assert [out["process"] for out in outs] == [True, False]
+    folder = tmp_path / "round_000" / "candidates"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    names, rows = read(workdir)
+    assert sorted(whole) == names
+    for ours, theirs in zip(read(tmp_path)[1], rows, strict=True):
+        assert (ours["prompt_id"], ours["candidate"]) == (theirs["prompt_id"], theirs["candidate"])
+        close = dict(rtol=1e-3, atol=1e-4)  # an ulp of float16
+        np.testing.assert_allclose(ours["latents"], theirs["latents"], **close)
+    # What one of them has lost comes back the same, though the other has less to do.
+    lost = folder / names[2]
+    lost.unlink()
+    run_processes(TOGETHER, tmp_path / "config.json", tmp_path)
+    assert lost.read_bytes() == whole[names[2]]
+
+
+def test_what_was_chosen_and_what_was_cut_is_told(config, tmp_path, capsys):
+    rows = [{"id": "long", "prompt": "red circle " * 40, "category": "", "source": ""}]
+    records.write_jsonl(tmp_path / "round_000" / "prompts.jsonl", rows)
+    sample.main(config, tmp_path)
+    told = capsys.readouterr().err
+    assert "sample: attention: chunked over queries" in told
+    assert "sample: autoencoder in float32, as all else" in told
+    assert "1 of 1 prompts are too long for the text encoder" in told
 
 
 def test_what_is_missing_is_said(config, tmp_path):

@@ -74,7 +74,7 @@ class TinyBackbone:
     schedule = SCHEDULE
 
     @classmethod
-    def load(cls, path, *, dtype=jnp.float32, mesh=None, rules=(), variant="", kind="", lora=()):
+    def load(cls, path, *, mesh=None, rules=(), **settings):
         self = cls()
         self.graph, unet = random_denoiser()
         table = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)

@@ -5,8 +5,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from agfsync_jax.diffusion import samplers
+from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.weights import Fitted
+
+# Keys of config.sample that are not the Generator's.
+_OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype")
 
 
 def backbone_class(config: Any) -> type:
@@ -14,22 +19,59 @@ def backbone_class(config: Any) -> type:
     return modules.load("backbones", config.backbone.name).Backbone
 
 
-def load(config: Any, mesh: Mesh) -> Any:
+def load(config: Any, mesh: Mesh, **changes: Any) -> Any:
     """The backbone of `config.backbone`, its parameters on `mesh` as `config.sharding` says.
+
+    Args:
+        **changes: arguments of the backbone's `load` that the config does not say, or says
+            otherwise.
 
     Raises:
         FileNotFoundError, ValueError: see the backbone's own `load`.
     """
-    spec = config.backbone.to_dict()
+    spec = config.backbone.to_dict() | changes
     del spec["name"]
     path = spec.pop("path")
     return backbone_class(config).load(path, mesh=mesh, rules=config.sharding, **spec)
+
+
+def generator(config: Any, mesh: Mesh, backbone: Any, **changes: Any) -> Generator:
+    """The generator of `config.sample`, with the refiner if one is named.
+
+    Args:
+        **changes: arguments of the Generator that the config says otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: see the Generator, and the backbone's `load` for a refiner.
+    """
+    spec = config.sample.to_dict() | changes
+    dtype = spec["param_dtype"]
+    for key in _OF_THE_VERB:
+        del spec[key]
+    if path := spec.pop("refiner"):
+        alone = {"path": path, "kind": "", "lora": (), "param_dtype": dtype}
+        spec["refiner"] = load(config, mesh, **alone)
+    return Generator(backbone, mesh, **spec)
 
 
 def inspect(config: Any) -> tuple[Any, dict[str, Fitted]]:
     """Its files and the shapes of its networks; no tensor is read."""
     spec = config.backbone
     return backbone_class(config).inspect(spec.path, variant=spec.variant, kind=spec.kind)
+
+
+def sampler(config: Any) -> str:
+    """The sampler of `config.sample`, or that of the checkpoint's scheduler if it names none.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint; a scheduler that no sampler is for.
+    """
+    spec = config.backbone
+    read = backbone_class(config).read_schedule
+    schedule = read(spec.path, variant=spec.variant, kind=spec.kind)
+    name = config.sample.sampler or samplers.of_scheduler(schedule.scheduler)
+    samplers.check(name, schedule, config.sample.num_inference_steps)
+    return name
 
 
 def tokenizer(config: Any) -> Callable:

@@ -21,10 +21,12 @@ from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.diffusion.lora import merge
 from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.models import attention as kernels
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel import multihost
+from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.utils.lora_files import load_lora
 from agfsync_jax.utils.weights import Fitted, apply, fit, read_json, save_model
@@ -41,11 +43,25 @@ class StableDiffusion:
 
     denoiser_name = "unet"
     pipelines = ("StableDiffusionPipeline",)
+    # What guidance steers away from has these values instead of those that `encode_prompt` gives.
+    negative_conditioning: dict[str, float] = {}
+    heeds_force_upcast = False  # diffusers' pipelines of SD 1 and 2 do not either
     networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
-    def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict[str, Any]):
+    def __init__(
+        self,
+        files: PipelineFiles,
+        graphs: dict[str, Any],
+        params: dict[str, Any],
+        *,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        attention: str = "auto",
+    ):
         self.params = params
-        self._files, self._graphs = files, graphs
+        self._files, self._graphs, self._dtype = files, graphs, jnp.dtype(dtype)
+        self._mesh = create_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        self._attention = attention
         self._tokenize = self._tokenizers(files)
         self.schedule = _schedule(files)
         self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
@@ -62,6 +78,7 @@ class StableDiffusion:
         variant: str = "",
         kind: str = "",
         lora: Sequence[tuple[str, float]] = (),
+        attention: str = "auto",
     ) -> "StableDiffusion":
         """Loads a checkpoint; every part is looked at before the first tensor is read.
 
@@ -74,6 +91,7 @@ class StableDiffusion:
             variant: of the files in a folder: "fp16" for model.fp16.safetensors.
             kind: of a single file that does not tell: one of data/skeletons.py.
             lora: (path, scale) of LoRA files, whose products are added to the weights.
+            attention: one of models/attention.py's KERNELS.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -101,7 +119,8 @@ class StableDiffusion:
                     places = jax.tree.map(lambda leaf: leaf.sharding, params[name])
                     add = jax.jit(merge, donate_argnums=0, out_shardings=places)
                     params[name] = add(params[name], by_network[name], scale=scale)
-        return cls(files, {name: each.graph for name, each in fitted.items()}, params)
+        graphs = {name: each.graph for name, each in fitted.items()}
+        return cls(files, graphs, params, dtype=dtype, mesh=mesh, attention=attention)
 
     @classmethod
     def inspect(
@@ -122,7 +141,7 @@ class StableDiffusion:
                     cls.networks[name],
                     config,
                     files.tensors(name),
-                    dtype=jnp.dtype(dtype),
+                    dtype=cls.dtype_of(name, config, dtype),
                     where=where,
                 )
         with _collect(problems):
@@ -141,11 +160,23 @@ class StableDiffusion:
         return files, fitted
 
     @classmethod
+    def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
+        """What a network computes in, where `dtype` is wanted."""
+        dtype = jnp.dtype(dtype)
+        overflows = name == "vae" and cls.heeds_force_upcast and config.force_upcast
+        return jnp.dtype(jnp.float32) if overflows and dtype == jnp.float16 else dtype
+
+    @classmethod
     def tokenizer(
         cls, path: str | Path, *, variant: str = "", kind: str = ""
     ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
         """`tokenize` without the networks."""
         return cls._tokenizers(cls._open(path, variant=variant, kind=kind))
+
+    @classmethod
+    def read_schedule(cls, path: str | Path, *, variant: str = "", kind: str = "") -> Schedule:
+        """`schedule` without the networks."""
+        return _schedule(cls._open(path, variant=variant, kind=kind))
 
     @classmethod
     def _open(cls, path: str | Path, *, variant: str, kind: str) -> PipelineFiles:
@@ -196,6 +227,21 @@ class StableDiffusion:
             index["requires_safety_checker"] = False
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
+    def describe(self) -> list[str]:
+        """What was chosen for this machine, a line each."""
+        dtype = self.dtype_of("vae", self._vae, self._dtype)
+        why = "as all else"
+        if dtype != self._dtype:
+            why = f"as it would overflow in {self._dtype} (force_upcast in its config.json)"
+        return [
+            kernels.describe(self._attention, self._mesh),
+            f"autoencoder in {dtype}, {why}",
+        ]
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than the text encoder takes; the rest is cut off."""
+        return self._tokenize.count_truncated(prompts)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image; ValueError for a size that cannot be drawn."""
         multiple = self._vae.downscale * 2 ** (len(self._unet.block_out_channels) - 1)
@@ -213,23 +259,23 @@ class StableDiffusion:
 
     def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
         """What `denoise` is conditioned on: {"encoder_hidden_states": [b, n, d]}."""
-        encoder = apply(self._graphs["text_encoder"], params["text_encoder"])
-        return {"encoder_hidden_states": encoder(tokens).last_hidden_state}
+        output = self._run("text_encoder", params, tokens)
+        return {"encoder_hidden_states": output.last_hidden_state}
 
     def encode_image(
         self, params: dict, images: UInt8[Array, "b H W 3"]
     ) -> Float[Array, "b h w c"]:
         """Scaled latents, float32: the mean of the posterior."""
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
-        mean, _ = apply(self._graphs["vae"], params["vae"]).encode(pixels)
+        mean, _ = self._run("vae", params, pixels, method="encode")
         return mean.astype(jnp.float32) * self._vae.scaling_factor
 
     def decode_latents(
         self, params: dict, latents: Float[Array, "b h w c"]
     ) -> UInt8[Array, "b H W 3"]:
         """Images of scaled latents."""
-        vae = apply(self._graphs["vae"], params["vae"])
-        pixels = vae.decode(latents / self._vae.scaling_factor).astype(jnp.float32)
+        latents = latents / self._vae.scaling_factor
+        pixels = self._run("vae", params, latents, method="decode").astype(jnp.float32)
         return jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
     def denoise(
@@ -240,9 +286,14 @@ class StableDiffusion:
         conditioning: dict[str, Array],
     ) -> Float[Array, "b h w c"]:
         """The denoiser's prediction, float32, of the kind that `schedule.prediction_type` says."""
-        unet = apply(self._graphs["unet"], params["unet"])
-        prediction = unet(latents, timesteps, conditioning["encoder_hidden_states"])
-        return prediction.astype(jnp.float32)
+        hidden = conditioning["encoder_hidden_states"]
+        return self._run("unet", params, latents, timesteps, hidden).astype(jnp.float32)
+
+    def _run(self, name: str, params: dict, *arguments: Array, method: str = "__call__") -> Any:
+        """A network's output, with the attention that was chosen."""
+        network = apply(self._graphs[name], params[name])
+        with kernels.using(self._attention, self._mesh):
+            return getattr(network, method)(*arguments)
 
 
 @contextlib.contextmanager

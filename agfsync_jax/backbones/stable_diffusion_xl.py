@@ -14,10 +14,10 @@ from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.models.clip import CLIPTextModelWithProjection
-from agfsync_jax.utils.weights import apply
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-_AESTHETIC_SCORE = 6.0  # what the refiner is told of the image, as diffusers' pipeline tells it
+# What the refiner is told of the image it shall make and of what it shall avoid, as in diffusers.
+_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -29,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     networks = StableDiffusion.networks | {"text_encoder_2": CLIPTextModelWithProjection}
+    heeds_force_upcast = True
 
     @classmethod
     def _parts(cls, files: PipelineFiles) -> list[str]:
@@ -43,14 +44,14 @@ class StableDiffusionXL(StableDiffusion):
             if files.has(encoder)
         ]
 
-        def tokenize(prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
-            return np.concatenate([each(prompts) for each in tokenizers], axis=-1)
+        return _Tokenizers(tokenizers)
 
-        return tokenize
-
-    def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict[str, Any]):
-        super().__init__(files, graphs, params)
+    def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict, **kwargs: Any):
+        super().__init__(files, graphs, params, **kwargs)
         self._encoders = [name for name in _TOKENIZERS if name in graphs]
+        self._is_scored = bool(files.index.get("requires_aesthetics_score"))
+        if self._is_scored:
+            self.negative_conditioning = {"aesthetic_score": _NEGATIVE_AESTHETIC_SCORE}
         self._empty = None
         if files.index.get("force_zeros_for_empty_prompt", False):
             self._empty = self.tokenize([""])
@@ -62,20 +63,24 @@ class StableDiffusionXL(StableDiffusion):
         (`force_zeros_for_empty_prompt` in model_index.json).
 
         Returns:
-            {"encoder_hidden_states": [b, n, d], "text_embeds": [b, p]}.
+            {"encoder_hidden_states": [b, n, d], "text_embeds": [b, p]}, and for the refiner
+            "aesthetic_score" [b].
         """
         states = []
         for name, ids in zip(
             self._encoders, jnp.split(tokens, len(self._encoders), axis=-1), strict=True
         ):
-            output = apply(self._graphs[name], params[name])(ids)
+            output = self._run(name, params, ids)
             states.append(output.penultimate_hidden_state)
         hidden, pooled = jnp.concatenate(states, axis=-1), output.text_embeds
         if self._empty is not None:
             given = jnp.any(tokens != self._empty, axis=-1)
             hidden = jnp.where(given[:, None, None], hidden, 0)
             pooled = jnp.where(given[:, None], pooled, 0)
-        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+        conditioning = {"encoder_hidden_states": hidden, "text_embeds": pooled}
+        if self._is_scored:
+            conditioning["aesthetic_score"] = jnp.full(len(tokens), _AESTHETIC_SCORE)
+        return conditioning
 
     def denoise(
         self,
@@ -90,23 +95,30 @@ class StableDiffusionXL(StableDiffusion):
         [b, 5] for the refiner: original size, crop, aesthetic score); by default an uncropped image
         of the latents' own size.
         """
-        unet = apply(self._graphs["unet"], params["unet"])
         time_ids = conditioning.get("time_ids")
         if time_ids is None:
             size = [side * self._vae.downscale for side in latents.shape[1:3]]
-            last = (
-                [_AESTHETIC_SCORE] if self._files.index.get("requires_aesthetics_score") else size
-            )
-            time_ids = jnp.asarray([*size, 0, 0, *last], jnp.float32)
+            time_ids = jnp.asarray([*size, 0, 0] + ([] if self._is_scored else size), jnp.float32)
             time_ids = jnp.broadcast_to(time_ids, (len(latents), time_ids.shape[0]))
-        prediction = unet(
-            latents,
-            timesteps,
-            conditioning["encoder_hidden_states"],
-            conditioning["text_embeds"],
-            time_ids,
-        )
+            if self._is_scored:
+                score = conditioning["aesthetic_score"].astype(jnp.float32)
+                time_ids = jnp.concatenate([time_ids, score[:, None]], axis=1)
+        hidden, pooled = conditioning["encoder_hidden_states"], conditioning["text_embeds"]
+        prediction = self._run("unet", params, latents, timesteps, hidden, pooled, time_ids)
         return prediction.astype(jnp.float32)
+
+
+class _Tokenizers:
+    """Several tokenizers' ids side by side."""
+
+    def __init__(self, tokenizers: Sequence[ClipTokenizer]):
+        self._tokenizers = tokenizers
+
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        return np.concatenate([each(prompts) for each in self._tokenizers], axis=-1)
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        return max(each.count_truncated(prompts) for each in self._tokenizers)
 
 
 Backbone = StableDiffusionXL

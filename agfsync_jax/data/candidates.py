@@ -1,5 +1,6 @@
 """Drawn images to candidate shards, encoded and written on threads while the next batch runs."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,14 +19,14 @@ Row = dict[str, Any]
 
 
 def write_candidates(
-    batches: Iterable[tuple[slice, np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[Any, np.ndarray, np.ndarray]],
     shards: Sequence[tuple[Path, Sequence[Row]]],
 ) -> Iterator[int]:
     """Writes each shard as soon as its last row is drawn.
 
     Args:
-        batches: (slice of the rows, latents [b, h, w, c] float16, images [b, H, W, 3] uint8) in
-            order, over the rows of all shards; see diffusion/generation.py.
+        batches: (which rows, latents [b, h, w, c] float16, images [b, H, W, 3] uint8) in order:
+            all rows of all shards and no others; see diffusion/generation.py.
         shards: (path, rows); a row has prompt_id, candidate and seed.
 
     Yields:
@@ -34,12 +35,13 @@ def write_candidates(
     Raises:
         OSError: no space left; shards before are whole, later ones are absent.
     """
-    rows = [row for _, each in shards for row in each]
+    rows = itertools.chain.from_iterable(each for _, each in shards)
     waiting, drawn = deque(shards), []
     writes: deque[Future] = deque()
     with ThreadPoolExecutor(_THREADS) as encoders, ThreadPoolExecutor(1) as writer:
-        for batch, latents, images in batches:
-            for row, latent, image in zip(rows[batch], latents, images, strict=True):
+        for _, latents, images in batches:
+            own = itertools.islice(rows, len(images))
+            for row, latent, image in zip(own, latents, images, strict=True):
                 drawn.append((row, latent, encoders.submit(encode_png, image)))
             while waiting and len(drawn) >= len(waiting[0][1]):
                 path, planned = waiting.popleft()

@@ -287,7 +287,8 @@ def _encode_row(row: Mapping[str, Any], features: Features) -> bytes:
             out[name].float_list.value.extend(array.ravel().tolist())
         else:
             out[name].int64_list.value.extend(array.ravel().tolist())
-    return example.SerializeToString()
+    # else the order of the features is another in each process
+    return example.SerializeToString(deterministic=True)
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:

@@ -37,6 +37,11 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b n"]:
         return _encode(self._tokenizer, texts, self.max_length)[0]
 
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than `max_length`, begin and end included."""
+        lengths = self._tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in lengths)
+
     @property
     def vocab_size(self) -> int:
         return len(self._tokenizer)

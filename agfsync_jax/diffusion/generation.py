@@ -1,7 +1,10 @@
-"""Prompts to images in fixed-size batches over a mesh; a row depends on its own seed alone."""
+"""Prompts to images in fixed-size batches over a mesh; an image depends on its own seed alone."""
 
+import dataclasses
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float16, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt32
 
 from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 
-Batch = tuple[slice, Float16[np.ndarray, "b h w c"], UInt8[np.ndarray, "b H W 3"]]
+Batch = tuple[Int[np.ndarray, " b"], Float16[np.ndarray, "b h w c"], UInt8[np.ndarray, "b H W 3"]]
+Conditioning = dict[str, Array]
+
+_PERTURBED = ("encoder_hidden_states", "text_embeds")
+_DECODED_PIXELS = 2**20  # a device at a time: a decoder's activations take 50 times its output
 
 
 def row_seed(seed: int, round_index: int, prompt_id: str, candidate: int) -> int:
@@ -24,23 +31,41 @@ def row_seed(seed: int, round_index: int, prompt_id: str, candidate: int) -> int
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-class Generator:
-    """Draws images with a backbone; a row depends on (params, prompt, seed, perturb) alone.
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one denoiser does of the trajectory."""
 
-    One program, compiled once, encodes the text, walks the whole trajectory and decodes the images.
-    It encodes a prompt again for each of its candidates: in Stable Diffusion 1.5, 20 guided steps,
-    that is 13 GFLOP beside 32,000.
+    backbone: Any
+    sampler: samplers.Sampler
+    span: tuple[float, float]
+
+
+class Generator:
+    """Draws candidates with a backbone; one depends on (params, prompt, seed, perturb) alone.
+
+    Two programs, each compiled once: one encodes prompts, each of them once; the other takes a
+    batch of candidates, of several prompts, through the whole trajectory and the decoder. Batches
+    lie at fixed places in the list of all candidates, so that a run that goes on draws the very
+    batches of one that was never stopped.
+
+    Perturbation is AGFSync's (arXiv:2403.13352, c + n): Gaussian noise on what the text encoders
+    give, hidden states and pooled embedding, all of one strength and from the candidate's own seed.
+    (The released script adds noise of unit variance to every candidate's pooled embedding, and
+    draws all noise from one generator, so that an image depends on those before it.)
 
     Args:
         backbone: see backbones/; its `params` are given at the call.
         mesh: batches are split over its axes `data` and `fsdp`.
         height, width: of the images, in pixels.
         num_inference_steps, guidance_scale: guidance 1 means none, at half the cost.
-        sampler: a function of diffusion/samplers.py.
         batch_size: images on all devices together; rounded up to a multiple of their number.
-        conditioning_noise: standard deviation of the Gaussian noise on a perturbed row's text
-            embedding (AGFSync, arXiv:2403.13352: c + n). The unconditional embedding stays clean.
+        sampler: a function of diffusion/samplers.py; empty: that of the checkpoint's scheduler.
+        guidance_rescale: 0 (none) to 1 (arXiv:2305.08891, section 3.4).
+        conditioning_noise: standard deviation of the noise on a perturbed candidate's
+            conditioning. What guidance steers away from stays clean.
         negative_prompt: the text that guidance steers away from.
+        refiner: a second backbone, which takes over after the fraction `refiner_start` of the
+            trajectory; it is used with its own `params`.
 
     Raises:
         ValueError: an unknown sampler, a size the backbone cannot draw, too many steps.
@@ -56,106 +81,249 @@ class Generator:
         num_inference_steps: int,
         guidance_scale: float,
         batch_size: int,
-        sampler: str = "ddim",
+        sampler: str = "",
+        guidance_rescale: float = 0.0,
         conditioning_noise: float = 0.0,
         negative_prompt: str = "",
+        refiner: Any = None,
+        refiner_start: float = 0.8,
     ):
         self.backbone = backbone
         self.mesh = mesh
+        self.height, self.width = height, width
         self.latent_shape = backbone.latent_shape(height, width)
         self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.conditioning_noise = conditioning_noise
-        self.sampler = samplers.find(sampler)
-        backbone.schedule.timesteps(num_inference_steps)  # raises before anything is compiled
+        self.negative_prompt = negative_prompt
+        spans = [(backbone, (0.0, 1.0))]
+        if refiner is not None:
+            if not 0 < refiner_start < 1:
+                raise ValueError(f"config.sample.refiner_start={refiner_start}: expected 0 to 1.")
+            spans = [(backbone, (0.0, refiner_start)), (refiner, (refiner_start, 1.0))]
+        self._parts = []
+        for each, span in spans:
+            name = sampler or samplers.of_scheduler(each.schedule.scheduler)
+            samplers.check(name, each.schedule, num_inference_steps, span)
+            self._parts.append(_Part(each, samplers.find(name), span))
+        if len({part.sampler for part in self._parts}) > 1:
+            raise ValueError(
+                "The schedulers of base and refiner differ, and so do their latents' scales: name "
+                "one sampler for both as config.sample.sampler."
+            )
 
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch_size = -(-batch_size // parts) * parts
+        self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // self._num_shards) * self._num_shards
         # Every process of the mesh fills its part of a batch with rows of its own.
         self.num_processes = len({device.process_index for device in mesh.devices.flat})
         self.rows_per_batch = self.batch_size // self.num_processes
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        self._negative = backbone.tokenize([negative_prompt])
-        self._program = jax.jit(
+        self._encode_program = jax.jit(
+            self._encode, in_shardings=(None, self._batch), out_shardings=self._batch
+        )
+        self._draw_program = jax.jit(
             self._draw,
             in_shardings=(None, self._replicated, self._batch, self._batch, self._batch),
             out_shardings=(self._batch, self._batch),
         )
 
     def __call__(
-        self, params: Any, prompts: Sequence[str], seeds: Sequence[int], perturb: Sequence[bool]
+        self, params: Any, prompts: Sequence[str], seeds: Any, perturb: Any
     ) -> tuple[Float16[np.ndarray, "n h w c"], UInt8[np.ndarray, "n H W 3"]]:
-        """Latents as the sampler left them, and images, of n rows."""
+        """Latents as the sampler left them, and images; arguments as for `stream`."""
         if not len(prompts):
             raise ValueError("There are no prompts to draw.")
         batches = list(self.stream(params, prompts, seeds, perturb))
         return tuple(np.concatenate([batch[i] for batch in batches]) for i in (1, 2))
 
     def stream(
-        self, params: Any, prompts: Sequence[str], seeds: Sequence[int], perturb: Sequence[bool]
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        seeds: UInt32[np.ndarray, "p k"] | Sequence[int],
+        perturb: Bool[np.ndarray, "p k"] | Sequence[bool],
+        *,
+        wanted: Bool[np.ndarray, " n"] | None = None,
     ) -> Iterator[Batch]:
-        """Yields (slice of the rows, latents, images) batch by batch, while the next one runs.
+        """Yields (rows, latents, images) batch by batch, while the next one runs.
 
-        In a mesh over several processes each gives rows of its own, and all must call this alike.
+        Row r is candidate r % k of prompt r // k, and there are n = p * k rows; one seed and one
+        flag a prompt mean one candidate each. In a mesh over several processes each gives prompts
+        of its own, as many candidates a prompt as the others, and all must call this alike.
+
+        Args:
+            params: of the backbone.
+            wanted: the rows to draw; all by default. Others that share their batch are not given.
         """
-        if not len(prompts) == len(seeds) == len(perturb):
-            lengths = f"{len(prompts)} prompts, {len(seeds)} seeds, {len(perturb)} perturb"
-            raise ValueError(f"Each row needs one of each, got {lengths}.")
-        params = self._place(params)
-        tokens = self.backbone.tokenize(list(prompts) or [""])
-        seeds = np.asarray(seeds, np.uint32)
-        perturb = np.asarray(perturb, bool)
-        num_batches = -(-len(prompts) // self.rows_per_batch)
-        if self.num_processes > 1:  # one with fewer rows draws padding along with the others
-            num_batches = int(multihost_utils.process_allgather(np.int32(num_batches)).max())
+        seeds, perturb = np.asarray(seeds, np.uint32), np.asarray(perturb, bool)
+        if not (len(prompts) == len(seeds) == len(perturb) and seeds.shape == perturb.shape):
+            given = f"{len(prompts)} prompts, {len(seeds)} seeds, {len(perturb)} perturb"
+            raise ValueError(f"Each candidate needs one of each, got {given}.")
+        count = seeds.shape[1] if seeds.ndim == 2 else 1
+        seeds, perturb = seeds.reshape(-1), perturb.reshape(-1)
+        wanted = np.ones(seeds.size, bool) if wanted is None else np.asarray(wanted, bool)
+        # Some batches make a group of whole prompts, which are encoded together.
+        group_rows = math.lcm(count, self.rows_per_batch)
+        group_prompts = group_rows // count
+        groups = self._agree(wanted, group_rows)
+        if not groups:
+            return
+        params = self._place((params, *(part.backbone.params for part in self._parts[1:])))
+        tokens = [part.backbone.tokenize(list(prompts) or [""]) for part in self._parts]
+        unconditional = self._unconditional(params, group_prompts)
 
-        waiting = None
-        for index in range(num_batches):
-            start = min(index * self.rows_per_batch, len(prompts))
-            rows = slice(start, min(start + self.rows_per_batch, len(prompts)))
-            arrays = [self._put(array[rows]) for array in (tokens, seeds, perturb)]
-            result = self._program(params, self._negative, *arrays)
-            if waiting:
-                yield _fetch(*waiting)
-            waiting = (rows, result) if rows.stop > rows.start else None
+        def encode(group):
+            start = group * group_prompts
+            own = [ids[start : min(start + group_prompts, len(prompts))] for ids in tokens]
+            return self._encode_program(params, self._put(own, group_prompts))
+
+        waiting, following = None, encode(groups[0][0])
+        for index, (group, num_batches) in enumerate(groups):
+            # The next prompts are encoded before this group's batches, and ready when these are.
+            encoded = jax.tree.map(_local_rows, following)
+            if index + 1 < len(groups):
+                following = encode(groups[index + 1][0])
+            for batch in range(num_batches):
+                start = group * group_rows + batch * self.rows_per_batch
+                rows = np.arange(start, min(start + self.rows_per_batch, wanted.size))
+                prompt = rows // count - group * group_prompts
+                arrays = [jax.tree.map(lambda leaf, own=prompt: leaf[own], encoded)]
+                arrays += seeds[rows], perturb[rows]
+                result = self._draw_program(
+                    params, unconditional, *self._put(arrays, self.rows_per_batch)
+                )
+                if waiting:
+                    yield _fetch(*waiting)
+                waiting = (rows, wanted[rows], result) if wanted[rows].any() else None
         if waiting:
             yield _fetch(*waiting)
 
+    def lower(self, params: Any, num_prompts: int = 0) -> dict[str, jax.stages.Lowered]:
+        """The two programs, {"encode", "draw"}, from abstract parameters; nothing is run.
+
+        Args:
+            params: of the backbone, jax.ShapeDtypeStructs with their shardings.
+            num_prompts: that all devices encode together; by default as many as images.
+        """
+
+        def abstract(array, sharding):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+        params = (params, *(part.backbone.params for part in self._parts[1:]))
+        size = -(-(num_prompts or self.batch_size) // self._num_shards) * self._num_shards
+        rows = jax.ShapeDtypeStruct((self.batch_size,), np.uint32, sharding=self._batch)
+        tokens = [
+            jax.ShapeDtypeStruct((size, *part.backbone.tokenize([""]).shape[1:]), np.int32)
+            for part in self._parts
+        ]
+        encoded = jax.eval_shape(self._encode, params, tokens)
+        one, every = (
+            jax.tree.map(
+                lambda leaf, n=n, place=place: abstract(
+                    jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), place
+                ),
+                encoded,
+            )
+            for n, place in ((1, self._replicated), (self.batch_size, self._batch))
+        )
+        tokens = [abstract(each, self._batch) for each in tokens]
+        perturb = abstract(jax.ShapeDtypeStruct(rows.shape, bool), self._batch)
+        return {
+            "encode": self._encode_program.lower(params, tokens),
+            "draw": self._draw_program.lower(
+                params, None if self.guidance_scale == 1 else one, every, rows, perturb
+            ),
+        }
+
+    def _encode(
+        self, params: tuple[Any, ...], tokens: list[Int[Array, "b n"]]
+    ) -> list[Conditioning]:
+        parts = zip(self._parts, params, tokens, strict=True)
+        return [dict(part.backbone.encode_prompt(own, ids)) for part, own, ids in parts]
+
+    def _unconditional(self, params: tuple[Any, ...], num_prompts: int) -> Any:
+        """What guidance steers away from, one row; None where there is no guidance."""
+        if self.guidance_scale == 1:
+            return None
+        tokens = [part.backbone.tokenize([self.negative_prompt]) for part in self._parts]
+        encoded = self._encode_program(params, self._put(tokens, num_prompts))
+        encoded = jax.tree.map(lambda leaf: _local_rows(leaf)[:1], encoded)
+        for part, each in zip(self._parts, encoded, strict=True):
+            fixed = getattr(part.backbone, "negative_conditioning", {})
+            each.update({name: np.full_like(each[name], value) for name, value in fixed.items()})
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(self._replicated, leaf), encoded
+        )
+
     def _draw(
         self,
-        params: Any,
-        negative: Int[Array, "1 n"],
-        tokens: Int[Array, "b n"],
+        params: tuple[Any, ...],
+        unconditional: list[Conditioning] | None,
+        conditioning: list[Conditioning],
         seeds: UInt32[Array, " b"],
         perturb: Bool[Array, " b"],
     ) -> tuple[Array, Array]:
-        backbone = self.backbone
         keys = jax.vmap(jax.random.key)(seeds)
         latents = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
-        conditioning = dict(backbone.encode_prompt(params, tokens))
+        of_steps = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         if self.conditioning_noise:
-            clean = conditioning["encoder_hidden_states"]  # [b, n, d]
-            noise = jax.vmap(
-                lambda key: jax.random.normal(jax.random.fold_in(key, 1), clean.shape[1:])
-            )(keys)
-            strength = self.conditioning_noise * perturb.astype(jnp.float32)[:, None, None]
-            noisy = clean.astype(jnp.float32) + strength * noise
-            conditioning["encoder_hidden_states"] = noisy.astype(clean.dtype)
-        unconditional = None
-        if self.guidance_scale != 1:
-            unconditional = jax.tree.map(
-                lambda x: jnp.broadcast_to(x, tokens.shape[:1] + x.shape[1:]),
-                dict(backbone.encode_prompt(params, negative)),
+            strength = self.conditioning_noise * perturb.astype(jnp.float32)
+            conditioning = _perturb(conditioning, keys, strength)
+        for index, part in enumerate(self._parts):
+            unguided = None
+            if unconditional is not None:
+                unguided = jax.tree.map(
+                    lambda leaf: jnp.broadcast_to(leaf, seeds.shape + leaf.shape[1:]),
+                    unconditional[index],
+                )
+            denoise = guide(
+                functools.partial(part.backbone.denoise, params[index]),
+                conditioning[index],
+                unguided,
+                self.guidance_scale,
+                self.guidance_rescale,
             )
-        denoise = guide(
-            lambda *args: backbone.denoise(params, *args),
-            conditioning,
-            unconditional,
-            self.guidance_scale,
-        )
-        latents = self.sampler(denoise, backbone.schedule, latents, self.num_inference_steps)
-        return latents, backbone.decode_latents(params, latents)
+            latents = part.sampler(
+                denoise,
+                part.backbone.schedule,
+                latents,
+                self.num_inference_steps,
+                keys=of_steps,
+                span=part.span,
+            )
+        return latents, self._decode(params[0], latents)
+
+    def _decode(self, params: Any, latents: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
+        """Images, of each device so many at a time that the decoder's activations stay small."""
+        decode = functools.partial(self.backbone.decode_latents, params)
+        most = max(1, _DECODED_PIXELS // (self.height * self.width))
+        own = self.batch_size // self._num_shards  # rows of a device
+        size = next(n for n in range(min(most, own), 0, -1) if own % n == 0)
+        if size == own:
+            return decode(latents)
+        # [devices, chunks, size, ...] -> [chunks, devices * size, ...]: rows stay on their device
+        chunks = latents.reshape(self._num_shards, own // size, size, *latents.shape[1:])
+        chunks = chunks.swapaxes(0, 1).reshape(own // size, -1, *latents.shape[1:])
+        images = jax.lax.map(decode, chunks)
+        images = images.reshape(own // size, self._num_shards, size, *images.shape[2:])
+        return images.swapaxes(0, 1).reshape(-1, *images.shape[3:])
+
+    def _agree(self, wanted: Bool[np.ndarray, " n"], group_rows: int) -> list[tuple[int, int]]:
+        """The groups to draw and the batches to draw of each; as many on every process."""
+        groups = []
+        for start in range(0, wanted.size, group_rows):
+            rows = np.flatnonzero(wanted[start : start + group_rows])
+            if rows.size:
+                groups.append((start // group_rows, int(rows[-1]) // self.rows_per_batch + 1))
+        if self.num_processes > 1:  # one with less to do draws padding along with the others
+            length = int(multihost_utils.process_allgather(np.int32(len(groups))).max())
+            groups += [(-(-wanted.size // group_rows), 0)] * (length - len(groups))
+            if length:
+                own = np.array([batches for _, batches in groups], np.int32)
+                most = multihost_utils.process_allgather(own).max(axis=0)
+                groups = [(group, int(n)) for (group, _), n in zip(groups, most, strict=True)]
+        return groups
 
     def _place(self, params: Any) -> Any:
         """Parameters that are not on the mesh go to all of it, once, and not at every batch."""
@@ -170,16 +338,44 @@ class Generator:
 
         return jax.tree.map(place, params)
 
-    def _put(self, rows: np.ndarray) -> Array:
-        """This process's part of a batch, filled up with zeros."""
-        padding = [(0, self.rows_per_batch - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-        return jax.make_array_from_process_local_data(self._batch, np.pad(rows, padding))
+    def _put(self, arrays: Any, num_rows: int) -> Any:
+        """This process's rows of a pytree, filled up with zeros to what the mesh divides."""
+        own = self._num_shards // self.num_processes
+        num_rows = -(-num_rows // own) * own
+
+        def put(leaf):
+            padding = [(0, num_rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
+            return jax.make_array_from_process_local_data(self._batch, np.pad(leaf, padding))
+
+        return jax.tree.map(put, arrays)
 
 
-def _fetch(rows: slice, arrays: tuple[Array, Array]) -> Batch:
-    """Waits for a batch and takes this process's rows, without the padding."""
-    latents, images = (_local_rows(array)[: rows.stop - rows.start] for array in arrays)
-    return rows, latents.astype(np.float16), images
+def _perturb(
+    conditioning: list[Conditioning], keys: Array, strength: Float[Array, " b"]
+) -> list[Conditioning]:
+    """Adds noise of a standard deviation a row; each array's is of its own."""
+    noisy, stream = [], 0  # 0 is of the sampler
+    for part in conditioning:
+        noisy.append(dict(part))
+        for name in _PERTURBED:
+            if name in part:
+                stream += 1
+                clean = part[name]
+                noise = jax.vmap(
+                    lambda key, n=stream, x=clean: jax.random.normal(
+                        jax.random.fold_in(key, n), x.shape[1:]
+                    )
+                )(keys)
+                scale = strength.reshape(strength.shape + (1,) * (clean.ndim - 1))
+                added = clean.astype(jnp.float32) + scale * noise
+                noisy[-1][name] = added.astype(clean.dtype)
+    return noisy
+
+
+def _fetch(rows: np.ndarray, wanted: np.ndarray, arrays: tuple[Array, Array]) -> Batch:
+    """Waits for a batch and takes this process's rows, without padding and what nobody wants."""
+    latents, images = (_local_rows(array)[: len(rows)][wanted] for array in arrays)
+    return rows[wanted], latents.astype(np.float16), images
 
 
 def _local_rows(array: Array) -> np.ndarray:

@@ -86,6 +86,8 @@ def check(config: ConfigDict, verb: str) -> None:
                     "(('lora.safetensors', 1.0),)"
                 )
             wanted.append((entry[0], ""))
+    if verb in ("run", "sample", "evaluate") and config.sample.refiner:
+        wanted.append((config.sample.refiner, config.backbone.variant))
     if verb in ("run", "score", "evaluate"):
         for scorer in config.scorers.values():
             wanted += [(scorer[key], "") for key in ("path", "head") if scorer.get(key)]

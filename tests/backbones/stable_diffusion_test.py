@@ -135,9 +135,14 @@ def test_candidates_are_the_same_on_one_device_and_on_eight(folder, pipeline):
             batch_size=8,
             conditioning_noise=0.1,
         )
-        tokens = backbone.tokenize(prompts)
-        arguments = (generate._negative, tokens, seeds, perturb)
-        drawn[num_devices] = jax.device_get(generate._program(backbone.params, *arguments))
+        tokens, negative = backbone.tokenize(prompts), backbone.tokenize([""])
+        encode = jax.jit(backbone.encode_prompt)
+        given, unguided = (
+            jax.device_get([encode(backbone.params, ids)]) for ids in (tokens, negative)
+        )
+        drawn[num_devices] = jax.device_get(
+            generate._draw_program((backbone.params,), unguided, given, seeds, perturb)
+        )
     scale = np.abs(drawn[1][0]).max()
     assert np.abs(drawn[1][0] - drawn[8][0]).max() <= 1e-4 * max(1.0, scale)
     assert np.abs(drawn[1][1].astype(int) - drawn[8][1].astype(int)).max() <= 1

@@ -1,5 +1,8 @@
 """Stable Diffusion XL against diffusers' pipelines: base and refiner, there and back."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,8 @@ from agfsync_jax.backbones import stable_diffusion
 from agfsync_jax.backbones.stable_diffusion_xl import Backbone
 from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.diffusion.generation import Generator
+from agfsync_jax.parallel.mesh import create_mesh
 from tests.twins import tiny_stable_diffusion_xl
 
 PROMPTS = ["red circle", "blue square on a red square and a circle"]
@@ -93,6 +98,53 @@ def test_the_refiner_equals_diffusers(refiner_pipeline):
         backbone.params, latents.permute(0, 2, 3, 1).numpy(), np.array([100, 100]), conditioning
     )
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0.5, 0.8])
+def test_base_and_refiner_together_equal_diffusers(pipeline, backbone, refiner_pipeline, start):
+    """The ensemble of experts: the refiner takes over noisy latents, with guidance of its own."""
+    refiner = Backbone.load(refiner_pipeline.folder)
+    mesh = create_mesh(devices=jax.devices()[:1])
+    drawing = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    generate = Generator(
+        *(backbone, mesh), **drawing, height=32, width=48, batch_size=2, negative_prompt="circle",
+        refiner=refiner, refiner_start=start,
+    )  # fmt: skip
+    seeds = [3, 4]
+    latents, images = generate(backbone.params, PROMPTS, seeds, [False, False])
+    noise = [jax.random.normal(jax.random.key(seed), (16, 24, 4)) for seed in seeds]
+    call = drawing | {"prompt": PROMPTS, "negative_prompt": ["circle"] * 2, "output_type": "latent"}
+    handed = pipeline(
+        **call, height=32, width=48, denoising_end=start,
+        latents=torch.from_numpy(np.stack(noise)).permute(0, 3, 1, 2),
+    ).images  # fmt: skip
+    theirs = refiner_pipeline(**call, image=handed, denoising_start=start).images
+    theirs = theirs.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(latents, theirs, rtol=2e-3, atol=2e-3)  # ours are float16
+    with torch.no_grad():
+        scaled = torch.from_numpy(theirs).permute(0, 3, 1, 2) / pipeline.vae.config.scaling_factor
+        pixels = pipeline.vae.decode(scaled).sample.permute(0, 2, 3, 1).numpy()
+    pictures = np.clip(pixels / 2 + 0.5, 0, 1) * 255
+    assert np.abs(images - pictures).max() <= 2
+
+
+def test_half_precision_spares_the_autoencoder_that_overflows(folder, pipeline, tmp_path):
+    for dtype, force, used in (
+        ("float16", True, "float32, as it would overflow in float16"),
+        ("float16", False, "float16, as all else"),
+        ("bfloat16", True, "bfloat16, as all else"),
+    ):
+        copy = tmp_path / f"{dtype}-{force}"
+        shutil.copytree(folder, copy)
+        config = json.loads((copy / "vae/config.json").read_text())
+        (copy / "vae/config.json").write_text(json.dumps(config | {"force_upcast": force}))
+        backbone = Backbone.load(copy, dtype=dtype)
+        assert f"autoencoder in {used}" in backbone.describe()[1]
+        latents = jnp.full((1, 16, 24, 4), 0.5)
+        images = jax.jit(backbone.decode_latents)(backbone.params, latents)
+        program = str(jax.make_jaxpr(backbone.decode_latents)(backbone.params, latents))
+        assert images.dtype == jnp.uint8
+        assert ("f16[1," in program.replace("bf16", "")) == (used[:7] == "float16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agfsync_jax.diffusion import generation
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel.mesh import create_mesh
@@ -123,15 +124,143 @@ def test_one_compilation_and_no_guidance_at_scale_one(params):
     generate = make(batch_size=8)
     for count in (11, 3, 8):
         generate(params, PROMPTS[:count], SEEDS[:count], PERTURB[:count])
-    assert generate._program._cache_size() == 1
+    assert generate._draw_program._cache_size() == generate._encode_program._cache_size() == 1
     plain = make(guidance_scale=1.0)(params, PROMPTS, SEEDS, PERTURB)[0]
     assert np.abs(plain - make()(params, PROMPTS, SEEDS, PERTURB)[0]).max() > 0.01
 
 
 def test_stream_yields_every_row_once_in_order(params, reference):
     rows = [rows for rows, latents, _ in make().stream(params, PROMPTS, SEEDS, PERTURB)]
-    assert [(each.start, each.stop) for each in rows] == [(0, 8), (8, 11)]
+    assert [each.tolist() for each in rows] == [list(range(8)), [8, 9, 10]]
     assert list(make().stream(params, [], [], [])) == []
+
+
+# 3 candidates a prompt: groups of 24 rows, 8 prompts, in batches of 8.
+NAMES = [f"prompt {index}" for index in range(11)]
+GRID = np.array([[row_seed(0, 0, name, k) for k in range(3)] for name in NAMES], np.uint32)
+FLAGS = np.array([[False, True, True]] * 11)
+
+
+@pytest.fixture(scope="module")
+def grid(params):
+    return make()(params, NAMES, GRID, FLAGS)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_candidates_of_several_prompts_share_batches(params, grid, num_devices, batch_size):
+    flat = make()(params, np.repeat(NAMES, 3).tolist(), GRID.reshape(-1), FLAGS.reshape(-1))
+    other = make(num_devices, batch_size=batch_size)(params, NAMES, GRID, FLAGS)
+    for latents, images in (flat, other):
+        np.testing.assert_allclose(latents, grid[0], rtol=1e-3, atol=1e-4)
+        assert np.abs(images.astype(int) - grid[1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 24])
+def test_a_prompt_is_encoded_once(params, batch_size):
+    generate = make(1, batch_size=batch_size)
+    seen, program = [], generate._encode_program
+
+    def encode(params, tokens):
+        seen.extend(map(bytes, np.asarray(tokens[0])))
+        return program(params, tokens)
+
+    generate._encode_program = encode
+    generate(params, NAMES, GRID, FLAGS)
+    own = [bytes(ids) for ids in FakeBackbone().tokenize(NAMES)]
+    assert sorted(ids for ids in seen if ids in own) == sorted(own)
+    batches = -(-33 // batch_size)
+    assert len(seen) <= len(own) + 2 * batches * batch_size  # the rest is padding and the negative
+
+
+def test_rows_that_are_wanted_come_from_the_same_batches(params, grid, monkeypatch):
+    generate = make()
+    wanted = np.zeros(33, bool)
+    wanted[[1, 2, 30]] = True
+    drawn = []
+    program = generate._draw_program
+    monkeypatch.setattr(
+        generate, "_draw_program", lambda *args: drawn.append(np.asarray(args[3])) or program(*args)
+    )
+    batches = list(generate.stream(params, NAMES, GRID, FLAGS, wanted=wanted))
+    assert np.concatenate([rows for rows, _, _ in batches]).tolist() == [1, 2, 30]
+    latents, images = (np.concatenate([batch[i] for batch in batches]) for i in (1, 2))
+    # Not close: the same. Each row was drawn beside the same others as when all were.
+    np.testing.assert_array_equal(latents, grid[0][wanted])
+    np.testing.assert_array_equal(images, grid[1][wanted])
+    np.testing.assert_array_equal(drawn[0], GRID.reshape(-1)[:8])
+    np.testing.assert_array_equal(drawn[1], GRID.reshape(-1)[24:32])
+    assert len(drawn) == 2
+    assert list(generate.stream(params, NAMES, GRID, FLAGS, wanted=np.zeros(33, bool))) == []
+
+
+def test_decoding_a_few_at_a_time_gives_the_same(params, grid, monkeypatch):
+    for pixels in (1, 2 * 16 * 16):
+        monkeypatch.setattr(generation, "_DECODED_PIXELS", pixels)
+        latents, images = make(2, batch_size=12)(params, NAMES, GRID, FLAGS)
+        np.testing.assert_allclose(latents, grid[0], rtol=1e-3, atol=1e-4)
+        assert np.abs(images.astype(int) - grid[1].astype(int)).max() <= 1
+
+
+class FakeRefiner(FakeBackbone):
+    negative_conditioning = {"aesthetic_score": 2.5}
+
+    def __init__(self, params):
+        self.params = params
+
+    def encode_prompt(self, params, tokens):
+        return super().encode_prompt(params, tokens) | {"aesthetic_score": jnp.full(len(tokens), 6)}
+
+    def denoise(self, params, latents, timesteps, conditioning):
+        score = conditioning["aesthetic_score"].reshape(-1, 1, 1, 1)
+        return super().denoise(params, latents, timesteps, conditioning) * score / 6.0
+
+
+def test_a_refiner_goes_on_where_the_base_stops(params, grid):
+    settings = {"sampler": "euler", "num_inference_steps": 10, "conditioning_noise": 0.0}
+    whole = make(**settings)(params, NAMES, GRID, FLAGS)[0]
+    same = FakeBackbone()
+    same.params = params
+    handed = make(**settings, refiner=same, refiner_start=0.6)(params, NAMES, GRID, FLAGS)[0]
+    np.testing.assert_allclose(handed, whole, rtol=2e-3, atol=1e-3)
+    # Without guidance the score it avoids has no say; with it, it has.
+    for scale, differs in ((1.0, False), (3.0, True)):
+        settings["guidance_scale"] = scale
+        plain = make(**settings)(params, NAMES, GRID, FLAGS)[0]
+        scored = make(**settings, refiner=FakeRefiner(params))(params, NAMES, GRID, FLAGS)[0]
+        assert (np.abs(scored.astype(float) - plain).max() > 0.01) == differs
+    same.schedule = Schedule.from_config({"_class_name": "EulerDiscreteScheduler"})
+    with pytest.raises(ValueError, match="base and refiner differ"):
+        make(refiner=same)
+    with pytest.raises(ValueError, match="refiner_start=1.0"):
+        make(refiner=same, refiner_start=1.0)
+
+
+def test_pooled_embeddings_are_perturbed_at_the_same_strength(params):
+    class Pooled(FakeBackbone):
+        def encode_prompt(self, params, tokens):
+            hidden = super().encode_prompt(params, tokens)["encoder_hidden_states"]
+            return {
+                "encoder_hidden_states": 0 * hidden,
+                "text_embeds": jnp.zeros((len(tokens), 4096)),
+            }
+
+        def denoise(self, params, latents, timesteps, conditioning):
+            pooled = conditioning["text_embeds"].reshape(-1, 16, 16, 16)
+            return pooled[:, :4, :4, :4]  # what the sampler takes for noise
+
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "conditioning_noise": 0.1}
+    mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
+    generate = Generator(Pooled(), mesh, height=16, width=16, batch_size=8, **settings)
+    seeds = np.arange(64, dtype=np.uint32).reshape(8, 8)
+    flags = np.tile(np.arange(8) > 0, (8, 1))
+    latents, _ = generate(params, NAMES[:8], seeds, flags)
+    clean, _ = generate(params, NAMES[:8], seeds, np.zeros_like(flags))
+    alpha = Pooled.schedule.alphas_cumprod[0]
+    noise = (clean.astype(float) - latents) * (alpha / (1 - alpha)) ** 0.5
+    perturbed = flags.reshape(-1)
+    assert np.abs(noise[~perturbed]).max() < 0.02  # float16's rounding, scaled up
+    assert noise[perturbed].std() == pytest.approx(0.1, rel=0.1)
 
 
 def test_bad_arguments(params):

@@ -77,9 +77,12 @@ def test_diffusers_draws_what_we_draw():
         backbone, one_device(), height=64, width=64, num_inference_steps=20, guidance_scale=5.0,
         batch_size=4,
     )  # fmt: skip
-    tokens = backbone.tokenize(prompts)
-    latents, images = generator._program(
-        backbone.params, backbone.tokenize([""]), tokens, seeds, np.zeros(4, bool)
+    given, unguided = (
+        [jax.jit(backbone.encode_prompt)(backbone.params, backbone.tokenize(texts))]
+        for texts in (prompts, [""])
+    )
+    latents, images = generator._draw_program(
+        (backbone.params,), unguided, given, seeds, np.zeros(4, bool)
     )
     assert np.abs(np.asarray(latents) - theirs).max() <= 1e-3
     assert np.abs(np.asarray(images) / 255.0 - pictures).mean() <= 2 / 255

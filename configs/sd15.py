@@ -1,0 +1,34 @@
+"""AGFSync on Stable Diffusion 1.5, candidates as arXiv:2403.13352 draws them.
+
+    agfsync run --config=configs/sd15.py --workdir=runs/sd15 \\
+        --config.prompts.path=prompts.jsonl --config.questions.path=questions.jsonl \\
+        --config.evaluate.path=heldout.jsonl
+
+Eight candidates a prompt at 512x512, 15 steps of the checkpoint's own sampler, guidance 4.5;
+`configs/sd15.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
+Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
+`agfsync plan --config=configs/sd15.py --topology=v5e:4x4` says whether it fits, and the hours.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = common.parse_arg(arg, lcm=False)
+    c = common.agfsync()
+    c.backbone.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    c.backbone.kind = "stable-diffusion-v1-5"  # for plan, which needs no weights
+    c.sample.batch_size = 128
+    if arg.lcm:
+        common.latent_consistency(c, "latent-consistency/lcm-lora-sdv1-5")
+    return c
+
+
+def sweep() -> Iterator[dict[str, int]]:
+    """Overrides for three training seeds."""
+    for seed in range(3):
+        yield {"train.seed": seed}

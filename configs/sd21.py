@@ -1,0 +1,33 @@
+"""AGFSync on Stable Diffusion 2.1, candidates as arXiv:2403.13352 draws them.
+
+    agfsync run --config=configs/sd21.py --workdir=runs/sd21 \\
+        --config.prompts.path=prompts.jsonl --config.questions.path=questions.jsonl \\
+        --config.evaluate.path=heldout.jsonl
+
+Eight candidates a prompt at 768x768, 15 steps of the checkpoint's own sampler, guidance 4.5.
+Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
+`agfsync plan --config=configs/sd21.py --topology=v5e:4x4` says whether it fits, and the hours.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    common.parse_arg(arg)
+    c = common.agfsync()
+    c.backbone.path = "stabilityai/stable-diffusion-2-1"
+    c.backbone.kind = "stable-diffusion-2"  # for plan, which needs no weights
+    c.sample.height = 768
+    c.sample.width = 768
+    c.sample.batch_size = 64
+    return c
+
+
+def sweep() -> Iterator[dict[str, int]]:
+    """Overrides for three training seeds."""
+    for seed in range(3):
+        yield {"train.seed": seed}

@@ -1,0 +1,37 @@
+"""AGFSync on Stable Diffusion XL, candidates as arXiv:2403.13352 draws them.
+
+    agfsync run --config=configs/sdxl.py --workdir=runs/sdxl \\
+        --config.prompts.path=prompts.jsonl --config.questions.path=questions.jsonl \\
+        --config.evaluate.path=heldout.jsonl
+
+Eight candidates a prompt at 1024x1024, 15 steps of the checkpoint's own sampler, guidance 4.5;
+`configs/sdxl.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
+Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
+`agfsync plan --config=configs/sdxl.py --topology=v5e:4x4` says whether it fits, and the hours.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = common.parse_arg(arg, lcm=False)
+    c = common.agfsync()
+    c.backbone.name = "stable_diffusion_xl"
+    c.backbone.path = "stabilityai/stable-diffusion-xl-base-1.0"
+    c.backbone.kind = "stable-diffusion-xl-base"  # for plan, which needs no weights
+    c.sample.height = 1024
+    c.sample.width = 1024
+    c.sample.batch_size = 64
+    if arg.lcm:
+        common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
+    return c
+
+
+def sweep() -> Iterator[dict[str, int]]:
+    """Overrides for three training seeds."""
+    for seed in range(3):
+        yield {"train.seed": seed}
