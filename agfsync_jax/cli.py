@@ -21,10 +21,36 @@ from agfsync_jax.utils import configs
 PACKAGE = Path(__file__).parent
 VERBS = (
     *("run", "prompts", "questions", "sample", "score", "pair", "train", "evaluate", "report"),
-    *("export", "bench"),
+    *("export", "plan", "bench"),
 )
-# Switches that only one verb knows, with their meaning.
-SWITCHES = {"export": {"verify": "let diffusers draw an image from the files, and compare"}}
+# Flags that only one verb knows, as argparse takes them.
+_JSON = {"action": "store_true", "help": "the last line of the output is one JSON object"}
+FLAGS = {
+    "export": {
+        "verify": {
+            "action": "store_true",
+            "help": "let diffusers draw an image from the files, and compare",
+        }
+    },
+    "bench": {
+        "stage": {"choices": ("load", "sample"), "default": "load", "help": "what is measured"},
+        "against": {
+            "choices": ("diffusers",),
+            "help": "measure this peer too, in turn with agfsync",
+        },
+        "json": _JSON,
+    },
+    "plan": {
+        "topology": {
+            "default": "",
+            "metavar": "NAME[,NAME]",
+            "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
+        },
+        "verb": {"choices": ("sample",), "default": "sample", "help": "whose program is compiled"},
+        "json": _JSON,
+    },
+}
+NEED_NO_WORKDIR = ("bench", "plan")
 DEFAULT_CONFIG = "configs/micro.py"
 # What --help lists besides the block of the verb's own name.
 ALSO_READS = {
@@ -33,6 +59,7 @@ ALSO_READS = {
     "score": ("scorers",),
     "train": ("loss",),
     "export": ("backbone",),
+    "plan": ("backbone", "mesh", "sharding", "sample"),
 }
 EPILOG = """\
 --config.a.b=value sets any key of the config: agfsync sample --help lists those that sample reads.
@@ -52,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         config = configs.load(args.config, overrides)
         configs.check(config, verb)
         is_main = start_jax()
-        workdir = Path(args.workdir)
-        configs.claim(workdir, config, write=is_main)
+        workdir = Path(args.workdir) if args.workdir else None
+        if workdir:
+            configs.claim(workdir, config, write=is_main)
         module = importlib.import_module(f"agfsync_jax.{verb}")
-        switches = {name: getattr(args, name) for name in SWITCHES.get(verb, ())}
-        module.main(config, workdir, round_index=args.round, repair=args.repair, **switches)
+        own = {name: getattr(args, name) for name in FLAGS.get(verb, ())}
+        module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             raise
@@ -97,8 +125,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     flags.add_argument("--workdir", metavar="DIR", help="all that the verbs read and write")
     flags.add_argument("--repair", action="store_true", help="make damaged shards anew")
     flags.add_argument("--round", type=int, default=0, metavar="N", help="of the loop, from 0")
-    for name, meaning in SWITCHES.get(verb, {}).items():
-        flags.add_argument(f"--{name}", action="store_true", help=meaning)
+    for name, options in FLAGS.get(verb, {}).items():
+        flags.add_argument(f"--{name}", **options)
     args, rest = flags.parse_known_args(argv[1:])
     overrides = {}
     for item in rest:
@@ -113,7 +141,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         print_help(verb, flags, args.config or DEFAULT_CONFIG, overrides)
         raise SystemExit(0)
     for flag, example in (("config", DEFAULT_CONFIG), ("workdir", "runs/micro")):
-        if getattr(args, flag) is None:
+        if getattr(args, flag) is None and not (flag == "workdir" and verb in NEED_NO_WORKDIR):
             raise ValueError(f"agfsync {verb} needs --{flag}, such as --{flag}={example}")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")

@@ -1,4 +1,4 @@
-"""The benchmark of loading, on a model of a few kilobytes: what it writes, prints and refuses."""
+"""The benchmarks, on a model of a few kilobytes: what they write, print and refuse."""
 
 import json
 import shutil
@@ -7,58 +7,133 @@ import pytest
 
 from agfsync_jax import bench
 from configs import micro
-from tests.twins import tiny_stable_diffusion
+from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
+
+SIDE = ["items_per_second", "seconds_per_step", "mfu", "peak_bytes", "compile_seconds"]
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A skeleton of a tiny model among the kinds."""
-    tiny_stable_diffusion(tmp_path / "tiny")
+    """Skeletons of tiny models among the kinds."""
+    for kind, make in (("tiny", tiny_stable_diffusion), ("tiny-xl", tiny_stable_diffusion_xl)):
+        make(tmp_path / "models" / kind)
 
     def write_skeleton(kind, folder):
         ignore = shutil.ignore_patterns("*.safetensors")
-        shutil.copytree(tmp_path / "tiny", folder, ignore=ignore)
+        shutil.copytree(tmp_path / "models" / kind, folder, ignore=ignore)
 
-    monkeypatch.setattr(bench.skeletons, "KINDS", ("tiny",))
+    monkeypatch.setattr(bench.skeletons, "KINDS", ("tiny", "tiny-xl"))
     monkeypatch.setattr(bench.skeletons, "write_skeleton", write_skeleton)
     config = micro.get_config()
-    config.bench.models = ("tiny",)
+    config.bench.model = "tiny"
     config.bench.repeats = 1
+    config.bench.num_inference_steps = 2
+    config.bench.batch_size = 2
     return config
 
 
-def test_both_sides_are_measured(config, tmp_path, capsys):
-    config.bench.against = "diffusers"
-    bench.main(config, tmp_path)
-    found = json.loads((tmp_path / "bench" / "load.json").read_text())
-    ours, theirs = found["loads"]
+def test_both_sides_load(config, tmp_path, capsys):
+    bench.main(config, tmp_path, against="diffusers", json=True)
+    found = json.loads((tmp_path / "bench" / "load-tiny.json").read_text())
+    ours, theirs = found["turns"]
     assert (ours["by"], theirs["by"]) == ("agfsync", "diffusers")
     # Both hold every parameter of the files, in twice their precision.
-    assert ours["held"] == theirs["held"] == 2 * ours["files"] > 100_000
-    for row in (ours, theirs):
-        assert row["seconds"] > 0 and row["peak"] > 0
-    table = capsys.readouterr().out.strip().splitlines()
-    assert [line.split("|")[2].strip() for line in table[2:]] == ["agfsync", "diffusers"]
+    assert ours["held_bytes"] == theirs["held_bytes"] > 100_000
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    assert json.loads(last) == found["result"]
+    assert found["result"]["ours"]["items_per_second"] == 1 / ours["seconds"]
+    assert found["result"]["ours"]["seconds_per_step"] is None
+    assert found["result"]["ratio"]["median"] == theirs["seconds"] / ours["seconds"]
+    assert [line.split("|")[1].strip() for line in table[2:4]] == ["agfsync", "diffusers"]
     assert not (tmp_path / "bench" / "tiny").exists()  # the weights are removed
+
+
+def test_both_sides_draw(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    config.bench.model = "tiny-xl"
+    bench.main(config, None, stage="sample", against="diffusers", json=True)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last)
+    assert list(found) == ["stage", "ours", "peer", "ratio", "device", "versions"]
+    assert list(found["ours"]) == list(found["peer"]) == SIDE
+    for side in (found["ours"], found["peer"]):
+        assert side["mfu"] is None  # of a CPU the peak is not known
+        assert side["items_per_second"] > 0 and side["seconds_per_step"] > 0
+        assert side["peak_bytes"] > 0 and side["compile_seconds"] >= 0
+    ratio = found["ours"]["items_per_second"] / found["peer"]["items_per_second"]
+    assert found["ratio"] == dict.fromkeys(["median", "min", "max"], pytest.approx(ratio))
+    assert sorted(found["versions"]) == ["diffusers", "flax", "jax", "torch"]
+    assert "as fast" in table[-1]
+    assert not list(tmp_path.glob("agfsync-*"))  # without a workdir nothing stays
+
+
+def test_ours_alone(config, tmp_path, capsys):
+    config.bench.sampler, config.bench.guidance_scale = "euler", 1.0
+    bench.main(config, tmp_path, stage="sample", json=True)
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["peer"] is found["ratio"] is None
+    assert (tmp_path / "bench" / "sample-tiny.json").exists()
+    assert not (tmp_path / "bench" / "tiny").exists()
+
+
+def test_utilization_is_of_the_devices_peak():
+    rows = [
+        {"by": by, "seconds": seconds, "step_seconds": 0.1, "peak_bytes": 5, "first_seconds": 9.0}
+        for _ in range(3)
+        for by, seconds in (("agfsync", 2.0), ("diffusers", 4.0))
+    ]
+    rows[2]["seconds"], rows[3]["seconds"] = 8.0, 4.0  # a slow turn of ours
+    sides, device = ["agfsync", "diffusers"], "TPU v5 lite"
+    result = bench._result(rows, sides, device=device, items=8, flop=197e12)
+    assert result["ours"]["items_per_second"] == 4 and result["ours"]["mfu"] == 0.5
+    assert result["ours"]["compile_seconds"] == 7 and result["peer"]["mfu"] == 0.25
+    assert result["ratio"] == {"median": 2.0, "min": 0.5, "max": 2.0}
+    shown = bench.table({"stage": "sample", "device": device, **result}, "diffusers")
+    assert "| agfsync | 4 | 0.1 | 50.0% | 0.00 | 7.0 |" in shown
+    assert "2.00 times as fast (0.50 to 2.00)" in shown
 
 
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("models", ("sd9",), r"models has \['sd9'\]; known: tiny"),
+        ("model", "sd9", "model=sd9: expected one of tiny, tiny-xl"),
         ("file_dtype", "int8", "file_dtype=int8: expected one of float32"),
-        ("against", "keras", "against=keras: expected diffusers, or nothing"),
+        ("dtype", "int8", "dtype=int8: expected one of float32"),
+        ("repeats", 0, "repeats=0: expected at least 1"),
+        ("sampler", "magic", "Unknown sampler 'magic'"),
     ],
 )
 def test_settings_that_cannot_be(config, tmp_path, key, value, message):
     config.bench[key] = value
     with pytest.raises(ValueError, match=message):
-        bench.main(config, tmp_path)
+        bench.main(config, tmp_path, stage="sample")
     assert not (tmp_path / "bench").exists()
 
 
-def test_a_load_that_fails_says_why(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(bench._LOADERS["agfsync"], "load", "raise ValueError('no such weights')")
-    with pytest.raises(ValueError, match="agfsync could not load .*tiny:(.|\n)*no such weights"):
+def test_a_size_that_cannot_be(config, tmp_path):
+    config.bench.height = 30
+    with pytest.raises(ValueError, match="Images of 30x32 pixels cannot be drawn"):
+        bench.main(config, tmp_path, stage="sample")
+    assert not (tmp_path / "bench" / "tiny").exists()
+
+
+def test_a_peer_that_is_not_there(config, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--against=keras: expected diffusers"):
+        bench.main(config, tmp_path, against="keras")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs torch: pip install 'agfsync_jax\[torch\]'"):
+        bench.main(config, tmp_path, against="diffusers")
+
+
+def test_a_side_that_fails_says_why(config, tmp_path, monkeypatch):
+    write = bench.write_random
+
+    def cut_off(kind, folder, *args, **kwargs):
+        size = write(kind, folder, *args, **kwargs)
+        (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+        return size
+
+    monkeypatch.setattr(bench, "write_random", cut_off)
+    with pytest.raises(ValueError, match="agfsync failed in `load`: .*unet"):
         bench.main(config, tmp_path)
     assert not (tmp_path / "bench" / "tiny").exists()

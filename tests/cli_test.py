@@ -73,7 +73,8 @@ def test_help_of_a_verb(name, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert cli.docstring(name) in out and "--workdir DIR" in out
-    assert f"--config.{'backbone.name' if name == 'run' else name + '.'}" in out
+    block = {"run": "backbone", "plan": "sample"}.get(name, name)
+    assert f"--config.{block}." in out
 
 
 def test_help_shows_the_values_of_a_config(capsys):

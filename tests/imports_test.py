@@ -37,7 +37,7 @@ ALSO = {
 # A file -> all that it may import of the package.
 ONLY = {"micro/world.py": set()}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
-SHARED = {"models": {"layers", "t5"}}  # a BLIP-2 contains a T5
+SHARED = {"models": {"layers", "attention", "t5"}}  # a BLIP-2 contains a T5
 # A room -> the only libraries that it may import.
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},
@@ -49,6 +49,7 @@ LIBRARIES = {
 TORCH = {"torch", "diffusers", "accelerate", "peft"}
 TORCH_USERS = {
     "utils/tensor_files.py": {"torch"},  # pickles
+    "utils/peers.py": TORCH,  # bench --against
     "export.py": TORCH,  # --verify
 }
 
