@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from agfsync_jax import backbones, evaluators, scorers
 from agfsync_jax.data import images as png
 from agfsync_jax.data import records
-from agfsync_jax.data.candidates import write_candidates
+from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
@@ -145,20 +143,14 @@ def _draw(
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
     generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
-    missing = [shard for shard in mine if shard.images in undrawn]
-    with stage.progress(sum(len(shard.rows) for shard in missing)) as progress:
+    texts = {key: row["prompt"] for key, row in prompts.items()}
+    size = sum(len(shard.rows) for shard in mine if shard.images in undrawn)
+    with stage.progress(size) as progress:
         for model, weights in params.items():
-            found = [shard for shard in mine if shard.model == model]
-            rows = [row for shard in found for row in shard.rows]
-            texts = [prompts[row["prompt_id"]]["prompt"] for row in rows if row["candidate"] == 0]
-            seeds = np.array([row["seed"] for row in rows], np.uint32)
-            seeds = seeds.reshape(len(texts), config.evaluate.num_seeds)
-            wanted = [shard.images in undrawn for shard in found for _ in shard.rows]
-            batches = generator.stream(
-                weights, texts, seeds, np.zeros(seeds.shape, bool), wanted=wanted
-            )
-            files = [(shard.images, shard.rows) for shard in missing if shard.model == model]
-            for count in write_candidates(batches, files):
+            found = [(shard.images, shard.rows) for shard in mine if shard.model == model]
+            for count in draw_candidates(
+                generator, weights, found, undrawn, texts, config.evaluate.num_seeds
+            ):
                 progress.update(count)
 
 

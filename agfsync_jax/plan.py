@@ -13,7 +13,6 @@ published numbers allow, so hours are a lower bound and MFU is an upper one: ari
 network at full speed, all at once, of which the slowest counts (Williams et al., "Roofline", 2009).
 """
 
-import inspect
 import json as json_lib
 import math
 import re
@@ -30,7 +29,6 @@ from jax.sharding import Mesh
 from agfsync_jax import backbones
 from agfsync_jax.data import skeletons
 from agfsync_jax.data.pipeline_files import PipelineFiles
-from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.parallel import multihost, topologies
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings, path_string
@@ -161,13 +159,12 @@ def plan(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[s
 def sample(config: Any, mesh: Mesh) -> Work:
     """The trajectory of `agfsync sample`, from conditioning to images."""
     backbone, plain = abstract_backbone(config, mesh, config.backbone.path, config.backbone.kind)
-    known = inspect.signature(Generator).parameters
-    settings = {key: value for key, value in config.sample.items() if key in known}
-    if path := settings.pop("refiner", ""):
+    refiner, params = None, (backbone.params,)
+    if path := config.sample.refiner:
         kind = "" if _is_here(path) else "stable-diffusion-xl-refiner"
-        settings["refiner"], _ = abstract_backbone(config, mesh, path, kind)
-    generator = Generator(backbone, mesh, **settings)
-    params = (backbone.params, *([settings["refiner"].params] if path else []))
+        refiner, _ = abstract_backbone(config, mesh, path, kind)
+        params += (refiner.params,)
+    generator = backbones.generator(config, mesh, backbone, refiner=refiner)
 
     def abstract(rows, shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -178,7 +175,7 @@ def sample(config: Any, mesh: Mesh) -> Work:
     latents, timesteps = abstract(rows, generator.latent_shape), abstract(rows, ())
     decoded = abstract(generator.batch_size, generator.latent_shape)
     return Work(
-        lowered=generator.lower(backbone.params)["draw"],
+        lowered=generator.lower(backbone.params),
         params=params,
         images=generator.batch_size,
         num_steps=generator.num_inference_steps,

@@ -11,11 +11,9 @@ there are not drawn again, and the others are the same bytes as if the run had n
 
 from pathlib import Path
 
-import numpy as np
-
 from agfsync_jax import backbones
 from agfsync_jax.data import records
-from agfsync_jax.data.candidates import write_candidates
+from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
@@ -92,7 +90,7 @@ def draw(
     prompts: dict[str, str],
     stage: Stage,
 ) -> None:
-    """Draws the undrawn of this process's shards, in the batches in which all would be drawn."""
+    """Draws the undrawn of this process's shards."""
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
     generator = backbones.generator(config, mesh, backbone)
@@ -106,17 +104,9 @@ def draw(
         stage.print(line)
     if cut := backbone.count_truncated(list(prompts.values())):
         stage.print(f"{cut} of {len(prompts)} prompts are too long for the text encoder: cut off")
-    rows = [row for _, each in shards for row in each]
-    texts = [prompts[row["prompt_id"]] for row in rows if row["candidate"] == 0]
-    shape = len(texts), config.sample.num_candidates
-    batches = generator.stream(
-        params,
-        texts,
-        np.array([row["seed"] for row in rows], np.uint32).reshape(shape),
-        np.array([row["candidate"] > 0 for row in rows], bool).reshape(shape),
-        wanted=np.array([path in undrawn for path, each in shards for _ in each], bool),
-    )
-    missing = [shard for shard in shards if shard[0] in undrawn]
-    with stage.progress(sum(len(each) for _, each in missing)) as progress:
-        for count in write_candidates(batches, missing):
+    size = sum(len(each) for path, each in shards if path in undrawn)
+    with stage.progress(size) as progress:
+        for count in draw_candidates(
+            generator, params, shards, undrawn, prompts, config.sample.num_candidates
+        ):
             progress.update(count)

@@ -1,5 +1,7 @@
 """What every experiment shares: one block a verb, each key with its meaning; and `parse_arg`."""
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
 
@@ -152,6 +154,12 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
     c.sample.sampler = "lcm"
     c.sample.num_inference_steps = 5
     c.sample.guidance_scale = 1.0
+
+
+def training_seeds() -> Iterator[dict[str, int]]:
+    """A sweep: overrides for three training seeds."""
+    for seed in range(3):
+        yield {"train.seed": seed}
 
 
 def parse_arg(arg: str | None, **known: bool | int | float | str) -> ConfigDict:

@@ -8,8 +8,6 @@ Minutes on 2 CPU cores. `configs/micro.py:tiny` runs every verb once in about a 
 that the machinery works, and is too short to show a gain.
 """
 
-from collections.abc import Iterator
-
 from ml_collections import ConfigDict
 
 from configs import common
@@ -73,7 +71,4 @@ def shrink(c: ConfigDict) -> None:
     c.report.num_examples = 4
 
 
-def sweep() -> Iterator[dict[str, int]]:
-    """Overrides for three training seeds; the figures in the README come from these."""
-    for seed in range(3):
-        yield {"train.seed": seed}
+sweep = common.training_seeds  # the figures in the README come from these

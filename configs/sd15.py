@@ -10,8 +10,6 @@ Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py sa
 `agfsync plan --config=configs/sd15.py --topology=v5e:4x4` says whether it fits, and the hours.
 """
 
-from collections.abc import Iterator
-
 from ml_collections import ConfigDict
 
 from configs import common
@@ -28,7 +26,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return c
 
 
-def sweep() -> Iterator[dict[str, int]]:
-    """Overrides for three training seeds."""
-    for seed in range(3):
-        yield {"train.seed": seed}
+sweep = common.training_seeds

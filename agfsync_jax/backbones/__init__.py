@@ -35,10 +35,13 @@ def load(config: Any, mesh: Mesh, **changes: Any) -> Any:
     return backbone_class(config).load(path, mesh=mesh, rules=config.sharding, **spec)
 
 
-def generator(config: Any, mesh: Mesh, backbone: Any, **changes: Any) -> Generator:
+def generator(
+    config: Any, mesh: Mesh, backbone: Any, *, refiner: Any = None, **changes: Any
+) -> Generator:
     """The generator of `config.sample`, with the refiner if one is named.
 
     Args:
+        refiner: the backbone that is named, where it need not be loaded.
         **changes: arguments of the Generator that the config says otherwise.
 
     Raises:
@@ -48,10 +51,9 @@ def generator(config: Any, mesh: Mesh, backbone: Any, **changes: Any) -> Generat
     dtype = spec["param_dtype"]
     for key in _OF_THE_VERB:
         del spec[key]
-    if path := spec.pop("refiner"):
-        alone = {"path": path, "kind": "", "lora": (), "param_dtype": dtype}
-        spec["refiner"] = load(config, mesh, **alone)
-    return Generator(backbone, mesh, **spec)
+    if (path := spec.pop("refiner")) and refiner is None:
+        refiner = load(config, mesh, path=path, kind="", lora=(), param_dtype=dtype)
+    return Generator(backbone, mesh, refiner=refiner, **spec)
 
 
 def inspect(config: Any) -> tuple[Any, dict[str, Fitted]]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,43 @@ _THREADS = 8  # zlib runs outside the interpreter's lock
 _MAX_WRITES = 2  # shards waiting to be written; then drawing waits, and memory stays bounded
 
 Row = dict[str, Any]
+
+
+def draw_candidates(
+    generator: Any,
+    params: Any,
+    shards: Sequence[tuple[Path, Sequence[Row]]],
+    undrawn: Collection[Path],
+    prompts: Mapping[str, str],
+    num_candidates: int,
+) -> Iterator[int]:
+    """Draws and writes the undrawn of this process's shards; the processes call it together.
+
+    The batches are those in which all shards would be drawn, so that a shard is the same bytes
+    whatever else is there already.
+
+    Args:
+        generator: see diffusion/generation.py.
+        params: of its backbone.
+        shards: (path, rows); the rows of a prompt follow each other, candidate 0 first.
+        undrawn: the paths to write.
+        prompts: prompt id -> text.
+        num_candidates: rows a prompt.
+
+    Yields:
+        The number of images of every batch.
+
+    Raises:
+        OSError: see `write_candidates`.
+    """
+    rows = [row for _, each in shards for row in each]
+    texts = [prompts[row["prompt_id"]] for row in rows if row["candidate"] == 0]
+    shape = len(texts), num_candidates
+    seeds = np.array([row["seed"] for row in rows], np.uint32).reshape(shape)
+    perturb = np.array([row["candidate"] > 0 for row in rows], bool).reshape(shape)
+    wanted = np.array([path in undrawn for path, each in shards for _ in each], bool)
+    batches = generator.stream(params, texts, seeds, perturb, wanted=wanted)
+    yield from write_candidates(batches, [shard for shard in shards if shard[0] in undrawn])
 
 
 def write_candidates(

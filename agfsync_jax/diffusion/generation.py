@@ -199,42 +199,31 @@ class Generator:
         if waiting:
             yield _fetch(*waiting)
 
-    def lower(self, params: Any, num_prompts: int = 0) -> dict[str, jax.stages.Lowered]:
-        """The two programs, {"encode", "draw"}, from abstract parameters; nothing is run.
+    def lower(self, params: Any) -> jax.stages.Lowered:
+        """The program of a batch, from abstract parameters; nothing is run.
 
         Args:
             params: of the backbone, jax.ShapeDtypeStructs with their shardings.
-            num_prompts: that all devices encode together; by default as many as images.
         """
-
-        def abstract(array, sharding):
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
         params = (params, *(part.backbone.params for part in self._parts[1:]))
-        size = -(-(num_prompts or self.batch_size) // self._num_shards) * self._num_shards
-        rows = jax.ShapeDtypeStruct((self.batch_size,), np.uint32, sharding=self._batch)
-        tokens = [
-            jax.ShapeDtypeStruct((size, *part.backbone.tokenize([""]).shape[1:]), np.int32)
-            for part in self._parts
-        ]
+        tokens = [part.backbone.tokenize([""]) for part in self._parts]
         encoded = jax.eval_shape(self._encode, params, tokens)
-        one, every = (
-            jax.tree.map(
-                lambda leaf, n=n, place=place: abstract(
-                    jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), place
+
+        def rows(count, sharding):
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    (count, *leaf.shape[1:]), leaf.dtype, sharding=sharding
                 ),
                 encoded,
             )
-            for n, place in ((1, self._replicated), (self.batch_size, self._batch))
+
+        unconditional = None if self.guidance_scale == 1 else rows(1, self._replicated)
+        seeds, perturb = (
+            jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=self._batch)
+            for dtype in (np.uint32, bool)
         )
-        tokens = [abstract(each, self._batch) for each in tokens]
-        perturb = abstract(jax.ShapeDtypeStruct(rows.shape, bool), self._batch)
-        return {
-            "encode": self._encode_program.lower(params, tokens),
-            "draw": self._draw_program.lower(
-                params, None if self.guidance_scale == 1 else one, every, rows, perturb
-            ),
-        }
+        conditioning = rows(self.batch_size, self._batch)
+        return self._draw_program.lower(params, unconditional, conditioning, seeds, perturb)
 
     def _encode(
         self, params: tuple[Any, ...], tokens: list[Int[Array, "b n"]]

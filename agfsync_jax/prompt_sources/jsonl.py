@@ -79,6 +79,11 @@ def questions(prompt_rows: list[dict], *, seed: int, path: str) -> list[dict]:
 
 def _rows(path: str) -> Iterator[tuple[str, dict]]:
     """(place in the file, row) of each row; a line of a .txt file becomes {"prompt": line}."""
+    if not path:
+        raise ValueError(
+            'The source "jsonl" reads a file of yours: set `path` in each block of the config that '
+            "names it (config.prompts.path, config.questions.path, config.evaluate.path)."
+        )
     file = Path(path).expanduser()
     if not file.exists():
         raise FileNotFoundError(f"No file {file}: expected prompts or questions in it.")

@@ -89,6 +89,8 @@ def test_bad_prompt_rows(tmp_path, row, message):
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.txt"):
         draw(str(tmp_path / "nothing.txt"), 1)
+    with pytest.raises(ValueError, match="set `path` in each block"):
+        draw("", 1)
     with pytest.raises(ValueError, match=r"\.jsonl, \.json or \.txt"):
         draw(write(tmp_path / "p.csv", ["a"]), 1)
     with pytest.raises(ValueError, match="expected a JSON list"):
