@@ -159,17 +159,18 @@ def test_killed_ten_times_it_draws_the_same_bytes(tmp_path):
 
     for name in ("whole", "killed"):
         subprocess.run(command("prompts", name), cwd=ROOT, check=True)
-    started = time.monotonic()
     subprocess.run(command("sample", "whole"), cwd=ROOT, check=True)
-    seconds, rng, kills = time.monotonic() - started, np.random.default_rng(0), 0
-    while kills < 10:
+    rng = np.random.default_rng(0)
+    for kill in range(10):
+        goal = len(drawn("killed")) + rng.integers(9)  # at once, or while it draws
         process = subprocess.Popen(command("sample", "killed"), cwd=ROOT)
-        time.sleep(rng.uniform(0.02, 0.15) * seconds)
+        while len(drawn("killed")) < goal:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 2.0))
         assert process.poll() is None, "it was done before it was killed ten times"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        print(f"killed {kills} times, {len(drawn('killed'))} of 100 shards are whole")
+        print(f"killed {kill + 1} times, {len(drawn('killed'))} of 100 shards are whole")
     subprocess.run(command("sample", "killed"), cwd=ROOT, check=True)
     assert len(drawn("whole")) == 100
     assert drawn("killed") == drawn("whole")
