@@ -303,12 +303,19 @@ class T5ForConditionalGeneration(nnx.Module):
         decoder_ids: Int[Array, "b t"],
         encoder_hidden: Float[Array, "b s d_model"],
         mask: Bool[Array, "b s"] | Int,
+        *,
+        parts: int = 1,
     ) -> Float[Array, "b t vocab"]:
-        """Logits after each of `decoder_ids` (teacher forcing; ids start with the start token)."""
-        length = decoder_ids.shape[1]
+        """Logits after each of `decoder_ids` (teacher forcing; ids start with the start token).
+
+        With `parts`, a row is that many sequences of t / parts ids one after the other. They do not
+        see each other, and share what is computed of the encoder's output.
+        """
+        length = decoder_ids.shape[1] // parts
         mask = mask.astype(bool)[:, None, None, :]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        bias = self.decoder.position_bias(length)
+        causal = jnp.kron(jnp.eye(parts), jnp.tril(jnp.ones((length, length))))
+        causal = causal.astype(bool)[None, None]
+        bias = jnp.tile(self.decoder.position_bias(length), (1, 1, parts, parts))
         states = self.shared(decoder_ids)
         cross = self.decoder.cross_keys_values(encoder_hidden)
         for block, keys_values in zip(self.decoder.block, cross, strict=True):
