@@ -9,9 +9,11 @@ PACKAGE = "agfsync_jax"
 
 
 def names(room: str) -> list[str]:
-    """The modules of a room (a folder of the package), sorted."""
+    """The modules of a room (a folder of the package), sorted, but for those that its files share:
+    their names begin with an underscore."""
     package = importlib.import_module(f"{PACKAGE}.{room}")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def check(room: str, name: str) -> None:
