@@ -160,12 +160,12 @@ def _score(config, unscored: list[Shard], prompts, questions, stage: Stage) -> N
     size = config.score.batch_size
     judges = evaluators.load_evaluators(config.evaluate.evaluators)
     models = scorers.load_scorers(
-        scorers.local_mesh(config.mesh), config.scorers.to_dict(), batch_size=size
+        scorers.local_mesh(config.score.mesh), config.scorers.to_dict(), batch_size=size
     )
     by_path = {shard.images: shard for shard in unscored}
     drawn = stage.items
     with stage.progress(sum(len(shard.rows) for shard in unscored), "scores") as progress:
-        for path, rows, answers in scorers.score_shards(
+        for path, rows, answers, _ in scorers.score_shards(
             models, list(by_path), texts, questions, batch_size=size, scored=progress.update
         ):
             fields = records.read_shard(path, records.CANDIDATE_FEATURES, ["image"])

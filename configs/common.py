@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
 
     c.scorers = ConfigDict()  # a block a scorer: its file in agfsync_jax/scorers, and its arguments
     c.score = ConfigDict()
-    c.score.batch_size = 64  # images on all devices together
+    c.score.batch_size = 64  # images on all devices of a process together
+    c.score.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # of each process's own devices
+    c.score.max_bad = 0.01  # the share of images, questions, ... that may be left out
 
     c.pair = ConfigDict()
     c.pair.weights = ConfigDict()  # a number a score column; those without one have no say

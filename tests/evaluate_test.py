@@ -33,7 +33,12 @@ class Brightness:
         if self.column == "vqa":
             columns["answers"] = [
                 [
-                    {"answer": "yes", "p_yes": 0.5, "correct": question["answer"] == "yes"}
+                    {
+                        "answer": "yes",
+                        "p_yes": 0.5,
+                        "p_expected": 0.5,
+                        "correct": question["answer"] == "yes",
+                    }
                     for question in asked
                 ]
                 for asked in questions

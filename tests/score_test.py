@@ -38,7 +38,13 @@ class Asker:
     def __call__(self, images, prompts, questions):
         answers = [
             [
-                {"question": q["question"], "answer": "no", "p_yes": 0.25, "correct": False}
+                {
+                    "question": q["question"],
+                    "answer": None if q["question"] == "what?" else "no",
+                    "p_yes": 0.25,
+                    "p_expected": 0.25,
+                    "correct": False,
+                }
                 for q in asked
             ]
             for asked in questions
@@ -56,6 +62,7 @@ def config(monkeypatch):
     config.scorers = {"light": {"name": "brightness"}, "vqa": {"name": "asker", "bias": 0.5}}
     config.pair.weights = {"light": 1.0, "vqa/accuracy": 1.0}
     config.sample.num_candidates = CANDIDATES
+    config.sample.prompts_per_shard = PER_SHARD
     config.score.batch_size = 4
     return config
 
@@ -138,6 +145,7 @@ def test_answers(config, workdir):
         "expected": "yes",
         "answer": "no",
         "p_yes": 0.25,
+        "p_expected": 0.25,
         "correct": False,
     }
 
@@ -185,7 +193,8 @@ def test_errors_before_any_work(config, workdir):
     folder = workdir / "round_000"
     asked = records.read_jsonl(folder / "questions.jsonl")
     records.write_jsonl(folder / "questions.jsonl", [q for q in asked if q["id"] != "p3"])
-    with pytest.raises(ValueError, match="1 of 5 prompts have no question, the first is p3"):
+    told = "1 of 5 prompts without a question are 20.0%, more than config.score.max_bad=0.01"
+    with pytest.raises(ValueError, match=rf"{told} allows:\n  prompt p3: 'prompt 3'"):
         score.main(config, workdir)
     (folder / "questions.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="run `agfsync questions` first"):
@@ -231,11 +240,105 @@ def test_repair(config, workdir):
     assert not path.exists()
 
 
-def test_a_damaged_shard_is_named(config, workdir):
-    path = workdir / "round_000/candidates/00001-of-00003.tfrecord"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(records.RecordError, match=r"00001-of-00003.tfrecord is damaged at byte"):
+def rewrite(path, change):
+    rows = list(records.read_shard(path, records.CANDIDATE_FEATURES))
+    records.write_shard(path, [change(row) for row in rows], records.CANDIDATE_FEATURES)
+
+
+@pytest.fixture
+def trouble(workdir, monkeypatch):
+    """A shard that is cut off, a broken PNG, a prompt without a question, questions that cannot be
+    asked or answered, and a score that is NaN."""
+    folder = workdir / "round_000"
+    path = folder / "candidates/00002-of-00003.tfrecord"
+    path.write_bytes(path.read_bytes()[:-9])  # the last of p4's three images
+    broken = {("p2", 1): b"PNG"}
+    rewrite(
+        folder / "candidates/00001-of-00003.tfrecord",
+        lambda row: row | {"image": broken.get((row["prompt_id"], row["candidate"]), row["image"])},
+    )
+    asked = [q for q in records.read_jsonl(folder / "questions.jsonl") if q["id"] != "p0"]
+    asked += [question("p1", " "), question("p1", "what?"), question("p1", "q?") | {"answer": "x"}]
+    records.write_jsonl(folder / "questions.jsonl", asked)
+    plain = Brightness.__call__
+
+    def sometimes_nan(self, images, prompts, questions):
+        (values,) = plain(self, images, prompts, questions).values()
+        return {"whatever": np.where(values == 41 + len("prompt 1"), np.nan, values)}
+
+    monkeypatch.setattr(Brightness, "__call__", sometimes_nan)
+    return folder
+
+
+def test_what_cannot_be_scored_is_named_and_the_rest_goes_on(config, workdir, trouble, capsys):
+    config.score.max_bad = 0.5
+    score.main(config, workdir)
+    summary = json.loads((trouble / "score.json").read_text())
+    left_out = summary.pop("left_out")
+    assert summary == {
+        "images": 15,
+        "damaged": 1,
+        "undecodable": 1,
+        "nonfinite": 1,
+        "no_questions": 1,
+        "bad_questions": 2,
+        "unanswered": 3,
+    }
+    told = capsys.readouterr().err
+    for line in (
+        "left out: 1 of 15 images in damaged shards",
+        "left out: 1 of 15 images that cannot be decoded",
+        "shard 00001-of-00003, prompt p2, candidate 1: 3 bytes are not a whole image",
+        "prompt p1, candidate 1: light is nan",
+        "left out: 1 of 5 prompts without a question",
+        "prompt p1: the question is empty",
+        "prompt p1: 'q?' expects 'x' of the choices ['yes', 'no']",
+        "left out: 3 of 45 answers that could not be given",
+        "prompt p1, candidate 0: vqa on 'what?'",
+    ):
+        assert line in told
+        assert line.removeprefix("left out: ") in "\n".join(left_out)
+    rows = {(row["prompt_id"], row["candidate"]): row for row in table(workdir)}
+    assert len(rows) == 13 and not {("p2", 1), ("p4", 2)} & set(rows)
+    assert np.isnan(rows["p1", 1]["light"]) and np.isfinite(rows["p1", 0]["light"])
+    unanswered = [row for row in table(workdir, "answers-") if row["answer"] is None]
+    assert [row["candidate"] for row in unanswered] == [0, 1, 2]
+    names = ["00001-of-00003.jsonl", "00002-of-00003.jsonl"]
+    assert {f"problems-{name}" for name in names} <= {
+        p.name for p in (trouble / "scores").iterdir()
+    }
+
+    again = (trouble / "score.json").read_bytes()
+    score.main(config, workdir)  # all is done, and what was left out is told once more
+    assert (trouble / "score.json").read_bytes() == again
+    assert "1 of 15 images in damaged shards" in capsys.readouterr().err
+
+
+def test_too_much_that_cannot_be_scored_stops(config, workdir, trouble):
+    config.score.max_bad = 0.1
+    with pytest.raises(ValueError, match="1 of 5 prompts without a question are 20.0%, more than"):
         score.main(config, workdir)
+    assert not Brightness.calls
+    asked = [question(f"p{n}", "q?") for n in range(5)]
+    records.write_jsonl(trouble / "questions.jsonl", asked)
+    config.score.max_bad = 0.06
+    with pytest.raises(ValueError, match="1 of 15 images that cannot be decoded are 6.7%, more"):
+        score.main(config, workdir)
+    assert len(table(workdir)) == 6 + 5  # what was scored is kept
+    Brightness.calls.clear()
+    with pytest.raises(ValueError, match="1 of 15 images that cannot be decoded"):
+        score.main(config, workdir)
+    assert not Brightness.calls
+
+
+def test_mended_candidates_are_scored_after_repair(config, workdir, trouble):
+    config.score.max_bad = 0.5
+    score.main(config, workdir)
+    with pytest.raises(ValueError, match="dropped: 00001-of-00003.tfrecord, 00002-of-00003.tf"):
+        score.main(config, workdir, repair=True)
+    left = sorted(path.name for path in (trouble / "scores").glob("[0-9]*"))
+    assert left == []
+    assert [p.name for p in (trouble / "candidates").iterdir()] == ["00000-of-00003.tfrecord"]
 
 
 def test_decoding_runs_ahead():

@@ -30,8 +30,9 @@ class ClipFiles:
             open_clip_config.json (open_clip). A file holds the weights of either.
         architecture: of a file: open_clip's name of it, such as "ViT-H-14", or "ViT-L-14-quickgelu"
             for OpenAI's activation (utils/open_clip.py).
-        pad: resize the longer edge and pad with black, as HPSv2 does, where the folder does not say
-            how images are made.
+        pad: resize the longer edge and pad with black, as HPSv2's code does, whatever the folder
+            says.
+        antialias: with `pad`; see `pad_and_normalize`.
 
     Attributes:
         config: config.json of a transformers CLIPModel.
@@ -44,7 +45,14 @@ class ClipFiles:
         ValueError: a model of other parts than a CLIPModel, or files that are not whole.
     """
 
-    def __init__(self, path: str | Path, *, architecture: str = "", pad: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        architecture: str = "",
+        pad: bool = False,
+        antialias: bool = True,
+    ):
         source = resolve_path(path)
         is_folder = source.is_dir()
         open_clip = is_folder and (source / "open_clip_config.json").exists()
@@ -68,16 +76,19 @@ class ClipFiles:
             self.tensors = open_clip_to_transformers(self.tensors)
         folder = local_files(source) if is_folder else None
         self.tokenize = _tokenizer(folder, open_clip or not is_folder)
-        self.preprocess = self._preprocess(folder, pad)
+        self.preprocess = self._preprocess(None if pad else folder)
+        if pad:
+            self.preprocess = functools.partial(
+                pad_and_normalize, **self.preprocess.keywords, antialias=antialias
+            )
 
-    def _preprocess(self, folder: Path | None, pad: bool) -> Callable:
+    def _preprocess(self, folder: Path | None) -> functools.partial:
         if folder is not None:
             names = ("preprocessor_config.json", "open_clip_config.json")
             if any((folder / name).exists() for name in names):
                 return functools.partial(resize_and_normalize, **preprocessing(folder))
         size = (self.config.get("vision_config") or {}).get("image_size", 224)
-        make = pad_and_normalize if pad else resize_and_normalize
-        return functools.partial(make, size=size, mean=OPENAI_MEAN, std=OPENAI_STD)
+        return functools.partial(resize_and_normalize, size=size, mean=OPENAI_MEAN, std=OPENAI_STD)
 
 
 def _tokenizer(

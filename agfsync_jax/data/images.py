@@ -44,12 +44,34 @@ def encode_pngs(images: UInt8[np.ndarray, "b h w 3"], *, num_threads: int = 8) -
 
 
 def decode_pngs(data: Sequence[bytes], *, num_threads: int = 8) -> UInt8[np.ndarray, "b h w 3"]:
-    """Decodes a batch in threads. Raises ValueError when the sizes differ."""
+    """Decodes a batch in threads. Raises ValueError for a broken image, and for two sizes."""
+    images = decode_each(data, num_threads=num_threads)
+    for image in images:
+        if isinstance(image, ValueError):
+            raise image
+    return stack_images(images)
+
+
+def decode_each(
+    data: Sequence[bytes], *, num_threads: int = 8
+) -> list[UInt8[np.ndarray, "h w 3"] | ValueError]:
+    """Decodes images in threads; a broken one gives its error instead of pixels."""
+
+    def decode(each: bytes) -> np.ndarray | ValueError:
+        try:
+            return decode_png(each)
+        except ValueError as error:
+            return error
+
     with ThreadPoolExecutor(num_threads) as pool:
-        images = list(pool.map(decode_png, data))
+        return list(pool.map(decode, data))
+
+
+def stack_images(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarray, "b h w 3"]:
+    """A batch of images. Raises ValueError when the sizes differ."""
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"Images of one batch differ in size: {sorted({i.shape for i in images})}")
-    return np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
+    return np.stack(images) if len(images) else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def preprocessing(folder: str | Path) -> dict:

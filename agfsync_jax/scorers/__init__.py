@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from agfsync_jax.data import images as png
 from agfsync_jax.data import records
+from agfsync_jax.data.problems import problem
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
 
@@ -54,6 +55,42 @@ def check_questions(prompt_rows: Sequence[Mapping], question_rows: Iterable[Mapp
         )
 
 
+def askable(
+    prompt_rows: Sequence[Mapping], question_rows: Iterable[Mapping]
+) -> tuple[dict[str, list[Mapping]], list[dict]]:
+    """Sorts out the questions that can be asked.
+
+    Returns:
+        prompt id -> its question rows, and what was left out: rows of data/problems.py.
+    """
+    kept, problems = [], []
+    for row in question_rows:
+        choices, what = list(row["choices"]), ""
+        if not row["question"].strip():
+            what = "the question is empty"
+        elif row["answer"] not in choices or len(set(choices)) < max(2, len(choices)):
+            what = f"{row['question']!r} expects {row['answer']!r} of the choices {choices}"
+        if what:
+            problems.append(problem("bad_questions", f"prompt {row['id']}", what))
+        else:
+            kept.append(row)
+    asked = by_prompt(kept)
+    problems += [
+        problem("no_questions", f"prompt {row['id']}", repr(row["prompt"]))
+        for row in prompt_rows
+        if row["id"] not in asked
+    ]
+    return asked, problems
+
+
+def by_prompt(question_rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+    """Question rows under the id of their prompt."""
+    grouped = defaultdict(list)
+    for row in question_rows:
+        grouped[row["id"]].append(row)
+    return dict(grouped)
+
+
 def check_weights(weights: Mapping[str, float], specs: Mapping[str, Any]) -> None:
     """Raises ValueError unless each weight names a column that the scorers will make."""
     unknown = [name for name in weights if name.split("/")[0] not in specs]
@@ -66,8 +103,7 @@ def check_weights(weights: Mapping[str, float], specs: Mapping[str, Any]) -> Non
 
 def local_mesh(spec: Mapping[str, int]) -> Mesh:
     """The mesh that scores: each process scores shards of its own, on its own devices."""
-    alone = jax.process_count() == 1
-    return create_mesh(spec if alone else {"data": -1}, devices=jax.local_devices())
+    return create_mesh(spec, devices=jax.local_devices())
 
 
 def load_scorers(
@@ -113,6 +149,22 @@ def score_images(
     return columns, answers
 
 
+class Scored(NamedTuple):
+    """A shard of candidates that has been through all scorers.
+
+    Attributes:
+        path: of the candidates.
+        scores: a row an image: prompt_id, candidate, a number a column.
+        answers: a row a question and image.
+        problems: what was left out; see data/problems.py.
+    """
+
+    path: Path
+    scores: list[dict]
+    answers: list[dict]
+    problems: list[dict]
+
+
 def score_shards(
     scorers: Mapping[str, Any],
     paths: Sequence[Path],
@@ -121,7 +173,8 @@ def score_shards(
     *,
     batch_size: int,
     scored: Callable[[int], None] = lambda count: None,
-) -> Iterator[tuple[Path, list[dict], list[dict]]]:
+    expected: Callable[[Path], int] | None = None,
+) -> Iterator[Scored]:
     """Scores shards of candidates batch by batch, decoding the next ones meanwhile.
 
     Args:
@@ -131,69 +184,122 @@ def score_shards(
         questions: prompt id -> its question rows; others count as having none.
         batch_size: images at a time; a batch lies in one shard.
         scored: called with the number of images after each batch.
+        expected: the number of images of a shard, with which damaged ones are left out and
+            counted; without it they raise.
 
     Yields:
-        (path, rows of scores, rows of answers) of each shard, as soon as its last image is scored.
+        each shard, as soon as its last image is scored.
 
     Raises:
-        RecordError: a damaged shard.
+        RecordError: a damaged shard, or an image that cannot be decoded.
         ValueError: a candidate of a prompt that is not in `prompts`.
     """
-    scores, answers = [], []
-    for path, rows, images, is_last in _ahead(_decoded(paths, batch_size)):
+    scores, answers, problems = [], [], []
+    for path, rows, images, lost, is_last in _ahead(_decoded(paths, batch_size, expected)):
         for row in rows:
             if row["prompt_id"] not in prompts:
                 raise ValueError(f"{path} draws prompt {row['prompt_id']!r}, which is not listed.")
         ids = [row["prompt_id"] for row in rows]
         asked = [questions.get(prompt, []) for prompt in ids]
-        columns, replies = score_images(scorers, images, [prompts[i] for i in ids], asked)
-        scores += [
-            {key: row[key] for key in _KEYS} | {name: float(v[i]) for name, v in columns.items()}
-            for i, row in enumerate(rows)
-        ]
-        answers += _answer_rows(rows, asked, replies)
+        problems += lost
+        if rows:
+            texts = [prompts[i] for i in ids]
+            columns, replies = score_images(scorers, images, texts, asked)
+            scores += [
+                {key: row[key] for key in _KEYS}
+                | {name: float(v[i]) for name, v in columns.items()}
+                for i, row in enumerate(rows)
+            ]
+            answers += _answer_rows(rows, asked, replies)
+            problems += _problems(scorers, rows, asked, columns, replies)
         scored(len(rows))
         if is_last:
-            yield path, scores, answers
-            scores, answers = [], []
-
-
-def by_prompt(question_rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
-    """Question rows under the id of their prompt."""
-    grouped = defaultdict(list)
-    for row in question_rows:
-        grouped[row["id"]].append(row)
-    return dict(grouped)
+            yield Scored(path, scores, answers, problems)
+            scores, answers, problems = [], [], []
 
 
 def _answer_rows(rows: list[dict], asked: list, answers: dict[str, list]) -> Iterator[dict]:
     for block, given in answers.items():
         for row, questions, replies in zip(rows, asked, given, strict=True):
             for index, (question, reply) in enumerate(zip(questions, replies, strict=True)):
-                yield {key: row[key] for key in _KEYS} | {
+                made = {key: row[key] for key in _KEYS} | {
                     "scorer": block,
                     "index": index,
                     "question": question["question"],
                     "element_type": question["element_type"],
                     "expected": question["answer"],
-                    "answer": str(reply["answer"]),
+                    "answer": reply["answer"],
                     "p_yes": float(reply["p_yes"]),
+                    "p_expected": float(reply["p_expected"]),
                     "correct": bool(reply["correct"]),
                 }
+                yield made | {key: reply[key] for key in ("written",) if key in reply}
+
+
+def _problems(
+    scorers: Mapping[str, Any],
+    rows: Sequence[dict],
+    asked: Sequence[Sequence],
+    columns: Mapping[str, np.ndarray],
+    answers: Mapping[str, list],
+) -> Iterator[dict]:
+    """Answers and scores that are not there; a mean over no answers is not counted once more."""
+    silent = defaultdict(set)  # block -> the images that it has no answer about
+    for block, given in answers.items():
+        for image, replies in enumerate(given):
+            lacking = [reply["question"] for reply in replies if reply["answer"] is None]
+            if len(lacking) == len(replies):
+                silent[block].add(image)
+            for question in lacking:
+                yield problem("unanswered", _where(rows[image]), f"{block} on {question!r}")
+    for block, scorer in scorers.items():
+        if getattr(scorer, "asks_questions", True):
+            silent[block].update(image for image, each in enumerate(asked) if not each)
+    for name, values in columns.items():
+        for image in np.flatnonzero(~np.isfinite(values)):
+            if image not in silent[name.split("/")[0]]:
+                yield problem("nonfinite", _where(rows[image]), f"{name} is {values[image]}")
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    return f"prompt {row['prompt_id']}, candidate {row['candidate']}"
+
+
+Batch = tuple[Path, list[dict], np.ndarray, list[dict], bool]
 
 
 def _decoded(
-    paths: Sequence[Path], batch_size: int
-) -> Iterator[tuple[Path, list[dict], np.ndarray, bool]]:
-    """(path, rows, images, whether the shard ends here) of each batch."""
+    paths: Sequence[Path], batch_size: int, expected: Callable[[Path], int] | None
+) -> Iterator[Batch]:
+    """(path, rows, images, what was left out, whether the shard ends here) of each batch."""
     for path in paths:
         rows = records.read_shard(path, records.CANDIDATE_FEATURES, _FIELDS)
-        batch = list(itertools.islice(rows, batch_size))
-        while batch:
-            following = list(itertools.islice(rows, batch_size))
-            images = png.decode_pngs([row.pop("image") for row in batch])
-            yield path, batch, images, not following
-            batch = following
+        count, more = 0, True
+        while more:
+            batch, lost = [], []
+            try:
+                for row in itertools.islice(rows, batch_size):
+                    batch.append(row)
+                more = len(batch) == batch_size
+            except records.RecordError as error:
+                if expected is None:
+                    raise
+                lacking = max(expected(path) - count - len(batch), 1)
+                lost.append(problem("damaged", f"shard {path.stem}", str(error), lacking))
+                more = False
+            count += len(batch)
+            images = png.decode_each([row.pop("image") for row in batch])
+            kept = []
+            for row, image in zip(batch, images, strict=True):
+                if not isinstance(image, ValueError):
+                    kept.append((row, image))
+                elif expected is None:
+                    raise records.RecordError(path, None, f"{_where(row)}: {image}")
+                else:
+                    where = f"shard {path.stem}, {_where(row)}"
+                    lost.append(problem("undecodable", where, str(image)))
+            pixels = png.stack_images([image for _, image in kept])
+            yield path, [row for row, _ in kept], pixels, lost, not more
 
 
 def _ahead(work: Iterator) -> Iterator:

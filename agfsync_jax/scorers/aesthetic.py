@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
+from agfsync_jax.scorers._shared import shared
 from agfsync_jax.scorers.clip import ClipEncoder
 from agfsync_jax.utils import weights
 from agfsync_jax.utils.paths import resolve_path
@@ -44,7 +45,7 @@ def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 class Scorer:
-    """Column aesthetic, float32 [b].
+    """Column aesthetic, float32 [b]. Beside a CLIP scorer of the same settings the tower runs once.
 
     Args:
         mesh: see `ClipEncoder`.
@@ -70,7 +71,14 @@ class Scorer:
         dtype: str = "float32",
     ):
         graph, self._params = load_head(head)
-        self._encoder = ClipEncoder(mesh, path, batch_size, dtype, architecture=architecture)
+        self._encoder = shared(
+            ClipEncoder,
+            mesh,
+            path=path,
+            batch_size=batch_size,
+            dtype=dtype,
+            architecture=architecture,
+        )
         expected = self._params["layers"][0]["kernel"].shape[0]
         if self._encoder.size != expected:
             raise ValueError(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from agfsync_jax.data.clip_files import ClipFiles
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
+from agfsync_jax.scorers._shared import shared
 from agfsync_jax.utils.weights import fit
 
 _TEXT_BATCH = 16  # distinct prompts are few beside images
@@ -25,9 +26,11 @@ _TEXT_BATCH = 16  # distinct prompts are few beside images
 class ClipEncoder:
     """Both towers of a CLIP: images and texts to embeddings of length one.
 
+    Images and prompts that were in the last call are not embedded again.
+
     Args:
         mesh: batches are split over its data and fsdp axes, weights are whole on every device.
-        path, architecture, pad: see data/clip_files.py.
+        path, architecture, pad, antialias: see data/clip_files.py.
         batch_size: images at a time, rounded up to what the mesh divides.
         dtype: of the computation.
 
@@ -38,14 +41,15 @@ class ClipEncoder:
     def __init__(
         self,
         mesh: Mesh,
+        *,
         path: str,
         batch_size: int,
         dtype: str,
-        *,
         architecture: str = "",
         pad: bool = False,
+        antialias: bool = True,
     ):
-        files = ClipFiles(path, architecture=architecture, pad=pad)
+        files = ClipFiles(path, architecture=architecture, pad=pad, antialias=antialias)
         config = CLIPModel.config_class.from_dict(files.config)
         fitted = fit(CLIPModel, config, files.tensors, dtype=jnp.dtype(dtype), where=path)
         graph, self._tokenize = fitted.graph, files.tokenize
@@ -69,11 +73,18 @@ class ClipEncoder:
         self._embed_images = jax.jit(embed_images)
         self._embed_texts = jax.jit(embed_texts)
         self._texts: dict[str, np.ndarray] = {}
+        self._seen: UInt8[np.ndarray, "b h w 3"] | None = None  # the images last embedded
+        self._embedded = np.empty(0)
+        # what PickScore multiplies by
+        self.logit_scale = float(np.exp(np.asarray(self._params["logit_scale"][...], np.float64)))
         self.size = self._params["visual_projection"]["kernel"].shape[-1]  # of an embedding
 
     def images(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b d"]:
         """Embeddings of images of any one size."""
-        return self._in_batches(self._embed_images, images, self._batch_size)
+        if images is not self._seen:
+            self._embedded = self._in_batches(self._embed_images, images, self._batch_size)
+            self._seen = images
+        return self._embedded
 
     def texts(self, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
         """Embeddings of prompts; one that was in this or in the last call is not computed again."""
@@ -84,6 +95,12 @@ class ClipEncoder:
             self._texts.update(zip(new, made, strict=True))
         self._texts = {prompt: self._texts[prompt] for prompt in prompts}
         return np.stack([self._texts[prompt] for prompt in prompts])
+
+    def cosines(
+        self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str]
+    ) -> Float[np.ndarray, " b"]:
+        """Of each image and its prompt."""
+        return np.sum(self.images(images) * self.texts(prompts), axis=-1)
 
     def _in_batches(self, function: Callable, rows: np.ndarray, size: int) -> np.ndarray:
         """Runs batches of one fixed size, the last one filled up; results are read at the end."""
@@ -115,10 +132,16 @@ class Scorer:
         batch_size: int = 64,
         dtype: str = "float32",
     ):
-        self._encoder = ClipEncoder(mesh, path, batch_size, dtype, architecture=architecture)
+        self._encoder = shared(
+            ClipEncoder,
+            mesh,
+            path=path,
+            batch_size=batch_size,
+            dtype=dtype,
+            architecture=architecture,
+        )
 
     def __call__(
         self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any
     ) -> dict[str, Float[np.ndarray, " b"]]:
-        image, text = self._encoder.images(images), self._encoder.texts(prompts)
-        return {"clip": 100 * np.sum(image * text, axis=-1)}
+        return {"clip": 100 * self._encoder.cosines(images, prompts)}

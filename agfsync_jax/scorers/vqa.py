@@ -1,36 +1,35 @@
 """VQA score: BLIP-2 answers questions about an image; how many answers are the expected ones.
 
 AGFSync's faithfulness score (An et al. 2024, share of "yes" of yes-only questions) and TIFA's (Hu
-et al. 2023, share of right choices) are both this score. Instead of generating text and mapping it
-to a choice, the choices themselves are scored: one encoder pass and one decoder step where each
-choice is a single token.
+et al. 2023, share of right choices) are both this score. By default nothing is generated: the
+choices themselves are compared, at one encoder pass and one decoder step where each is a single
+token. `answer_by="generation"` lets the model write, greedily, and maps what it wrote to a choice,
+as TIFA does (whose BLIP-2, of LAVIS, searches with 5 beams instead).
+
+AGFSync's released code counts any answer with a "b" in it as no; here an answer is right if it is
+the expected one.
 """
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
-from agfsync_jax.data.images import preprocessing, resize_and_normalize
-from agfsync_jax.data.tokenizers import TextTokenizer
-from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
-from agfsync_jax.parallel.sharding import (
-    batch_sharding,
-    batch_shards,
-    infer_shardings,
-    replicated,
-)
-from agfsync_jax.utils.paths import local_files, resolve_path
-from agfsync_jax.utils.weights import load_model
+from agfsync_jax.scorers._blip2 import Blip2, Question
+from agfsync_jax.scorers._sentences import SentenceEncoder
+from agfsync_jax.scorers._shared import shared
 
 PROMPT = "Question: {question} Choices:{choices} Answer:"  # AGFSync's; choices as ['yes','no']
-SCORES = ("accuracy", "probability")
+TIFA_PROMPT = (  # for answer_by="generation"; options as: yes, no
+    "Answer the multiple-choice question. Question: {question} Choices: {options} Answer:"
+)
+FREE_PROMPT = "Answer the question. Question: {question} Answer:"  # TIFA's, without choices
+FIELDS = ("question", "choices", "options")
+SCORES = ("accuracy", "probability", "geometric_mean")
+ANSWER_BY = ("likelihood", "generation")
 _YES_NO = {"yes", "no"}
 
 
@@ -45,15 +44,23 @@ class Scorer:
             preprocessor_config.json), or micro:NAME.
         batch_size: images at a time, rounded up to what the mesh divides.
         questions_per_batch: questions at a time, 2 * batch_size by default.
-        prompt: what the model is asked, with the fields {question} and {choices}.
-        score: "accuracy": share of questions whose likeliest choice is the expected answer;
-            "probability": mean probability of the expected answer, over the question's choices.
+        prompt: what the model is asked, with the fields {question} and {choices} (['yes','no']) or
+            {options} (yes, no).
+        answer_by: "likelihood": the likeliest choice. "generation": what the model writes, which
+            must be a choice to the letter; if it is none, the closest choice counts.
+        closest: where an answer is written: the folder of a sentence encoder whose cosine says
+            which choice is the closest, such as sentence-transformers/all-mpnet-base-v2, TIFA's.
+            Empty: the choice that is the likeliest for BLIP-2 itself.
+        max_new_tokens: of a written answer.
+        score: "accuracy": share of questions whose answer is the expected one; "probability":
+            mean probability of the expected answer, over the question's choices (mean p_yes of
+            yes-only questions); "geometric_mean" of the same.
         dtype: of computation and weights.
         sharding: (path regex, axes) rules for weights that one device cannot hold.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not there or is no BLIP-2 with T5; a prompt
-            with other fields, or another score.
+            with other fields, or settings that do not exist or do not go together.
     """
 
     asks_questions = True
@@ -66,49 +73,40 @@ class Scorer:
         batch_size: int = 64,
         questions_per_batch: int | None = None,
         prompt: str = PROMPT,
+        answer_by: str = "likelihood",
+        closest: str = "",
+        max_new_tokens: int = 30,
         score: str = "accuracy",
         dtype: str = "float32",
         sharding: Sequence = (),
     ):
         fields = {field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None}
-        if "question" not in fields or fields - {"question", "choices"}:
+        if "question" not in fields or fields - set(FIELDS):
             raise ValueError(
                 f"prompt {prompt!r} has the fields {sorted(fields)}: it takes {{question}}, and"
-                " {choices} if wanted"
+                " {choices} or {options} if wanted"
             )
         if score not in SCORES:
             raise ValueError(f"score is {score!r}, expected one of {', '.join(SCORES)}")
-        source = resolve_path(path)
-        folder = local_files(source)
-        self._prompt, self._score = prompt, score
-        self._tokenizer = TextTokenizer(folder)
-        self._texts: dict[str, list[int]] = {}  # token ids of questions and choices
-        resize = preprocessing(folder)
-        dtype = jnp.dtype(dtype)
-        graph, self._params = load_model(
-            Blip2ForConditionalGeneration,
-            source,
+        if answer_by not in ANSWER_BY:
+            raise ValueError(f"answer_by is {answer_by!r}, expected one of {', '.join(ANSWER_BY)}")
+        if answer_by == "generation" and score != "accuracy":
+            raise ValueError(
+                f"score={score!r} needs the choices' probabilities, which written answers do not"
+                " have: set score='accuracy' or answer_by='likelihood'"
+            )
+        self._prompt, self._score, self._writes = prompt, score, answer_by == "generation"
+        self._max_new_tokens = max_new_tokens
+        self._model = shared(
+            Blip2,
+            mesh,
+            path=path,
+            batch_size=batch_size,
+            questions_per_batch=questions_per_batch,
             dtype=dtype,
-            param_dtype=dtype,
-            shardings=lambda abstract: infer_shardings(abstract, mesh, sharding),
+            sharding=sharding,
         )
-        shards = batch_shards(mesh)
-        self._image_batch = -(-batch_size // shards) * shards
-        self._question_batch = -(-(questions_per_batch or 2 * batch_size) // shards) * shards
-        self._by_row = batch_sharding(mesh)
-        # Padded sizes only grow, so that few shapes are compiled however batches differ.
-        self._question_length, self._num_choices, self._choice_length = 8, 2, 4
-
-        def read_images(params: nnx.State, images: UInt8[Array, "b h w 3"]):
-            pixels = resize_and_normalize(images, **resize)
-            return nnx.merge(graph, params).get_image_tokens(pixels)
-
-        def score_choices(params: nnx.State, image_tokens: Array, batch: Mapping[str, Array]):
-            return choice_log_probs(nnx.merge(graph, params), image_tokens, **batch)
-
-        # every question's device must see every image
-        self._read_images = jax.jit(read_images, out_shardings=replicated(mesh))
-        self._score_choices = jax.jit(score_choices)
+        self._sentences = SentenceEncoder(closest, mesh=mesh) if closest else None
 
     def __call__(
         self,
@@ -119,176 +117,108 @@ class Scorer:
         """Scores images of any one size; question rows need question, choices and answer.
 
         Returns:
-            vqa: float32 [b]. answers: for each image a list of dicts, one a question: question,
-            expected, answer (the likeliest choice), p_answer and p_expected (their probabilities
-            among the choices), p_yes (nan unless it is a yes/no question), correct.
+            vqa: float32 [b], the mean over the questions that have an answer; nan where none has.
+            answers: for each image a list of dicts, one a question: question, expected, answer
+            (None if there is none: choices that the tokenizer cannot tell apart, or a model that
+            gives no finite number), p_answer and p_expected (their probabilities among the
+            choices), p_yes (nan unless it is a yes/no question), correct; and "written", the
+            answer before it is mapped to a choice, if the model writes.
 
         Raises:
-            ValueError: an image without questions, or a question whose expected answer is not
-                among its choices or whose choices the tokenizer cannot tell apart.
+            ValueError: a question whose expected answer is not among its choices.
         """
         rows = [(image, row) for image, asked in enumerate(questions) for row in asked]
-        self._check(questions)
-        results = [np.empty(0)] * len(rows)
-        waiting = None  # the batch that the device works on while the next one is prepared
-        for indices, log_probs in self._dispatch(np.asarray(images), rows):
-            if waiting is not None:
-                self._collect(results, rows, *waiting)
-            waiting = indices, log_probs
-        if waiting is not None:
-            self._collect(results, rows, *waiting)
-        answers: list[list[dict]] = [[] for _ in questions]
-        for (image, row), probs in zip(rows, results, strict=True):
-            answers[image].append(read_answer(row, probs))
-        key = "correct" if self._score == "accuracy" else "p_expected"
-        means = [np.mean([answer[key] for answer in of_image]) for of_image in answers]
-        return {"vqa": np.array(means, np.float32), "answers": answers}
-
-    def _check(self, questions: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Raises ValueError for what cannot be scored, before any device time is spent."""
-        if silent := [image for image, asked in enumerate(questions) if not asked]:
-            raise ValueError(
-                f"image {silent[0]} of the batch has no question ({len(silent)} of"
-                f" {len(questions)} have none): ask at least one, or leave the image out"
-            )
-        checked = set()
-        for row in (row for asked in questions for row in asked):
-            choices = tuple(row["choices"])
-            if row["answer"] not in choices:
+        for _, row in rows:
+            if row["answer"] not in row["choices"]:
                 raise ValueError(
                     f"question {row['question']!r} expects {row['answer']!r}, which is not among"
-                    f" its choices {list(choices)}"
+                    f" its choices {list(row['choices'])}"
                 )
-            if choices not in checked:
-                checked.add(choices)
-                if len({tuple(self._encode(choice)) for choice in choices}) < len(choices):
-                    raise ValueError(
-                        f"choices {list(choices)} are not all different for the tokenizer:"
-                        " reword them"
-                    )
-
-    def _encode(self, text: str, *, special: bool = False) -> list[int]:
-        key = text, special
-        if key not in self._texts:
-            self._texts[key] = self._tokenizer.encode(text, special=special)
-        return self._texts[key]
-
-    def _ask(self, row: Mapping[str, Any]) -> list[int]:
-        choices = ",".join(f"'{choice}'" for choice in row["choices"])
-        text = self._prompt.format(question=row["question"], choices=f"[{choices}]")
-        return self._encode(text, special=True)
-
-    def _dispatch(self, images: np.ndarray, rows: list) -> Iterator[tuple[list[int], Array]]:
-        """Starts the work and yields (indices into rows, log-probabilities being computed)."""
-        short, long = [], []  # questions whose choices are single tokens; the others
-        for index, (_, row) in enumerate(rows):
-            single = all(len(self._encode(choice)) == 1 for choice in row["choices"])
-            (short if single else long).append(index)
-        tokens = {index: self._ask(row) for index, (_, row) in enumerate(rows)}
-        grow = self._grow
-        grow("_question_length", max(map(len, tokens.values()), default=0), 8)
-        grow("_num_choices", max((len(row["choices"]) for _, row in rows), default=0), 2)
-        if long:
-            texts = {choice for index in long for choice in rows[index][1]["choices"]}
-            grow("_choice_length", max(len(self._encode(text)) for text in texts) + 1, 4)
-        for start in range(0, len(images), self._image_batch):
-            batch = images[start : start + self._image_batch]
-            batch = np.concatenate([batch, np.repeat(batch[:1], self._image_batch - len(batch), 0)])
-            image_tokens = self._read_images(self._params, jax.device_put(batch, self._by_row))
-            for indices, size, length in (
-                (short, self._question_batch, 1),
-                (long, self._long_batch(), self._choice_length),
-            ):
-                here = [i for i in indices if start <= rows[i][0] < start + self._image_batch]
-                for first in range(0, len(here), size):
-                    part = here[first : first + size]
-                    made = self._question_arrays(part, rows, tokens, start, size, length)
-                    made = jax.device_put(made, self._by_row)
-                    yield part, self._score_choices(self._params, image_tokens, made)
-
-    def _grow(self, name: str, needed: int, multiple: int) -> None:
-        setattr(self, name, max(getattr(self, name), -(-needed // multiple) * multiple))
-
-    def _long_batch(self) -> int:
-        """Questions at a time where each choice is decoded on its own."""
-        shards = self._by_row.mesh.size // self._by_row.mesh.shape["tensor"]
-        return max(1, self._question_batch // self._num_choices // shards) * shards
-
-    def _question_arrays(self, part, rows, tokens, start, size, length) -> dict[str, np.ndarray]:
-        """Arrays of `size` questions; those beyond `part` repeat its first."""
-        filled = part + part[:1] * (size - len(part))
-        ids = np.full((size, self._question_length), self._tokenizer.pad_id, np.int32)
-        mask = np.zeros_like(ids)
-        choices = np.zeros((size, self._num_choices, length), np.int32)
-        choice_mask = np.zeros_like(choices)
-        end = [] if length == 1 else [self._tokenizer.eos_id]
-        for at, index in enumerate(filled):
-            ids[at, : len(tokens[index])], mask[at, : len(tokens[index])] = tokens[index], 1
-            for choice, text in enumerate(rows[index][1]["choices"]):
-                answer = self._encode(text) + end
-                choices[at, choice, : len(answer)] = answer
-                choice_mask[at, choice, : len(answer)] = 1
-        image = np.array([rows[index][0] - start for index in filled], np.int32)
+        asked = [Question(image, self._ask(row), tuple(row["choices"])) for image, row in rows]
+        read = self._written(images, asked) if self._writes else self._likeliest(images, asked)
+        answers: list[list[dict]] = [[] for _ in questions]
+        for (image, row), found in zip(rows, read, strict=True):
+            answers[image].append(answer_row(row, **found))
         return {
-            "image": image,
-            "ids": ids,
-            "mask": mask,
-            "choices": choices,
-            "choice_mask": choice_mask,
+            "vqa": np.array([self._mean(of_image) for of_image in answers], np.float32),
+            "answers": answers,
         }
 
-    def _collect(self, results: list, rows: list, indices: list[int], log_probs: Array) -> None:
-        values = np.exp(np.asarray(log_probs, np.float64))
-        for index, probs in zip(indices, values, strict=False):
-            results[index] = probs[: len(rows[index][1]["choices"])]
+    def _ask(self, row: Mapping[str, Any]) -> str:
+        quoted = ",".join(f"'{choice}'" for choice in row["choices"])
+        return self._prompt.format(
+            question=row["question"], choices=f"[{quoted}]", options=", ".join(row["choices"])
+        )
+
+    def _likeliest(self, images: np.ndarray, asked: Sequence[Question]) -> list[dict]:
+        """{"probs"} of each question; {} where the choices are the same to the tokenizer."""
+        clear = [i for i, q in enumerate(asked) if self._model.can_tell_apart(q.choices)]
+        found: list[dict] = [{} for _ in asked]
+        log_probs = self._model.choice_log_probs(images, [asked[i] for i in clear])
+        for index, values in zip(clear, log_probs, strict=True):
+            probs = np.exp(values - values.max())
+            found[index] = {"probs": probs / probs.sum()}
+        return found
+
+    def _written(self, images: np.ndarray, asked: Sequence[Question]) -> list[dict]:
+        """{"written", "answer"} of each question."""
+        texts = self._model.answers(images, asked, max_new_tokens=self._max_new_tokens)
+        found = [
+            {"written": text, "answer": text if text in question.choices else None}
+            for text, question in zip(texts, asked, strict=True)
+        ]
+        other = [index for index, answer in enumerate(found) if answer["answer"] is None]
+        if self._sentences:
+            pairs = [(texts[index], asked[index].choices) for index in other]
+            nearest = self._sentences.closest_of(pairs)
+        else:
+            likeliest = self._likeliest(images, [asked[index] for index in other])
+            nearest = [
+                best(asked[index].choices, **each)
+                for index, each in zip(other, likeliest, strict=True)
+            ]
+        for index, choice in zip(other, nearest, strict=True):
+            found[index]["answer"] = choice
+        return found
+
+    def _mean(self, answers: Sequence[Mapping[str, Any]]) -> float:
+        answered = [answer for answer in answers if answer["answer"] is not None]
+        if not answered:
+            return np.nan
+        key = "correct" if self._score == "accuracy" else "p_expected"
+        values = np.array([answer[key] for answer in answered], np.float64)
+        if self._score == "geometric_mean":
+            return float(np.exp(np.log(np.maximum(values, np.finfo(np.float32).tiny)).mean()))
+        return float(values.mean())
 
 
-def choice_log_probs(
-    model: Blip2ForConditionalGeneration,
-    image_tokens: Float[Array, "b n d"],
-    image: Array,
-    ids: Array,
-    mask: Array,
-    choices: Array,
-    choice_mask: Array,
-) -> Float[Array, "q c"]:
-    """Log-probabilities of the choices [q, c, t] of each question [q, s], normalized over them.
-
-    With t = 1 a choice is its only token; with t > 1 the log-probabilities of its tokens, the end
-    token included, are summed. `image` [q] says which of the images a question is about.
-    """
-    language_model = model.language_model
-    start_id = language_model.config.decoder_start_token_id
-    hidden, mask = model.encode(image_tokens[image], ids, mask)
-    questions, count, length = choices.shape
-    start = jnp.full((questions, count, 1), start_id, choices.dtype)
-    if length == 1:
-        logits = language_model.decode(start[:, 0], hidden, mask)  # [q, 1, vocab]
-        totals = jnp.take_along_axis(logits[:, 0], choices[:, :, 0], axis=-1)
-    else:
-        shifted = jnp.concatenate([start, choices[:, :, :-1]], axis=-1)
-        logits = language_model.decode(
-            shifted.reshape(questions * count, length),
-            jnp.repeat(hidden, count, axis=0),
-            jnp.repeat(mask, count, axis=0),
-        ).reshape(questions, count, length, -1)
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        log_probs = jnp.take_along_axis(log_probs, choices[..., None], axis=-1)[..., 0]
-        totals = jnp.sum(log_probs * choice_mask, axis=-1)
-    return jax.nn.log_softmax(jnp.where(choice_mask[:, :, 0] > 0, totals, -jnp.inf), axis=-1)
+def best(choices: Sequence[str], probs: Float[np.ndarray, " c"] | None = None) -> str | None:
+    """The likeliest choice, None where the probabilities are not there or not finite."""
+    finite = probs is not None and np.isfinite(probs).all()
+    return choices[int(np.argmax(probs))] if finite else None
 
 
-def read_answer(row: Mapping[str, Any], probs: Float[np.ndarray, " c"]) -> dict[str, Any]:
-    """What the probabilities of a question's choices say, as one entry of `answers`."""
-    choices = list(row["choices"])
-    answer = choices[int(np.argmax(probs))]
-    by_choice = {choice.lower(): float(p) for choice, p in zip(choices, probs, strict=True)}
-    return {
+def answer_row(
+    row: Mapping[str, Any],
+    *,
+    probs: Float[np.ndarray, " c"] | None = None,
+    answer: str | None = None,
+    written: str | None = None,
+) -> dict[str, Any]:
+    """One entry of `answers`, from the probabilities of a question's choices or from its answer."""
+    choices, nan = list(row["choices"]), float("nan")
+    by_choice = dict.fromkeys(choices, nan)
+    if likeliest := best(choices, probs):
+        answer = likeliest
+        by_choice = {choice: float(p) for choice, p in zip(choices, probs, strict=True)}
+    lower = {choice.lower(): p for choice, p in by_choice.items()}
+    made = {
         "question": row["question"],
         "expected": row["answer"],
         "answer": answer,
-        "p_answer": float(probs.max()),
-        "p_expected": float(probs[choices.index(row["answer"])]),
-        "p_yes": by_choice["yes"] if by_choice.keys() == _YES_NO else float("nan"),
+        "p_answer": by_choice.get(answer, nan),
+        "p_expected": by_choice.get(row["answer"], nan),
+        "p_yes": lower["yes"] if lower.keys() == _YES_NO else nan,
         "correct": answer == row["answer"],
     }
+    return made if written is None else made | {"written": written}

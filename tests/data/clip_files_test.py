@@ -77,7 +77,9 @@ def test_weights_alone_with_the_name_of_their_architecture(
     else:
         save_file(state, tmp_path / name)
     path = str(tmp_path / name)
-    encoder = ClipEncoder(mesh, path, 2, "float32", architecture=architecture, pad=True)
+    encoder = ClipEncoder(
+        mesh, path=path, batch_size=2, dtype="float32", architecture=architecture, pad=True
+    )
     check(encoder, twin, pad_and_normalize(images(), 32, OPENAI_MEAN, OPENAI_STD))
 
 
@@ -85,7 +87,7 @@ def test_a_folder_of_open_clip(twin, mesh, tmp_path):
     config = {"model_cfg": MODEL, "preprocess_cfg": {"resize_mode": "squash"}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(twin.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    encoder = ClipEncoder(mesh, str(tmp_path), 2, "float32")
+    encoder = ClipEncoder(mesh, path=str(tmp_path), batch_size=2, dtype="float32")
     check(encoder, twin, resize_and_normalize(images(), **preprocessing(tmp_path)))
 
 
@@ -96,7 +98,7 @@ def test_transformers_weights_without_tokenizer_and_image_config(mesh, tmp_path)
     config = CLIPConfig.from_dict(layouts.open_clip_config(MODEL))
     twin = spread(CLIPModel(config))
     twin.save_pretrained(tmp_path)
-    encoder = ClipEncoder(mesh, str(tmp_path), 2, "float32")
+    encoder = ClipEncoder(mesh, path=str(tmp_path), batch_size=2, dtype="float32")
     tokens = torch.from_numpy(encoder._tokenize(TEXTS).astype(np.int64))
     with torch.no_grad():
         text = twin.get_text_features(tokens)
@@ -108,9 +110,15 @@ def test_transformers_weights_without_tokenizer_and_image_config(mesh, tmp_path)
 
 def test_errors(mesh, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither config.json nor open_clip_config.json"):
-        ClipEncoder(mesh, str(tmp_path), 2, "float32")
+        ClipEncoder(mesh, path=str(tmp_path), batch_size=2, dtype="float32")
     save_file({"logit_scale": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="set the scorer's architecture, such as ViT-H-14"):
-        ClipEncoder(mesh, str(tmp_path / "a.safetensors"), 2, "float32")
+        ClipEncoder(mesh, path=str(tmp_path / "a.safetensors"), batch_size=2, dtype="float32")
     with pytest.raises(ValueError, match="not in file   text_model"):
-        ClipEncoder(mesh, str(tmp_path / "a.safetensors"), 2, "float32", architecture="ViT-B-32")
+        ClipEncoder(
+            mesh,
+            path=str(tmp_path / "a.safetensors"),
+            batch_size=2,
+            dtype="float32",
+            architecture="ViT-B-32",
+        )

@@ -112,12 +112,12 @@ def test_preprocessing_is_that_of_the_image_processor(twin, mesh):
     with torch.no_grad():
         expected = model.get_image_features(**pixels).pooler_output.numpy()
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    actual = clip.ClipEncoder(mesh, str(folder), 8, "float32").images(images)
+    actual = clip.ClipEncoder(mesh, path=str(folder), batch_size=8, dtype="float32").images(images)
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_each_prompt_is_encoded_once(twin, mesh, monkeypatch):
-    encoder = clip.ClipEncoder(mesh, str(twin[0]), 8, "float32")
+    encoder = clip.ClipEncoder(mesh, path=str(twin[0]), batch_size=8, dtype="float32")
     seen = []
     tokenize = encoder._tokenize
     monkeypatch.setattr(encoder, "_tokenize", lambda texts: seen.extend(texts) or tokenize(texts))

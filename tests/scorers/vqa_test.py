@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from agfsync_jax.data.images import preprocessing, resize_and_normalize
@@ -13,7 +14,7 @@ from agfsync_jax.data.tokenizers import TextTokenizer
 from agfsync_jax.micro import world
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.scorers import vqa
+from agfsync_jax.scorers import vqa, vqascore
 from agfsync_jax.utils.weights import load_model
 from tests.twins import blip2_folder, transformers_answers
 
@@ -115,9 +116,11 @@ def test_an_image_scores_the_same_in_any_batch(scorer):
 
 
 def test_an_image_is_read_once(scorer, monkeypatch):
-    read, calls = scorer._read_images, []
+    read, calls = scorer._model._read_images, []
     monkeypatch.setattr(
-        scorer, "_read_images", lambda p, images: calls.append(len(images)) or read(p, images)
+        scorer._model,
+        "_read_images",
+        lambda p, images: calls.append(len(images)) or read(p, images),
     )
     scorer(draw(8), [""] * 8, [rows(*range(5)) * 4] * 8)
     assert calls == [8]
@@ -154,18 +157,121 @@ def test_greedy_text_equals_transformers(folder):
     assert [tokenizer.decode(ids) for ids in np.asarray(made)] == expected
 
 
+def test_a_question_without_an_answer(scorer, monkeypatch):
+    """Choices that are the same to the tokenizer, a model that gives NaN; neither counts."""
+    unknown = {"question": "is it", "choices": ["apple", "pear"], "answer": "pear"}
+    scores = scorer(draw(3), [""] * 3, [[unknown, *rows(0)], [unknown], []])
+    first, second = scores["answers"][0]
+    assert first["answer"] is None and not first["correct"] and np.isnan(first["p_expected"])
+    assert scores["vqa"][0] == np.float32(second["p_expected"])
+    assert np.isnan(scores["vqa"][1:]).all() and scores["answers"][2] == []
+    monkeypatch.setattr(scorer._model, "_score", lambda *_: np.full((16, 4), np.nan))
+    scores = scorer(draw(1), [""], [rows(0)])
+    assert scores["answers"][0][0]["answer"] is None and np.isnan(scores["vqa"][0])
+
+
+@pytest.mark.parametrize("score", ["accuracy", "probability", "geometric_mean"])
+def test_scores(folder, mesh, scorer, score):
+    other = vqa.Scorer(mesh, path=str(folder), prompt="{question}", score=score, batch_size=8)
+    assert other._model is scorer._model  # loaded once
+    made = other(draw(2), [""] * 2, [rows(0, 3, 1), rows(4)])
+    for value, answers in zip(made["vqa"], made["answers"], strict=True):
+        p = np.array([answer["p_expected"] for answer in answers])
+        right = np.mean([answer["answer"] == answer["expected"] for answer in answers])
+        expected = {
+            "accuracy": right,
+            "probability": p.mean(),
+            "geometric_mean": p.prod() ** (1 / len(p)),
+        }
+        np.testing.assert_allclose(value, expected[score], rtol=1e-5)
+
+
+def test_written_answers(folder, mesh):
+    """TIFA's procedure: the text that transformers generates, or else the closest choice."""
+    images, asked = draw(4), [rows(0, 1), rows(2), rows(3), rows(4, 0)]
+    options = {"path": str(folder), "prompt": vqa.TIFA_PROMPT, "batch_size": 8}
+    scorer = vqa.Scorer(mesh, **options, answer_by="generation", max_new_tokens=6)
+    answers = list(itertools.chain.from_iterable(scorer(images, [""] * 4, asked)["answers"]))
+    flat = [(image, row) for image, of in enumerate(asked) for row in of]
+    texts = [
+        f"Answer the multiple-choice question. Question: {row['question']} "
+        f"Choices: {', '.join(row['choices'])} Answer:"
+        for _, row in flat
+    ]
+    probabilities, greedy = transformers_answers(
+        folder, [images[image] for image, _ in flat], texts, [row["choices"] for _, row in flat]
+    )
+    assert [answer["written"] for answer in answers] == greedy
+    for (_, row), answer, text, probs in zip(flat, answers, greedy, probabilities, strict=True):
+        nearest = text if text in row["choices"] else row["choices"][probs.argmax()]
+        assert answer["answer"] == nearest
+
+    class Sentences:
+        def closest_of(self, pairs):
+            return [choices[-1] for _, choices in pairs]
+
+    scorer._sentences = Sentences()
+    answers = list(itertools.chain.from_iterable(scorer(images, [""] * 4, asked)["answers"]))
+    for (_, row), answer, text in zip(flat, answers, greedy, strict=True):
+        assert answer["answer"] == (text if text in row["choices"] else row["choices"][-1])
+
+
+def test_vqascore(folder, mesh):
+    """exp(-mean cross entropy) of the answer and the end token, as transformers' loss has it."""
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration as Twin
+    from transformers import Blip2Processor
+
+    images, prompts = draw(3), ["a {red} circle", "the blue square", "a circle"]
+    scorer = vqascore.Scorer(mesh, path=str(folder), answer="yes", batch_size=8)
+    processor, twin = Blip2Processor.from_pretrained(folder), Twin.from_pretrained(folder).eval()
+    label = torch.tensor([processor.tokenizer("yes").input_ids])
+    assert label.shape == (1, 2)
+    expected = []
+    for image, prompt in zip(images, prompts, strict=True):
+        text = f'Does this figure show "{prompt}"? Please answer yes or no.'
+        inputs = processor(images=Image.fromarray(image), text=text, return_tensors="pt")
+        with torch.no_grad():
+            expected.append(float(torch.exp(-twin(**inputs, labels=label).loss)))
+    made = scorer(images, prompts, [[]] * 3)["vqascore"]
+    np.testing.assert_allclose(made, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"expected a question with \{prompt\} in it"):
+        vqascore.Scorer(mesh, path=str(folder), prompt="is it?")
+
+
+def test_shapes_are_few_and_follow_from_the_batch(folder, mesh):
+    """What was asked before changes neither shapes nor, so, the bytes of what comes after."""
+    long = [{**rows(0)[0], "question": "is there a circle " * 9}]
+    images, asked = draw(8), [rows(*range(5)) for _ in range(8)]
+
+    def make():
+        model = vqa.Scorer(mesh, path=str(folder), batch_size=8)
+        shapes, score = [], model._model._score
+        model._model._score = lambda p, tokens, batch: (
+            shapes.append((batch["ids"].shape, batch["choices"].shape)) or score(p, tokens, batch)
+        )
+        return model, shapes
+
+    first, shapes = make()
+    alone = first(images, [""] * 8, asked)
+    assert len(shapes) == len(set(shapes)) == 3
+    del first
+    second, shapes = make()
+    second(draw(1), [""], [long])
+    np.testing.assert_array_equal(second(images, [""] * 8, asked)["vqa"], alone["vqa"])
+
+
 def test_errors(folder, mesh, scorer):
     with pytest.raises(ValueError, match=r"takes \{question\}"):
         vqa.Scorer(mesh, path=str(folder), prompt="Q: {q}")
     with pytest.raises(ValueError, match="expected one of accuracy, probability"):
         vqa.Scorer(mesh, path=str(folder), score="mean")
-    with pytest.raises(ValueError, match="image 1 of the batch has no question"):
-        scorer(draw(2), [""] * 2, [rows(0), []])
+    with pytest.raises(ValueError, match="expected one of likelihood, generation"):
+        vqa.Scorer(mesh, path=str(folder), answer_by="vote")
+    with pytest.raises(ValueError, match="needs the choices' probabilities"):
+        vqa.Scorer(mesh, path=str(folder), answer_by="generation", score="probability")
     with pytest.raises(ValueError, match="expects 'maybe', which is not among its choices"):
         scorer(draw(1), [""], [[{**rows(0)[0], "answer": "maybe"}]])
-    unknown = {"question": "is it", "choices": ["apple", "pear"], "answer": "pear"}
-    with pytest.raises(ValueError, match="not all different for the tokenizer"):
-        scorer(draw(1), [""], [[unknown]])
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,20 @@
+"""Models that several scorers use are loaded once, for as long as one of them lives."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+
+T = TypeVar("T")
+
+_alive: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
+
+
+def shared(make: Callable[..., T], mesh: Mesh, **settings: Any) -> T:
+    """`make(mesh, **settings)`, or what the same call has made before, if it is still in use."""
+    key = make, mesh, repr(sorted(settings.items()))
+    made = _alive.get(key)
+    if made is None:
+        made = _alive[key] = make(mesh, **settings)
+    return made
