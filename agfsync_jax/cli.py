@@ -33,9 +33,13 @@ FLAGS = {
         }
     },
     "bench": {
-        "stage": {"choices": ("load", "sample"), "default": "load", "help": "what is measured"},
+        "stage": {
+            "choices": ("load", "sample", "score"),
+            "default": "load",
+            "help": "what is measured",
+        },
         "against": {
-            "choices": ("diffusers",),
+            "choices": ("diffusers", "reference"),
             "help": "measure this peer too, in turn with agfsync",
         },
         "json": _JSON,

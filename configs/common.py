@@ -103,6 +103,9 @@ def get_config() -> ConfigDict:
     c.bench.guidance_scale = 7.5
     c.bench.batch_size = 8
     c.bench.sampler = "ddim"
+    c.bench.num_prompts = 4  # score: a turn
+    c.bench.num_candidates = 8  # images a prompt
+    c.bench.num_questions = 15  # a prompt, asked of each of its images
 
     c.report = ConfigDict()
     c.report.num_examples = 12  # prompts shown in the grids

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from agfsync_jax import bench
+from agfsync_jax.benches import Task, load, score
 from configs import micro
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
@@ -22,8 +23,8 @@ def config(tmp_path, monkeypatch):
         ignore = shutil.ignore_patterns("*.safetensors")
         shutil.copytree(tmp_path / "models" / kind, folder, ignore=ignore)
 
-    monkeypatch.setattr(bench.skeletons, "KINDS", ("tiny", "tiny-xl"))
-    monkeypatch.setattr(bench.skeletons, "write_skeleton", write_skeleton)
+    monkeypatch.setattr(load.skeletons, "KINDS", ("tiny", "tiny-xl"))
+    monkeypatch.setattr(load.skeletons, "write_skeleton", write_skeleton)
     config = micro.get_config()
     config.bench.model = "tiny"
     config.bench.repeats = 1
@@ -84,11 +85,12 @@ def test_utilization_is_of_the_devices_peak():
     ]
     rows[2]["seconds"], rows[3]["seconds"] = 8.0, 4.0  # a slow turn of ours
     sides, device = ["agfsync", "diffusers"], "TPU v5 lite"
-    result = bench._result(rows, sides, device=device, items=8, flop=197e12)
+    task = Task("", "images", 8, 197e12, rows)
+    result = bench._result(task, sides, device=device)
     assert result["ours"]["items_per_second"] == 4 and result["ours"]["mfu"] == 0.5
     assert result["ours"]["compile_seconds"] == 7 and result["peer"]["mfu"] == 0.25
     assert result["ratio"] == {"median": 2.0, "min": 0.5, "max": 2.0}
-    shown = bench.table({"stage": "sample", "device": device, **result}, "diffusers")
+    shown = bench.table(task, result, device, "diffusers")
     assert "| agfsync | 4 | 0.1 | 50.0% | 0.00 | 7.0 |" in shown
     assert "2.00 times as fast (0.50 to 2.00)" in shown
 
@@ -126,14 +128,42 @@ def test_a_peer_that_is_not_there(config, tmp_path, monkeypatch):
 
 
 def test_a_side_that_fails_says_why(config, tmp_path, monkeypatch):
-    write = bench.write_random
+    write = load.write_random
 
     def cut_off(kind, folder, *args, **kwargs):
         size = write(kind, folder, *args, **kwargs)
         (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
         return size
 
-    monkeypatch.setattr(bench, "write_random", cut_off)
+    monkeypatch.setattr(load, "write_random", cut_off)
     with pytest.raises(ValueError, match="agfsync failed in `load`: .*unet"):
         bench.main(config, tmp_path)
     assert not (tmp_path / "bench" / "tiny").exists()
+
+
+def test_both_sides_score(tmp_path, capsys):
+    """The shipped models, beside transformers with the same weights: the same answers."""
+    config = micro.get_config()
+    config.bench.repeats, config.bench.num_prompts, config.bench.num_candidates = 1, 2, 2
+    config.bench.num_questions = 3
+    bench.main(config, tmp_path, stage="score", against="reference", json=True)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last)
+    assert list(found) == ["stage", "tasks", "device", "versions"]
+    assert list(found["tasks"]) == ["vqa", "clip, aesthetic"]
+    for task in found["tasks"].values():
+        assert list(task["ours"]) == list(task["peer"]) == SIDE
+        assert task["ratio"]["median"] > 0
+    assert "12 of 12 answers are the same" in table
+    apart = [float(line.split()[-2]) for line in table if "at most" in line]
+    assert len(apart) == 2 and max(apart) < 1e-3
+    kept = json.loads((tmp_path / "bench" / "score-scorers.json").read_text())
+    assert kept["result"] == found and len(kept["turns"]["vqa"]) == 2
+
+
+def test_other_scorers_are_not_measured(tmp_path):
+    config = micro.get_config()
+    config.scorers = {"hps": {"name": "hpsv2", "path": ""}}
+    with pytest.raises(ValueError, match="config.scorers has hpsv2"):
+        bench.main(config, tmp_path, stage="score")
+    assert set(score.TASKS) == {"vqa", "clip, aesthetic"}

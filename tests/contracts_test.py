@@ -212,3 +212,13 @@ def test_verb(verb):
     assert parameters["repair"].default is False
     paragraph = cli.docstring(verb).split("\n\n")[0]
     assert "\n" not in paragraph and len(paragraph) <= 100
+
+
+@pytest.mark.parametrize("module", members("benches"))
+def test_bench_signature(module):
+    """A stage of `agfsync bench`, which the command line knows."""
+    assert positional(module.check) == ["config", "against", "platform"]
+    assert positional(module.measure) == ["config", "home", "against", "clock"]
+    assert module.UNIT and module.LIBRARIES
+    assert set(module.PEERS) <= set(cli.FLAGS["bench"]["against"]["choices"])
+    assert module.__name__.rpartition(".")[2] in cli.FLAGS["bench"]["stage"]["choices"]

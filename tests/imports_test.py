@@ -29,6 +29,7 @@ ARROWS = {
     "parallel": set(),
     "utils": set(),
     "micro": ROOMS,  # its trainers are programs, like verbs
+    "benches": ROOMS,  # parts of a verb
 }
 # A file -> what it alone may import besides.
 ALSO = {

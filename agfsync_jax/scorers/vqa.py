@@ -134,7 +134,9 @@ class Scorer:
                     f"question {row['question']!r} expects {row['answer']!r}, which is not among"
                     f" its choices {list(row['choices'])}"
                 )
-        asked = [Question(image, self._ask(row), tuple(row["choices"])) for image, row in rows]
+        asked = [
+            Question(image, ask(self._prompt, row), tuple(row["choices"])) for image, row in rows
+        ]
         read = self._written(images, asked) if self._writes else self._likeliest(images, asked)
         answers: list[list[dict]] = [[] for _ in questions]
         for (image, row), found in zip(rows, read, strict=True):
@@ -143,12 +145,6 @@ class Scorer:
             "vqa": np.array([self._mean(of_image) for of_image in answers], np.float32),
             "answers": answers,
         }
-
-    def _ask(self, row: Mapping[str, Any]) -> str:
-        quoted = ",".join(f"'{choice}'" for choice in row["choices"])
-        return self._prompt.format(
-            question=row["question"], choices=f"[{quoted}]", options=", ".join(row["choices"])
-        )
 
     def _likeliest(self, images: np.ndarray, asked: Sequence[Question]) -> list[dict]:
         """{"probs"} of each question; {} where the choices are the same to the tokenizer."""
@@ -190,6 +186,14 @@ class Scorer:
         if self._score == "geometric_mean":
             return float(np.exp(np.log(np.maximum(values, np.finfo(np.float32).tiny)).mean()))
         return float(values.mean())
+
+
+def ask(prompt: str, row: Mapping[str, Any]) -> str:
+    """What the model is asked: `prompt` with a question and its choices in it."""
+    quoted = ",".join(f"'{choice}'" for choice in row["choices"])
+    return prompt.format(
+        question=row["question"], choices=f"[{quoted}]", options=", ".join(row["choices"])
+    )
 
 
 def best(choices: Sequence[str], probs: Float[np.ndarray, " c"] | None = None) -> str | None:

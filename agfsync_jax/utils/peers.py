@@ -2,10 +2,12 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from agfsync_jax.utils.processes import HostMemory, processor_name
 
@@ -124,3 +126,140 @@ class Diffusers:
             "device": torch.cuda.get_device_name() if cuda else processor_name(),
             "versions": {name: version(name) for name in ("torch", "diffusers")},
         }
+
+
+class Reference:
+    """transformers in the procedure of the released code of AGFSync and TIFA, on a GPU if any.
+
+    One image and one question a call: the image is prepared and read anew for each question, and
+    `generate` writes the answer. CLIP and the aesthetic head: a call an image each.
+    """
+
+    def __init__(self):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as above
+        import torch
+        import transformers
+        from transformers import (  # noqa: F401 - imports are not measured
+            Blip2ForConditionalGeneration,
+            Blip2Processor,
+            CLIPModel,
+            CLIPProcessor,
+        )
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self._cuda = torch.cuda.is_available()
+        self._device = "cuda" if self._cuda else "cpu"
+        torch.set_grad_enabled(False)
+        torch.ones(1).sum()
+
+    def load(self, specs: Mapping[str, dict], batch_size: int) -> None:
+        """`batch_size` is not theirs: they have none."""
+        import torch
+        from transformers import (
+            Blip2ForConditionalGeneration,
+            Blip2Processor,
+            CLIPModel,
+            CLIPProcessor,
+        )
+
+        self._memory = HostMemory()
+
+        def made(model: Any, spec: Mapping[str, Any]) -> Any:
+            dtype = getattr(torch, spec.get("dtype", "float32"))
+            return model.from_pretrained(spec["folder"], dtype=dtype).eval().to(self._device)
+
+        self._models, self._processors = {}, {}
+        for name, spec in specs.items():
+            model, processor = CLIPModel, CLIPProcessor
+            if name == "vqa":
+                model, processor = Blip2ForConditionalGeneration, Blip2Processor
+            self._models[name] = made(model, spec)
+            self._processors[name] = processor.from_pretrained(spec["folder"])
+            if name == "aesthetic":
+                self._head = _aesthetic_head(spec["head_file"]).to(self._device)
+
+    def score(
+        self,
+        parts: Sequence[str],
+        images: np.ndarray,
+        prompts: Sequence[str],
+        questions: Sequence[Sequence[Mapping]],
+    ) -> dict[str, Any]:
+        """Seconds, peak memory so far and, a scorer, answers or scores."""
+        import torch
+        from PIL import Image
+
+        pictures = [Image.fromarray(image) for image in images]
+        columns: dict[str, Any] = {}
+        start = time.perf_counter()
+        for name in parts:
+            model, processor = self._models[name], self._processors[name]
+
+            def ready(inputs, model=model):
+                return inputs.to(self._device, model.dtype)
+
+            if name == "vqa":
+                columns[name] = [
+                    [self._answer(model, processor, ready, image, row["text"]) for row in asked]
+                    for image, asked in zip(pictures, questions, strict=True)
+                ]
+                continue
+            columns[name] = []
+            for image, prompt in zip(pictures, prompts, strict=True):
+                if name == "clip":
+                    inputs = processor(
+                        text=[prompt],
+                        images=image,
+                        return_tensors="pt",
+                        padding=True,
+                        truncation=True,
+                    )
+                    score = model(**ready(inputs)).logits_per_image
+                    # a score is 100 cosines, whatever the model's own scale is
+                    score = score * 100 / model.logit_scale.exp()
+                else:
+                    inputs = ready(processor(images=image, return_tensors="pt"))
+                    features = model.get_image_features(**inputs)
+                    features = getattr(features, "pooler_output", features).float()
+                    score = self._head(features / features.norm(dim=-1, keepdim=True))
+                columns[name].append(float(score))
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
+        columns = {name: np.array(values) for name, values in columns.items()}
+        return {"seconds": seconds, "peak_bytes": peak, "columns": columns}
+
+    def _answer(self, model, processor, ready, image, text: str) -> str:
+        inputs = ready(processor(images=image, text=text, return_tensors="pt"))
+        made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=10)
+        return processor.batch_decode(made, skip_special_tokens=True)[0].strip()
+
+    def about(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "device": torch.cuda.get_device_name() if self._cuda else processor_name(),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
+
+
+def _aesthetic_head(file: str) -> Any:
+    """The LAION predictor's linear layers, one after the other."""
+    import torch
+    from safetensors.torch import load_file
+
+    state = (
+        load_file(file)
+        if file.endswith(".safetensors")
+        else torch.load(file, map_location="cpu", weights_only=True)
+    )
+    numbers = sorted({int(key.split(".")[1]) for key in state})
+    layers = []
+    for number in numbers:
+        weight = state[f"layers.{number}.weight"]
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": state[f"layers.{number}.bias"]})
+        layers.append(layer)
+    return torch.nn.Sequential(*layers)
