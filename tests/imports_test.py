@@ -29,7 +29,8 @@ ARROWS = {
     "parallel": set(),
     "utils": set(),
     "micro": ROOMS,  # its trainers are programs, like verbs
-    "benches": ROOMS,  # parts of a verb
+    "benches": ROOMS,  # parts of a verb, as the next
+    "plans": ROOMS,
 }
 # A file -> what it alone may import besides.
 ALSO = {

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from agfsync_jax import cli, plan
 from agfsync_jax.parallel import topologies
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils import flops
+from agfsync_jax.plans import Work, sample, score
+from agfsync_jax.utils import flops, modules
 from configs import micro, sd15, sdxl
 from tests.twins import tiny_stable_diffusion
 
@@ -233,10 +234,10 @@ def test_the_devices_that_are_here(config, capsys):
 def test_split_parameters_take_less_and_are_gathered(config, monkeypatch, capsys):
     """And a chip that is too small is told, with what takes its memory."""
     mesh = create_mesh()
-    whole, _ = plan.abstract_backbone(config, mesh, config.backbone.path, "")
+    whole, _ = sample.abstract_backbone(config, mesh, config.backbone.path, "")
     config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}
     config.sharding = ((r"(ff|proj|attn\d)\..*kernel", (None, "fsdp")),)
-    split, _ = plan.abstract_backbone(config, create_mesh(config.mesh), config.backbone.path, "")
+    split, _ = sample.abstract_backbone(config, create_mesh(config.mesh), config.backbone.path, "")
     assert plan.param_bytes(split.params) < plan.param_bytes(whole.params)
     all_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole.params))
     assert plan.param_bytes(whole.params) == all_bytes
@@ -264,8 +265,8 @@ def test_what_the_compiler_refuses_is_told(config, monkeypatch):
     params = ({"unet": {"big": jax.ShapeDtypeStruct((2**28,), jnp.float32)}},)
     alone = NamedSharding(create_mesh(), PartitionSpec())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), params)
-    work = plan.Work(Lowered(), params, 8, 2, 8, 8, 64, ["less"])
-    monkeypatch.setitem(plan.VERBS, "sample", lambda config, mesh: work)
+    work = Work(Lowered(), create_mesh(), params, 8, 2, 8, 8, 64, ["less"])
+    monkeypatch.setattr(sample, "work", lambda config, devices, name: work)
     row = plan.plan(config, "x", jax.devices(), "sample")
     assert row["fits"] is False and row["bytes_per_chip"] == 17 * 2**30
     text = "\n".join(row["notes"])
@@ -274,15 +275,19 @@ def test_what_the_compiler_refuses_is_told(config, monkeypatch):
 
 
 def test_time_is_that_of_the_slowest():
-    row = {"analytic_flops_per_step": 4e12, "chips": 4}
+    row, mesh = {"analytic_flops_per_step": 4e12}, create_mesh(devices=jax.devices()[:4])
     chip = topologies.Chip(memory=0, memory_bandwidth=1e11, network_bandwidth=1e10)
-    work = plan.Work(None, None, 8, 10, 0, 40e12, 20, [])
+    work = Work(None, mesh, None, 8, 10, 0, 40e12, 20, [], rate=("images", 8))
     cost = topologies.Cost(int(3e12), int(1e11), topologies.Counter({"all-gather": 10**10}))
     found = plan.estimate(row, cost, work, 1e12, chip)
     assert found["bound"] == "compute" and found["step_seconds"] == 4.0
     assert found["mfu"] == 1
     # Three batches of ten steps, and ten seconds more to decode each.
     np.testing.assert_allclose(found["hours"], 3 * (10 * 4 + 10) / 3600)
+    assert found["rate"] == ("images", 8 / 50)
+    found = plan.estimate(row, cost, work._replace(copies=2), 1e12, chip)
+    np.testing.assert_allclose(found["hours"], 2 * (10 * 4 + 10) / 3600)
+    assert found["rate"] == ("images", 2 * 8 / 50)
     slow = topologies.Cost(int(3e12), int(1e11), topologies.Counter({"all-gather": 10**11}))
     found = plan.estimate(row, slow, work, 1e12, chip)
     assert (found["bound"], found["step_seconds"], found["mfu"]) == ("network", 10.0, 0.4)
@@ -293,7 +298,7 @@ def test_sizes_of_a_model_that_is_not_here(experiment, millions):
     """The UNets' published numbers of parameters; nothing is downloaded."""
     config = experiment.get_config()
     mesh = create_mesh()
-    backbone, plain = plan.abstract_backbone(
+    backbone, plain = sample.abstract_backbone(
         config, mesh, config.backbone.path, config.backbone.kind
     )
     leaves = jax.tree.leaves(backbone.params["unet"])
@@ -301,10 +306,10 @@ def test_sizes_of_a_model_that_is_not_here(experiment, millions):
     assert {x.dtype for x in leaves} == {jnp.dtype("bfloat16")}
     assert plain.params is backbone.params
     with pytest.raises(FileNotFoundError, match="config.backbone.kind: one of stable-diffusion-v1"):
-        plan.abstract_backbone(config, mesh, config.backbone.path, "")
+        sample.abstract_backbone(config, mesh, config.backbone.path, "")
     config.backbone.name = "stable_diffusion_xl" if experiment is sd15 else "stable_diffusion"
     with pytest.raises(ValueError, match="config.backbone.name=stable_diffusion.* reads"):
-        plan.abstract_backbone(config, mesh, config.backbone.path, config.backbone.kind)
+        sample.abstract_backbone(config, mesh, config.backbone.path, config.backbone.kind)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4", "4x4", "v5e:4x4x"])
@@ -328,7 +333,42 @@ def test_without_libtpu_one_error_says_what_to_install():
 
 
 def test_the_command_line_knows_every_verb():
-    assert cli.FLAGS["plan"]["verb"]["choices"] == tuple(plan.VERBS)
+    assert cli.FLAGS["plan"]["verb"]["choices"] == tuple(modules.names("plans"))
+
+
+def test_scoring(tmp_path, capsys):
+    """The shipped BLIP-2 on the devices of one process."""
+    config = micro.get_config()
+    config.score.batch_size = 16
+    plan.main(config, None, json=True, verb="score")
+    out = capsys.readouterr().out
+    row = json.loads(out.strip().splitlines()[-1])["rows"][0]
+    assert (row["verb"], row["batch_per_chip"]) == ("score", 2)
+    assert 0.9 < row["flops_per_step"] / row["analytic_flops_per_step"] <= 1
+    assert "a step is a batch of 32 questions" in out
+    config.scorers.vqa.path = "some/blip3"
+    with pytest.raises(FileNotFoundError, match="knows the sizes of blip2-flan-t5-xl, blip2-flan"):
+        plan.main(config, None, verb="score")
+    del config.scorers.vqa
+    with pytest.raises(ValueError, match="no scorer named vqa"):
+        plan.main(config, None, verb="score")
+
+
+@pytest.mark.parametrize("name, millions", [("xl", 3942), ("xxl", 12230)])
+def test_sizes_of_a_blip2_that_is_not_here(name, millions):
+    """The published numbers of parameters; without the query's text embeddings."""
+    config = sd15.get_config()
+    config.scorers.vqa.path = f"Salesforce/blip2-flan-t5-{name}"
+    config.score.mesh.fsdp = 4
+    devices = jax.devices()[:4]
+    _, params, _ = score.abstract_blip2(
+        config.scorers.vqa.to_dict(), create_mesh(config.score.mesh, devices=devices)
+    )
+    leaves = jax.tree.leaves(params)
+    assert round(sum(x.size for x in leaves) / 1e6) == millions
+    assert {x.dtype for x in leaves} == {jnp.dtype("bfloat16")}
+    all_bytes = sum(x.size * 2 for x in leaves)
+    assert plan.param_bytes(params) < 0.3 * all_bytes  # a quarter, and what is whole everywhere
 
 
 class TestWithLibtpu:
@@ -348,6 +388,26 @@ class TestWithLibtpu:
         assert 0.8 < row["flops_per_step"] / row["analytic_flops_per_step"] <= 1
         assert row["step_seconds"] > 0 and 0 < row["mfu"] <= 1
         assert row["bound"] in ("compute", "memory")
+
+    @pytest.mark.parametrize("name, chips", [("v5e:4x4", 4), ("v5p:2x2x4", 4), ("v6e:2x2", 4)])
+    def test_a_process_is_a_topology_of_its_own(self, name, chips):
+        found = topologies.one_process(name, topologies.devices(name))
+        assert len(found) == chips
+        mesh = create_mesh(devices=found)
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=split)
+        gathered = jax.jit(jnp.sin, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        assert "all-gather" in gathered.lower(x).compile().as_text()
+
+    def test_scoring_for_a_tpu(self, capsys):
+        config = micro.get_config()
+        config.score.mesh.fsdp = 4
+        config.scorers.vqa.sharding = ((r"fc1\.kernel", (None, "fsdp")),)
+        plan.main(config, None, json=True, topology="v5e:4x4", verb="score")
+        out = capsys.readouterr().out
+        row = json.loads(out.strip().splitlines()[-1])["rows"][0]
+        assert row["fits"] is True and row["batch_per_chip"] == 16 and row["step_seconds"] > 0
+        assert "| v5e:4x4 | 16 | 16 |" in out and " questions |" in out
 
     @pytest.mark.parametrize("name", ["v9:2x2", "v5e:3x3"])
     def test_a_topology_that_does_not_exist(self, name):

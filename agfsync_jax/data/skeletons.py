@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from agfsync_jax.data.images import OPENAI_MEAN, OPENAI_STD
 from agfsync_jax.data.tokenizers import write_clip_tokenizer
 
 _CLIP_L = {
@@ -159,6 +160,25 @@ _KINDS: dict[str, tuple[str, dict, dict, dict, dict, dict]] = {
     ),
 }
 KINDS = tuple(_KINDS)
+
+_FLAN_T5 = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "d_kv": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+_FLAN_T5_XL = _FLAN_T5 | {"d_model": 2048, "d_ff": 5120, "num_heads": 32}
+_FLAN_T5_XXL = _FLAN_T5 | {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
+# The last part of a repository's name -> config.json; what is not said are the defaults.
+BLIP2 = {
+    "blip2-flan-t5-xl": {"model_type": "blip-2", "text_config": _FLAN_T5_XL},
+    "blip2-flan-t5-xxl": {"model_type": "blip-2", "text_config": _FLAN_T5_XXL},
+}
+BLIP2_RESIZE = {"size": (224, 224), "mean": OPENAI_MEAN, "std": OPENAI_STD, "resize_mode": "squash"}
 
 
 def write_skeleton(kind: str, folder: str | Path) -> None:

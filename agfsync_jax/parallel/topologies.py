@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -91,6 +91,21 @@ def devices(name: str) -> list[jax.Device]:
             "needs no TPU."
         ) from error
     return list(found.devices)
+
+
+def one_process(name: str, own: Sequence[jax.Device]) -> list[jax.Device]:
+    """The devices of one process of a topology, or of this one where the devices are here.
+
+    They are a topology of their own: libtpu compiles ahead of time for no part of a larger one.
+    """
+    first = [device for device in own if device.process_index == own[0].process_index]
+    if len(first) == len(own) or ":" not in name:
+        return first
+    kind, shape = name.split(":")
+    sides = [
+        max(places) - min(places) + 1 for places in zip(*(d.coords for d in first), strict=True)
+    ]
+    return devices(f"{kind}:{'x'.join(map(str, sides[: shape.count('x') + 1]))}")
 
 
 def _prepare_libtpu() -> None:

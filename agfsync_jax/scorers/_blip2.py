@@ -84,10 +84,12 @@ class Blip2:
             shardings=lambda abstract: infer_shardings(abstract, mesh, sharding),
         )
         self._shards = batch_shards(mesh)
-        self._image_batch = _round_up(batch_size, self._shards)
-        self._question_batch = _round_up(questions_per_batch or 2 * batch_size, self._shards)
+        self._image_batch = round_up(batch_size, self._shards)
+        self._question_batch = round_up(questions_per_batch or 2 * batch_size, self._shards)
         self._by_row = batch_sharding(mesh)
-        self._read_images, self._score, self._generate = programs(graph, mesh, folder)
+        self._read_images, self._score, self._generate = programs(
+            graph, mesh, preprocessing(folder)
+        )
         self._seen: UInt8[np.ndarray, "b h w 3"] | None = None  # the images last read,
         self._tokens: list[Array] = []  # and their tokens, a batch of images each
 
@@ -110,8 +112,8 @@ class Blip2:
             """Choices and tokens of a choice, of the batch that the question is in."""
             count, length = len(encoded[index]), longest[index]
             if length == 1:  # many choices cost nothing
-                return _round_up(count, 4), 1
-            return _round_up(count, 2), _round_up(length, 2)
+                return round_up(count, 4), 1
+            return round_up(count, 2), round_up(length, 2)
 
         def arrays(part: list[int], size: int) -> dict[str, np.ndarray]:
             count, length = shape(part[0])
@@ -186,7 +188,7 @@ class Blip2:
 
     def _started(self, images, questions, shape, arrays, program):
         texts = [self.encode(question.text, special=True) for question in questions]
-        lengths = [_round_up(len(ids), LENGTH_MULTIPLE) for ids in texts]
+        lengths = [round_up(len(ids), LENGTH_MULTIPLE) for ids in texts]
         tokens = self._image_tokens(images)
         # Those of one shape lie together, the shortest last: where a batch is not full, that costs
         # least.
@@ -221,7 +223,7 @@ class Blip2:
     def _size(self, shape: tuple[int, int]) -> int:
         """Questions at a time: fewer where their choices are long."""
         smaller = max(1, shape[0] * shape[1] // _DECODED)
-        return _round_up(-(-self._question_batch // smaller), self._shards)
+        return round_up(-(-self._question_batch // smaller), self._shards)
 
     def _image_tokens(self, images: np.ndarray) -> list[Array]:
         if images is not self._seen:
@@ -236,15 +238,19 @@ class Blip2:
         return self._tokens
 
 
-def programs(graph: nnx.GraphDef, mesh: Mesh, folder: Any) -> tuple[Callable, Callable, Callable]:
+def programs(
+    graph: nnx.GraphDef, mesh: Mesh, resize: Mapping[str, Any]
+) -> tuple[Callable, Callable, Callable]:
     """The three compiled functions of a `Blip2ForConditionalGeneration`.
+
+    Args:
+        resize: how images are made; see data/images.py, `preprocessing`.
 
     Returns:
         read_images(params, images uint8 [b, h, w, 3]) -> tokens [b, n, d] on every device;
         score(params, tokens, batch) -> see `choice_log_probs`;
         generate(params, tokens, batch, max_new_tokens) -> int32 [q, max_new_tokens].
     """
-    resize = preprocessing(folder)
 
     def read_images(params: nnx.State, images: UInt8[Array, "b h w 3"]):
         pixels = resize_and_normalize(images, **resize)
@@ -295,5 +301,6 @@ def choice_log_probs(
     return jnp.sum(log_probs * choice_mask, axis=-1)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-number // multiple) * multiple

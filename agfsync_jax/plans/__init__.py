@@ -1,0 +1,61 @@
+"""What `agfsync plan --verb=NAME` compiles: a verb a file.
+
+A file has `work(config, devices, name) -> Work`, for the devices of a topology of that name, which
+reads no weights and raises ValueError or FileNotFoundError for a config that the verb cannot run.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+_LOCAL = r"micro:.*|\w+:/.*"  # besides what is on this disk
+
+
+class Work(NamedTuple):
+    """What a verb runs over and over.
+
+    Attributes:
+        lowered: the program, with a loop over steps, or, if it is not `looped`, a single step.
+        mesh: that it is for.
+        params: its first argument, which lies on the chips all the time, with shardings.
+        images: of one run of the program.
+        num_steps: of the loop.
+        step_flops: of one pass of it, on all chips of the mesh, as the model's formulas count.
+        rest_flops: the same of what the program does once.
+        total: images of the configured run.
+        help: what would need less memory.
+        copies: how many meshes do this side by side, each on its own.
+        rate: (unit, how many of it one run makes).
+        notes: what a reader must know of it.
+        looped: see `lowered`.
+        beside: other programs with the same first argument that must fit too.
+    """
+
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    params: Any
+    images: int
+    num_steps: int
+    step_flops: int
+    rest_flops: int
+    total: int
+    help: list[str]
+    copies: int = 1
+    rate: tuple[str, int] = ("images", 0)
+    notes: tuple[str, ...] = ()
+    looped: bool = True
+    beside: tuple[jax.stages.Lowered, ...] = ()
+
+
+def placed(leaf: Any, sharding: Any, dtype: str) -> jax.ShapeDtypeStruct:
+    """A parameter that is not there, with its place."""
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def is_here(path: str) -> bool:
+    """Whether a checkpoint needs no download."""
+    return bool(path) and (bool(re.fullmatch(_LOCAL, path)) or Path(path).expanduser().exists())

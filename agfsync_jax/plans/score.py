@@ -1,0 +1,128 @@
+"""What `agfsync score` spends its time on: images are read, then their questions asked, in batches.
+
+The programs are those of scorers/_blip2.py. Each process scores on its own devices, so the mesh is
+that of one process, and the others do the same beside it. CLIP and aesthetic scores are little
+beside it and are left out.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from agfsync_jax.data import skeletons
+from agfsync_jax.data.images import preprocessing
+from agfsync_jax.models.blip2 import Blip2Config, Blip2ForConditionalGeneration
+from agfsync_jax.parallel import topologies
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.sharding import (
+    batch_sharding,
+    batch_shards,
+    infer_shardings,
+    replicated,
+)
+from agfsync_jax.plans import Work, is_here, placed
+from agfsync_jax.scorers import _blip2
+from agfsync_jax.utils import flops
+from agfsync_jax.utils.paths import local_files, resolve_path
+from agfsync_jax.utils.weights import abstract_model, read_json
+
+QUESTIONS = 15  # an image; AGFSync's have about as many
+TOKENS = 32  # of a question with AGFSync's prompt, padded
+
+
+def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
+    """The scorer named vqa of the config, on the devices of the first process.
+
+    Raises:
+        ValueError: no such scorer, or rules that do not fit.
+        FileNotFoundError: a model that is neither here nor known.
+    """
+    specs = [spec for spec in config.scorers.to_dict().values() if spec["name"] == "vqa"]
+    if not specs:
+        raise ValueError("no scorer named vqa in config.scorers: there is little to plan.")
+    mesh = create_mesh(config.score.mesh, devices=topologies.one_process(name, devices))
+    graph, params, resize = abstract_blip2(specs[0], mesh)
+    shards = batch_shards(mesh)
+    num_images = _blip2.round_up(specs[0].get("batch_size") or config.score.batch_size, shards)
+    size = _blip2.round_up(specs[0].get("questions_per_batch") or 2 * num_images, shards)
+    num_steps = -(-num_images * QUESTIONS // size)
+    read_images, score, _ = _blip2.programs(graph, mesh, resize)
+
+    def abstract(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    pixels = config.sample.height, config.sample.width, 3
+    images = abstract(num_images, *pixels, dtype=jnp.uint8)
+    tokens = jax.eval_shape(read_images, params, images)
+    tokens = placed(tokens, replicated(mesh), tokens.dtype)
+    batch = {
+        "image": abstract(size),
+        "ids": abstract(size, TOKENS),
+        "mask": abstract(size, TOKENS),
+        # yes and no, one token each: choices are padded to four
+        "choices": abstract(size, 4, 1),
+        "choice_mask": abstract(size, 4, 1),
+    }
+    named = ({"vqa": params},)
+
+    def first(program):
+        return jax.jit(lambda params, *args: program(params[0]["vqa"], *args))
+
+    return Work(
+        lowered=first(score).lower(named, tokens, batch),
+        mesh=mesh,
+        params=named,
+        images=num_images,
+        num_steps=num_steps,
+        step_flops=flops.count(score, params, tokens, batch),
+        rest_flops=flops.count(read_images, params, images),
+        total=config.prompts.num_prompts * config.sample.num_candidates,
+        help=[
+            f"a smaller --config.score.batch_size (now {num_images} images and {size} questions on"
+            f" the {mesh.size} chips of a process)",
+            "weights split by the scorer's sharding over --config.score.mesh.fsdp or tensor chips"
+            f" (now {dict(mesh.shape)})",
+            *(["dtype=bfloat16 of the scorer"] if "bfloat16" != specs[0].get("dtype") else []),
+        ],
+        copies=len(devices) // mesh.size,
+        rate=("questions", num_images * QUESTIONS),
+        notes=(
+            f"a step is a batch of {size} questions of {TOKENS} tokens, {num_steps} of them for"
+            f" {num_images} images with {QUESTIONS} each, on the {mesh.size} chips of a process.",
+        ),
+        looped=False,
+        beside=(first(read_images).lower(named, images),),
+    )
+
+
+def abstract_blip2(
+    spec: Mapping[str, Any], mesh: Mesh
+) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
+    """A BLIP-2 without weights, its parameters' shapes with shardings, and how images are made.
+
+    Raises:
+        FileNotFoundError: neither files nor a name that is known.
+        ValueError: rules that do not fit.
+    """
+    path, dtype = spec["path"], jnp.dtype(spec.get("dtype", "float32"))
+    if is_here(path):
+        folder = local_files(resolve_path(path))
+        values, resize = read_json(folder / "config.json"), preprocessing(folder)
+    elif Path(path).name in skeletons.BLIP2:
+        values, resize = skeletons.BLIP2[Path(path).name], skeletons.BLIP2_RESIZE
+    else:
+        raise FileNotFoundError(
+            f"{path!r} is not on this disk, and plan downloads nothing: without files it knows the"
+            f" sizes of {', '.join(skeletons.BLIP2)}."
+        )
+    sizes = Blip2Config.from_dict(values)
+    graph, abstract = abstract_model(Blip2ForConditionalGeneration, sizes, dtype=dtype)
+    places = infer_shardings(abstract, mesh, spec.get("sharding", ()))
+    named = functools.partial(placed, dtype=dtype)
+    return graph, jax.tree.map(named, abstract, places), resize
