@@ -32,6 +32,13 @@ FLAGS = {
             "help": "let diffusers draw an image from the files, and compare",
         }
     },
+    "report": {
+        "stage": {
+            "choices": ("pair",),
+            "default": "",
+            "help": "a gallery of that stage's outcome, of --round, instead of the report",
+        }
+    },
     "bench": {
         "stage": {
             "choices": ("load", "sample", "score"),
@@ -50,7 +57,11 @@ FLAGS = {
             "metavar": "NAME[,NAME]",
             "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
         },
-        "verb": {"choices": ("sample",), "default": "sample", "help": "whose program is compiled"},
+        "verb": {
+            "choices": ("sample", "score"),
+            "default": "sample",
+            "help": "whose program is compiled",
+        },
         "json": _JSON,
     },
 }
@@ -63,7 +74,7 @@ ALSO_READS = {
     "score": ("scorers",),
     "train": ("loss",),
     "export": ("backbone",),
-    "plan": ("backbone", "mesh", "sharding", "sample"),
+    "plan": ("backbone", "mesh", "sharding", "sample", "scorers", "score"),
 }
 EPILOG = """\
 --config.a.b=value sets any key of the config: agfsync sample --help lists those that sample reads.

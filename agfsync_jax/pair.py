@@ -1,129 +1,281 @@
 """Pair: scores -> pairs/, the candidate that the scores prefer against the one that they do not.
 
 Within a prompt every score column is normalized, the columns are summed with the weights of
-`config.pair.weights`, and `config.pair.strategy` picks pairs by that sum. Ties, margins below
-`config.pair.min_margin` and scores that are not finite are dropped, and pair.json counts them.
-Nothing is scored again: with other settings the same scores make other pairs in seconds.
+`config.pair.weights`, and `config.pair.strategy` picks pairs by that sum, or ranks all candidates.
+Ties, small margins, candidates whose questions were not all answered and the like are dropped, and
+pair.json counts them. Nothing is scored again: with other settings the same scores make other pairs
+in seconds.
+
+With `config.pair.path`, pairs are what people preferred instead, read from a dataset in Hugging
+Face's layouts: the backbone encodes its images, and `agfsync train` sees no difference.
 """
 
+import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import jax
 
-from agfsync_jax import backbones
+from agfsync_jax import backbones, scorers
 from agfsync_jax.data import preferences, records
-from agfsync_jax.data.preferences import Choice
+from agfsync_jax.data.embeddings import in_batches
+from agfsync_jax.data.imports import PreferenceSet
+from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
+from agfsync_jax.data.pairs import pair_features, repair_pairs, write_pairs
+from agfsync_jax.data.scores import read_scores
 from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.parallel import multihost
+from agfsync_jax.parallel.sharding import batch_shards
 from agfsync_jax.utils.clock import Stage
+
+_PROMPTS = 32  # encoded at a time
+_PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
+_OF_SCORES = "weights normalize strategy k min_margin max_pairs min_questions".split()
+_OF_IMPORTS = "path split columns max_rows max_bad".split()
 
 
 def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Writes round_NNN/pairs/ and pair.json, unless the same scores and settings made them.
+    """Writes round_NNN/pairs/ and pair.json, unless the same choices and settings made them.
+
+    The main process does it all, on its own devices.
 
     Raises:
-        FileNotFoundError: prompts, candidates or scores are not there.
+        FileNotFoundError: prompts, candidates or scores are not there, or nothing to import.
         RecordError: a damaged shard; `repair` drops damaged pairs.
         ValueError: bad settings, or no pair is left.
     """
     round_dir = Path(workdir) / f"round_{round_index:03d}"
     if multihost.is_main():
-        with Stage(round_dir, "pair", unit="pairs") as stage:
+        preferences.check_settings(config.pair)
+        make, unit = (_import, "rows") if config.pair.path else (_pair, "pairs")
+        with Stage(round_dir, "pair", unit=unit) as stage:
             if repair and (round_dir / "pairs").exists():
-                records.repair_pairs(round_dir / "pairs")
-            _pair(config, round_dir, round_index, stage)
+                repair_pairs(round_dir / "pairs")
+            make(config, round_dir, round_index, stage)
     multihost.barrier("pair")
 
 
 def _pair(config, round_dir: Path, round_index: int, stage: Stage) -> None:
-    preferences.check_settings(config.pair)
+    """Pairs of this round's scores."""
+    spec = config.pair
     prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
     prompts = {row["id"]: row["prompt"] for row in prompt_rows}
-    shards = shard_paths(round_dir / "scores", ".parquet", "score")
-    scores = {path.stem: records.read_parquet(path) for path in shards}
-    choices, counts = preferences.choose(scores, prompts, config.pair)
-    if config.pair.shuffle_labels:
+    scores = _read_all_scores(round_dir / "scores", spec)
+    choices, counts = preferences.choose(scores, prompts, spec)
+    if spec.shuffle_labels:
         choices = preferences.shuffle_labels(choices, config.seed, round_index)
-    settings = config.pair.to_dict() | {"backbone": config.backbone.path, "seed": config.seed}
-    made_from = hashlib.sha256(repr((choices, sorted(settings.items()))).encode()).hexdigest()
-    summary, folder = round_dir / "pair.json", round_dir / "pairs"
-    if folder.exists() and summary.exists():
-        if json.loads(summary.read_text())["made_from"] == made_from:
-            stage.skipped(1, 1, "sets of pairs")
-            return
+    digest = hashlib.sha256()
+    for choice in choices:
+        digest.update(repr(choice).encode())
+    for scored in scores.values():
+        for name, column in scored.columns.items():
+            digest.update(name.encode() + column.tobytes())
+    output = _Output(config, round_dir, stage, digest.hexdigest())
+    if output.is_there():
+        return
     if not choices:
         raise ValueError(
             f"no pair is left of {counts['prompts']} prompts ({told(counts)}):"
-            f" lower config.pair.min_margin ({config.pair.min_margin}) or draw more candidates."
+            f" lower config.pair.min_margin ({spec.min_margin}) or draw more candidates."
         )
-    summary.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    tokenize = backbones.tokenizer(config)
+    texts, shapes = _texts(config, _Encoders(config) if spec.embeddings else None)
+    columns = next(iter(scores.values())).columns
+    rows = pair_rows(
+        *(round_dir / "candidates", choices, prompts, scores, texts),
+        ranked=spec.strategy == "ranked",
+        with_images=spec.images,
+    )
     with stage.progress(len(choices)) as progress:
-        rows = pair_rows(round_dir / "candidates", choices, prompts, tokenize, progress.update)
-        records.write_pairs(folder, rows, {"prompts": counts["prompts"], **settings})
-    result = {**counts, "settings": settings, "made_from": made_from}
-    records.write_file(summary, [json.dumps(result, indent=2).encode(), b"\n"])
-    stage.print(told(counts))
+        output.write(_noted(rows, progress.update), counts, columns, shapes)
 
 
-def pair_rows(
-    candidates: Path,
-    choices: Sequence[Choice],
-    prompts: Mapping[str, str],
-    tokenize: Callable[[list[str]], np.ndarray],
-    done: Callable[[int], None] = lambda count: None,
-) -> Iterator[dict]:
-    """The rows of records.PAIR_FEATURES; one shard of candidates is in memory at a time.
-
-    Raises:
-        ValueError: a shard of candidates lacks an image that has a score.
-    """
-    for shard, group in itertools.groupby(choices, key=lambda choice: choice.shard):
-        group = list(group)
-        wanted = {(c.prompt_id, i) for c in group for i in (c.chosen, c.rejected)}
-        path = candidates / f"{shard}.tfrecord"
-        images = {
-            key: row
-            for row in records.read_shard(path, records.CANDIDATE_FEATURES)
-            if (key := (row["prompt_id"], row["candidate"])) in wanted
-        }
-        if missing := wanted - set(images):
+def _read_all_scores(folder: Path, spec) -> dict[str, preferences.Scored]:
+    """Shard -> its scores; all have the same columns."""
+    asking = {name.split("/")[0] for name, weight in spec.weights.items() if weight}
+    paths = shard_paths(folder, ".parquet", "score")
+    if spec.min_questions and not any(folder.glob("answers-*.parquet")):
+        raise ValueError(
+            f"config.pair.min_questions={spec.min_questions}: {folder} has no answers, as no scorer"
+            " asked questions. Set it to 0, or score again with one that asks."
+        )
+    scores = {path.stem: read_scores(path, asking) for path in paths}
+    first, *others = scores
+    for shard in others:
+        if scores[shard].columns.keys() != scores[first].columns.keys():
             raise ValueError(
-                f"{path} lacks {len(missing)} images that have scores, such as {min(missing)}:"
-                " remove its scores and run `agfsync score` again."
+                f"{folder}: {first} has the columns {', '.join(scores[first].columns)}, {shard} has"
+                f" {', '.join(scores[shard].columns)}. Remove the stale ones and run"
+                " `agfsync score`."
             )
-        token_ids = tokenize([prompts[c.prompt_id] for c in group])
-        for choice, tokens in zip(group, token_ids, strict=True):
-            chosen = images[choice.prompt_id, choice.chosen]
-            rejected = images[choice.prompt_id, choice.rejected]
-            yield {
-                "pair_id": choice.pair_id,
-                "prompt_id": choice.prompt_id,
-                "prompt": prompts[choice.prompt_id],
-                "token_ids": tokens,
-                "chosen_latents": chosen["latents"],
-                "rejected_latents": rejected["latents"],
-                "chosen_candidate": choice.chosen,
-                "rejected_candidate": choice.rejected,
-                "chosen_image": chosen["image"],
-                "rejected_image": rejected["image"],
-                "chosen_score": choice.chosen_score,
-                "rejected_score": choice.rejected_score,
-                "margin": choice.chosen_score - choice.rejected_score,
-            }
-            done(1)
+    return scores
+
+
+def _import(config, round_dir: Path, round_index: int, stage: Stage) -> None:
+    """Pairs of what people preferred."""
+    spec = config.pair
+    height, width = config.sample.height, config.sample.width
+    source = PreferenceSet(spec.path, spec.split, spec.columns.to_dict(), max_rows=spec.max_rows)
+    made_from = repr((source.fingerprint(), height, width))
+    output = _Output(config, round_dir, stage, made_from)
+    if output.is_there():
+        return
+    encoders = _Encoders(config)
+    encode, num_pairs = encoders.images(height, width, config.sample.batch_size)
+    texts, shapes = _texts(config, encoders if spec.embeddings else None)
+    counts = dict.fromkeys(preferences.COUNTS, 0)
+
+    def is_swapped(pair_id):
+        return spec.shuffle_labels and preferences.is_swapped(pair_id, config.seed, round_index)
+
+    def rows(done):
+        found = source.read(height, width, max_bad=spec.max_bad, done=done)
+        for row in imported_rows(
+            found, encode, num_pairs, texts, with_images=spec.images, is_swapped=is_swapped
+        ):
+            counts["pairs"] += 1
+            yield row
+        counts.update(source.counts)
+        if not counts["pairs"]:
+            raise ValueError(f"no pair is left of {source.num_rows} rows ({told(counts)}).")
+
+    with stage.progress(source.num_rows) as progress:
+        output.write(rows(progress.update), counts, (), shapes)
+    if bad := source.bad_rows():
+        stage.print(f"dropped as bad: {bad}")
+
+
+def _noted(rows: Iterable, done: Callable[[int], None]) -> Iterator:
+    for row in rows:
+        yield row
+        done(1)
+
+
+@dataclasses.dataclass
+class _Output:
+    """pairs/ and pair.json of a round.
+
+    Args:
+        made_from: changes when the choices do; the settings are added here.
+    """
+
+    config: Any
+    round_dir: Path
+    stage: Stage
+    made_from: str
+
+    def __post_init__(self):
+        self.folder, self.summary = self.round_dir / "pairs", self.round_dir / "pair.json"
+        config = self.config
+        self.settings = config.pair.to_dict()
+        self.settings |= {"backbone": config.backbone.path, "seed": config.seed}
+        text = repr((self.made_from, sorted(self.settings.items())))
+        self.made_from = hashlib.sha256(text.encode()).hexdigest()
+
+    def is_there(self) -> bool:
+        """Whether the very same is there; it is told then."""
+        if not (self.folder.exists() and self.summary.exists()):
+            return False
+        if json.loads(self.summary.read_text())["made_from"] != self.made_from:
+            return False
+        self.stage.skipped(1, 1, "sets of pairs")
+        return True
+
+    def write(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        counts: Mapping[str, int],
+        columns: Iterable[str],
+        embeddings: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Replaces what is there; `counts` is read after the last row."""
+        spec = self.config.pair
+        ranked = spec.strategy == "ranked"
+        features = pair_features(
+            ranked=ranked, columns=columns, embeddings=embeddings, images=spec.images
+        )
+        card = self._card(ranked)
+
+        def counted():
+            yield from rows
+            card["counts"] = {text: counts[name] for name, text in preferences.COUNTS.items()}
+
+        self.summary.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        write_pairs(self.folder, counted(), card, features)
+        result = {**counts, "settings": self.settings, "made_from": self.made_from}
+        records.write_file(self.summary, [json.dumps(result, indent=2).encode(), b"\n"])
+        self.stage.print(told(counts))
+
+    def _card(self, ranked: bool) -> dict[str, Any]:
+        """What the dataset card tells, but for the counts."""
+        config = self.config
+        what = "Rankings of images" if ranked else "Preference pairs of images"
+        who = "people" if config.pair.path else "AI feedback"
+        settings = {"backbone.path": config.backbone.path, "seed": config.seed}
+        for key in _OF_IMPORTS if config.pair.path else _OF_SCORES:
+            settings[f"pair.{key}"] = self.settings[key]
+        settings["pair.shuffle_labels"] = config.pair.shuffle_labels
+        sample = config.sample.to_dict()
+        for key in ("height", "width") if config.pair.path else sample:
+            settings[f"sample.{key}"] = sample[key]
+        return {
+            "description": f"{what} made of one text prompt each, by the preference of {who}."
+            " Latents are those of the diffusion model named below, scaled as it takes them.",
+            "license": config.pair.license,
+            **settings,
+        }
+
+
+class _Encoders:
+    """The frozen networks of the backbone, on this process's own devices."""
+
+    def __init__(self, config):
+        self.mesh = scorers.local_mesh({"data": -1})
+        cls = backbones.backbone_class(config)
+        frozen = [name for name in cls.networks if name != cls.denoiser_name]
+        self.backbone = backbones.load(config, self.mesh, only=frozen)
+
+    def prompts(self) -> tuple[Callable, int]:
+        """Token ids -> conditioning, see `in_batches`; and the rows it takes at a time."""
+        size = self._whole(_PROMPTS)
+        return in_batches(self.backbone.encode_prompt, self.backbone.params, size, self.mesh), size
+
+    def images(self, height: int, width: int, batch_size: int) -> tuple[Callable, int]:
+        """Images -> latents, see `in_batches`; and the pairs it takes at a time.
+
+        Of `batch_size` images at most, and of fewer where they are large.
+        """
+        self.backbone.latent_shape(height, width)  # raises for a size that does not fit
+        most = batch_shards(self.mesh) * max(1, _PIXELS // (height * width))
+        size = max(2, min(self._whole(batch_size), most))
+        run = in_batches(self.backbone.encode_image, self.backbone.params, size, self.mesh)
+        return run, size // 2
+
+    def _whole(self, size: int) -> int:
+        shards = batch_shards(self.mesh)
+        return -(-size // shards) * shards
+
+
+def _texts(config, encoders: _Encoders | None) -> tuple[Callable, dict[str, tuple[int, ...]]]:
+    """`text_fields` of texts alone, and the shapes of their embeddings."""
+    tokenize = backbones.tokenizer(config)
+    if encoders is None:
+        return functools.partial(text_fields, tokenize=tokenize, encode=None, batch_size=0), {}
+    encode, size = encoders.prompts()
+    backbone = encoders.backbone
+    abstract = jax.eval_shape(backbone.encode_prompt, backbone.params, tokenize([""]))
+    shapes = {name: leaf.shape[1:] for name, leaf in abstract.items()}
+    return functools.partial(text_fields, tokenize=tokenize, encode=encode, batch_size=size), shapes
 
 
 def told(counts: Mapping[str, int]) -> str:
-    """The counts in one line."""
-    return (
-        f"{counts['pairs']} pairs from {counts['prompts']} prompts; dropped: {counts['ties']} ties,"
-        f" {counts['margin']} below the margin, {counts['limit']} above the limit,"
-        f" {counts['nonfinite']} scores not finite, {counts['too_few']} prompts without two images"
-    )
+    """The counts in one line; of what was dropped, the reasons that there are."""
+    texts = dict(list(preferences.COUNTS.items())[2:])
+    dropped = ", ".join(f"{counts[name]} {text}" for name, text in texts.items() if counts[name])
+    head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
+    return f"{head}; dropped: {dropped or 'nothing'}"

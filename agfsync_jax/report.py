@@ -3,6 +3,8 @@
 Shows what the workdir holds so far, every round of it, and lists what is missing. report.html needs
 no network and no scripts. It says in words whether the tuned model is better, and warns when the
 score that made the pairs rises while the independent referee does not.
+
+With --stage=pair: round_NNN/pairs.html, a gallery to judge the pairs by before training on them.
 """
 
 import importlib.metadata
@@ -17,19 +19,56 @@ import jax
 
 from agfsync_jax.data import records
 from agfsync_jax.data import rounds as past
+from agfsync_jax.data.gallery import read_gallery
 from agfsync_jax.parallel import multihost
-from agfsync_jax.utils import pages, panels
+from agfsync_jax.utils import findings, gallery, pages, panels
 
 PACKAGES = ("agfsync_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SHEET = {"A random sample": 8, "Most improved": 4}  # what before_after.png shows
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Writes the three files; every round is shown, whatever `round_index` says."""
-    del round_index, repair
+def main(
+    config, workdir: Path, *, round_index: int = 0, repair: bool = False, stage: str = ""
+) -> None:
+    """Writes the three files, of all rounds; with stage="pair" the gallery of round `round_index`.
+
+    Raises:
+        FileNotFoundError: no round there, or for the gallery no pairs.
+    """
+    del repair
     if not multihost.is_main():
         return
     workdir = Path(workdir)
+    if stage == "pair":
+        write_gallery(config, workdir, workdir / f"round_{round_index:03d}")
+    else:
+        write_report(config, workdir)
+
+
+def write_gallery(config, workdir: Path, round_dir: Path) -> None:
+    """Writes pairs.html into the round's folder, as soon as there are pairs."""
+    source = read_gallery(round_dir, config.report.num_examples, config.seed)
+    told = findings.tally(source)
+    sections = [
+        gallery.title(workdir.absolute().name, f"round {int(round_dir.name[-3:])}"),
+        gallery.headline(source, told),
+        gallery.dropped(source, told),
+        gallery.distributions(source, told),
+        gallery.correlations(source, told),
+        gallery.answers(source),
+        gallery.examples(source),
+    ]
+    _write_page(round_dir / "pairs.html", "AGFSync pairs", sections)
+
+
+def _write_page(path: Path, title: str, sections: list[str]) -> None:
+    page = pages.page(title, "\n".join(sections)).encode()
+    records.write_file(path, [page])
+    print(f"report: {path} ({records.megabytes(len(page))})", flush=True)
+
+
+def write_report(config, workdir: Path) -> None:
+    """Writes report.html, summary.json and before_after.png; every round is shown."""
     folders = sorted(workdir.glob("round_[0-9][0-9][0-9]"))
     if not folders:
         raise FileNotFoundError(f"no round_000 in {workdir}; `agfsync run` or a verb makes it")
@@ -61,9 +100,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         panels.costs({r.label: r.stages for r in rounds if r.stages}),
         panels.setting(settings.read_text() if settings.exists() else "", summary["versions"]),
     ]
-    page = pages.page("AGFSync report", "\n".join(sections)).encode()
-    records.write_file(workdir / "report.html", [page])
-    print(f"report: {workdir / 'report.html'} ({len(page) / 1e6:.1f} MB)", flush=True)
+    _write_page(workdir / "report.html", "AGFSync report", sections)
 
 
 def summarize(rounds: list[SimpleNamespace]) -> dict:

@@ -4,9 +4,10 @@ The loss is a file of agfsync_jax/losses (`config.loss`; Diffusion-DPO by defaul
 denoiser is trained, or LoRA adapters on its attention (`config.train.lora_rank`). Round 0 starts
 from `config.backbone`, a later round from the one before; where a round starts is its reference.
 
-Text embeddings are computed once per distinct prompt and kept in main memory: the text encoder is
-frozen. Order and noise depend on (seed, round, step) alone: stopped and started again, on any
-number of devices, the training goes on as if it had never stopped.
+Text embeddings are computed once per distinct prompt and kept in main memory, as the text encoder
+is frozen; where the pairs store them (`config.pair.embeddings`), they are read instead. Order and
+noise depend on (seed, round, step) alone: stopped and started again, on any number of devices, the
+training goes on as if it had never stopped.
 """
 
 import functools
@@ -23,9 +24,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax import backbones
-from agfsync_jax.data import records
 from agfsync_jax.data.embeddings import PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader
+from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
 from agfsync_jax.diffusion import lora
 from agfsync_jax.diffusion.denoising import denoising_error
 from agfsync_jax.parallel import multihost
@@ -158,7 +159,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         if start == config.train.num_steps:
             return
         if repair and multihost.is_main():
-            records.repair_pairs(folders[-1] / "pairs")
+            repair_pairs(folders[-1] / "pairs")
         multihost.barrier("train repair")
         state, step, final = prepare(config, folders, checkpoints, start)
         fit(config.train, state, step, final, start, stage, checkpoints)
@@ -179,15 +180,21 @@ def prepare(
     loss = modules.load("losses", loss_spec.pop("name"))
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, len(folders) - 1)).generate_state(1)[0] >> 1)
-    pairs = records.read_pairs(folders[-1] / "pairs", FIELDS)
+    folder = folders[-1] / "pairs"
+    stored = [name for name in read_features(folder) if name.startswith("embeddings/")]
+    pairs = read_pairs(folder, FIELDS, once=stored)
     loader = PairLoader(pairs, spec.batch_size, seed, mesh)
 
-    backbone = backbones.load(config, mesh)
-    name = backbone.denoiser_name
+    name = backbones.backbone_class(config).denoiser_name
+    backbone = backbones.load(config, mesh, only=[name] if stored else ())
     base = backbone.params[name]
     if len(folders) > 1:
         base = restore_denoiser(folders[-2] / "checkpoints", base, spec.num_steps)
-    embeddings = PromptEmbeddings(backbone, pairs["token_ids"], spec.batch_size, mesh)
+    if stored:
+        table = {name.removeprefix("embeddings/"): pairs.pop(name) for name in stored}
+        embeddings = PromptEmbeddings(table, pairs["prompt_row"], mesh)
+    else:
+        embeddings = PromptEmbeddings.encode(backbone, pairs["token_ids"], spec.batch_size, mesh)
     backbone.params.clear()  # the other networks have done their part
 
     init = functools.partial(init_state, optimizer=optimizer, lora_rank=spec.lora_rank, seed=seed)

@@ -57,11 +57,25 @@ def get_config() -> ConfigDict:
 
     c.pair = ConfigDict()
     c.pair.weights = ConfigDict()  # a number a score column; those without one have no say
-    c.pair.normalize = "zscore"  # none | zscore | rank, within a prompt's candidates
+    c.pair.normalize = "zscore"  # none | zscore | rank | minmax, within a prompt's candidates
     c.pair.min_margin = 0.0  # of the weighted score; smaller pairs are dropped, as are ties
-    c.pair.strategy = "best_worst"  # or all_above_margin: every two candidates, a prompt
-    c.pair.max_pairs = 0  # a prompt, with all_above_margin; 0: no limit
+    c.pair.strategy = "best_worst"  # | all_above_margin | top_k_bottom_k | ranked
+    c.pair.k = 2  # top_k_bottom_k: each of a prompt's k best against each of its k worst
+    c.pair.max_pairs = 0  # a prompt, those with the largest margins; 0: no limit
+    c.pair.min_questions = 0  # prompts with fewer are dropped
     c.pair.shuffle_labels = False  # a control: which of a pair is chosen is left to chance
+    c.pair.embeddings = False  # stored with the pairs, so that train runs no text encoder
+    c.pair.images = True  # stored as PNGs with the pairs; train does not read them
+    c.pair.license = "other"  # of the pairs, as the Hugging Face Hub names it
+    c.pair.path = ""  # what people prefer, instead of scores: parquet, or a save_to_disk folder
+    c.pair.split = "train"  # of that folder; empty: all parquet files in it
+    c.pair.columns = ConfigDict()  # Pick-a-Pic's
+    c.pair.columns.caption = "caption"
+    c.pair.columns.first = "jpg_0"  # an image
+    c.pair.columns.second = "jpg_1"
+    c.pair.columns.label = "label_0"  # 1: the first image is preferred, 0: the second, 0.5: a tie
+    c.pair.max_rows = 0  # of that folder; 0: all
+    c.pair.max_bad = 0.01  # share of rows without a caption, or whose images cannot be decoded
 
     c.loss = ConfigDict()
     c.loss.name = "diffusion_dpo"  # a file of agfsync_jax/losses
@@ -135,8 +149,14 @@ def agfsync() -> ConfigDict:
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac+logos+ava1-l14-linearMSE.pth"
     )
+    # 24 GB of weights: where a device holds less, config.score.mesh.fsdp splits them
     c.scorers.vqa = ConfigDict(
         dict(name="vqa", path="Salesforce/blip2-flan-t5-xxl", dtype="bfloat16")
+    )
+    split = ("fsdp", "tensor")  # either axis will do
+    c.scorers.vqa.sharding = (
+        (r"\.(q|k|v|qkv|wi_0|wi_1|fc1|lm_head)\.kernel", (None, split)),
+        (r"\.(o|wo|fc2|projection)\.kernel", (split,)),
     )
     c.scorers.clip = ConfigDict(dict(name="clip", path=clip, dtype="bfloat16"))
     c.scorers.aesthetic = ConfigDict(dict(name="aesthetic", path=clip, head=head, dtype="bfloat16"))

@@ -1,14 +1,21 @@
 """`agfsync pair`: from scores to a TFDS dataset of pairs, again and again without scoring."""
 
+import functools
 import json
 
+import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from agfsync_jax import pair
-from agfsync_jax.data import images, records
+from agfsync_jax import backbones, pair, train
+from agfsync_jax.backbones.stable_diffusion import StableDiffusion
+from agfsync_jax.data import images, preferences, records
+from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from configs import common, micro
+from tests.train_test import TinyBackbone
 from tests.twins import clip_tokenizer_files
 
 PROMPTS = {f"p{n}": f"{'red' if n % 2 else 'blue'} square" for n in range(5)}
@@ -50,10 +57,28 @@ def workdir(tmp_path):
         ]
         path = folder / "candidates" / f"{name}.tfrecord"
         records.write_shard(path, candidates, records.CANDIDATE_FEATURES)
-        scores = [key | {"vqa": VQA[key["prompt_id"]][key["candidate"]]} for key in keys]
+        scores = [key | score(**key) for key in keys]
         records.write_parquet(folder / "scores" / f"{name}.parquet", scores)
-        records.write_parquet(folder / "scores" / f"answers-{name}.parquet", [{"a": 1}])
+        answers = [answer(key, index) for key in keys for index in range(2 + (shard == 0))]
+        records.write_parquet(folder / "scores" / f"answers-{name}.parquet", answers)
     return folder.parent
+
+
+def score(prompt_id, candidate):
+    """A column that counts, and two that do not."""
+    vqa = VQA[prompt_id][candidate]
+    return {"vqa": vqa, "vqa/color": vqa / 2, "clip": 20.0 + candidate}
+
+
+def answer(key, index):
+    asked = {"scorer": "vqa", "index": index, "question": "?", "element_type": "color"}
+    return key | asked | {"expected": "yes", "answer": "no", "p_yes": 0.1, "correct": False}
+
+
+def change_answers(workdir, change):
+    """Answers of every shard, as `change` makes them."""
+    for path in (workdir / "round_000/scores").glob("answers-*.parquet"):
+        records.write_parquet(path, [change(row) for row in records.read_parquet(path)])
 
 
 def latents(prompt_id, candidate):
@@ -65,7 +90,7 @@ def picture(prompt_id, candidate):
 
 
 def read(workdir):
-    pairs = records.read_pairs(workdir / "round_000/pairs")
+    pairs = read_pairs(workdir / "round_000/pairs")
     return [dict(zip(pairs, row, strict=True)) for row in zip(*pairs.values(), strict=True)]
 
 
@@ -92,8 +117,91 @@ def test_best_against_worst(config, workdir, capsys):
         )
     found = counts(workdir)
     expected = dict(pairs=3, prompts=5, ties=1, margin=0, limit=0, nonfinite=2, too_few=1)
-    assert {key: found[key] for key in expected} == expected
-    assert "3 pairs from 5 prompts; dropped: 1 ties" in capsys.readouterr().err
+    assert {key: found[key] for key in preferences.COUNTS} == (
+        dict.fromkeys(preferences.COUNTS, 0) | expected
+    )
+    told = "3 pairs from 5 prompts; dropped: 1 prompts without two images that count, 2 candidates"
+    assert told in capsys.readouterr().err
+    for row, (chosen, rejected) in zip(rows, [(1, 0), (0, 1), (2, 0)], strict=True):
+        for side, candidate in (("chosen", chosen), ("rejected", rejected)):
+            for name, value in score(row["prompt_id"], candidate).items():
+                assert row[f"{side}_scores/{name}"] == np.float32(value)
+
+
+def test_ranked(config, workdir):
+    config.pair.strategy = "ranked"
+    pair.main(config, workdir)
+    rows = read(workdir)
+    assert [row["prompt_id"] for row in rows] == ["p0", "p1", "p2"]
+    for row, order in zip(rows, [(1, 2, 0), (0, 2, 1), (2, 0, 1)], strict=True):
+        assert row["candidates"].tolist() == list(order)
+        values = [score(row["prompt_id"], candidate) for candidate in order]
+        for name in values[0]:
+            wanted = np.array([value[name] for value in values], np.float32)
+            np.testing.assert_array_equal(row[f"columns/{name}"], wanted)
+        wanted = preferences.normalize([value["vqa"] for value in values], "zscore")
+        np.testing.assert_allclose(row["scores"], wanted, rtol=1e-6)
+        np.testing.assert_allclose(row["margin"], wanted[0] - wanted[-1], rtol=1e-6)
+        for candidate, image, latent in zip(order, row["images"], row["latents"], strict=True):
+            assert image == picture(row["prompt_id"], candidate)
+            np.testing.assert_array_equal(latent, latents(row["prompt_id"], candidate))
+    assert counts(workdir)["pairs"] == 3 and counts(workdir)["ties"] == 1
+    with pytest.raises(ValueError, match="'chosen_latents', which every config.pair.strategy but"):
+        train.main(config, workdir)
+
+
+def test_top_k_bottom_k_without_images(config, workdir):
+    config.pair.update(strategy="top_k_bottom_k", k=1, images=False)
+    pair.main(config, workdir)
+    rows = read(workdir)
+    assert [row["pair_id"] for row in rows] == ["p0-0-1", "p1-0-1", "p2-0-2"]
+    assert not [name for name in rows[0] if "image" in name]
+
+
+def test_answers_that_are_missing(config, workdir):
+    """p0's best candidate could not be asked all; p2, p3, p4 were asked two questions."""
+
+    def silence(row, scorer="vqa"):
+        silent = (row["prompt_id"], row["candidate"], row["index"]) == ("p0", 1, 2)
+        return row | {"scorer": scorer} | ({"answer": None} if silent else {})
+
+    change_answers(workdir, silence)
+    pair.main(config, workdir)
+    assert [row["pair_id"] for row in read(workdir)] == ["p0-0-2", "p1-0-1", "p2-0-2"]
+    assert counts(workdir)["unanswered"] == 1
+    config.pair.min_questions = 3
+    pair.main(config, workdir)
+    assert [row["pair_id"] for row in read(workdir)] == ["p0-0-2", "p1-0-1"]
+    found = counts(workdir)
+    assert (found["few_questions"], found["nonfinite"], found["too_few"]) == (3, 0, 0)
+    # a scorer without a weight may leave out what it likes
+    change_answers(workdir, functools.partial(silence, scorer="other"))
+    pair.main(config, workdir)
+    assert read(workdir)[0]["pair_id"] == "p0-0-1" and not counts(workdir)["unanswered"]
+    for path in (workdir / "round_000/scores").glob("answers-*.parquet"):
+        path.unlink()
+    with pytest.raises(ValueError, match="min_questions=3: .*scores has no answers"):
+        pair.main(config, workdir)
+    config.pair.min_questions = 0
+    pair.main(config, workdir)
+    assert counts(workdir)["pairs"] == 3
+
+
+def test_the_card_tells_how_they_were_made(config, workdir):
+    config.pair.license = "cc-by-4.0"
+    pair.main(config, workdir)
+    card = (workdir / "round_000/pairs/README.md").read_text()
+    for text in (
+        'license: "cc-by-4.0"',
+        "| `pair.strategy` | `best_worst` |",
+        '| `pair.weights` | `{"vqa": 1.0}` |',
+        f"| `backbone.path` | `{config.backbone.path}` |",
+        f"| `sample.num_inference_steps` | `{config.sample.num_inference_steps}` |",
+        "| `prompts there were` | `5` |",
+        "| `candidates with a score that is not finite` | `2` |",
+        "| `chosen_scores/vqa/color` | `float32` | `[]` |",
+    ):
+        assert text in card
 
 
 def test_tfds_reads_the_pairs(config, workdir):
@@ -159,8 +267,8 @@ def test_errors(config, workdir):
     with pytest.raises(ValueError, match="normalize='softmax'"):
         pair.main(config, workdir)
     config.pair.normalize = "none"
-    config.pair.weights = {"clip": 1.0}
-    with pytest.raises(ValueError, match="no column 'clip'"):
+    config.pair.weights = {"aesthetic": 1.0}
+    with pytest.raises(ValueError, match="no column 'aesthetic'.*they have vqa, vqa/color, clip"):
         pair.main(config, workdir)
     config.pair.weights = {"vqa": 1.0}
     config.pair.min_margin = 2.0
@@ -173,6 +281,14 @@ def test_errors(config, workdir):
         pair.main(config, workdir)
 
 
+def test_shards_with_other_columns(config, workdir):
+    path = workdir / "round_000/scores/00001-of-00002.parquet"
+    rows = [{k: v for k, v in row.items() if k != "clip"} for row in records.read_parquet(path)]
+    records.write_parquet(path, rows)
+    with pytest.raises(ValueError, match="00000-of-00002 has the columns vqa, vqa/color, clip, 0"):
+        pair.main(config, workdir)
+
+
 def test_scores_of_other_candidates(config, workdir):
     folder = workdir / "round_000"
     path = folder / "candidates/00000-of-00002.tfrecord"
@@ -181,3 +297,124 @@ def test_scores_of_other_candidates(config, workdir):
     with pytest.raises(ValueError, match=r"lacks 2 images that have scores, such as \('p1', 0\)"):
         pair.main(config, workdir)
     assert not (folder / "pairs").exists() and not (folder / "pair.json").exists()
+
+
+# Embeddings and images, encoded by the model that ships
+
+
+@pytest.fixture
+def micro_config(config):
+    config.backbone.path = "micro:stable-diffusion"
+    return config
+
+
+def test_embeddings_are_stored(micro_config, workdir):
+    micro_config.pair.embeddings = True
+    pair.main(micro_config, workdir)
+    name = "embeddings/encoder_hidden_states"
+    found = read_pairs(workdir / "round_000/pairs", ["prompt", "token_ids"], once=[name])
+    backbone = StableDiffusion.load("micro:stable-diffusion")
+    np.testing.assert_array_equal(found["token_ids"], backbone.tokenize(found["prompt"]))
+    encode = jax.jit(backbone.encode_prompt)
+    wanted = encode(backbone.params, found["token_ids"])["encoder_hidden_states"]
+    assert found[name].dtype == np.float16 and wanted.dtype == np.float32
+    np.testing.assert_allclose(found[name][found["prompt_row"]], wanted, rtol=1e-3, atol=1e-4)
+    assert read_features(workdir / "round_000/pairs")[name] == ("float16", wanted.shape[1:])
+
+
+def preference_table(count):
+    rows = {name: [] for name in ("caption", "jpg_0", "jpg_1", "label_0")}
+    for n in range(count):
+        rows["caption"].append(f"a red square {n // 2}")
+        for side in range(2):
+            rows[f"jpg_{side}"].append({"bytes": images.encode_png(square(2 * n + side))})
+        rows["label_0"].append([1.0, 0.0, 0.5][n % 3])
+    return pa.table(rows)
+
+
+def square(seed):
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
+    pq.write_table(preference_table(9), tmp_path / "human.parquet")
+    config, workdir = micro_config, tmp_path / "work"
+    config.pair.update(path=str(tmp_path / "human.parquet"), weights={})
+    pair.main(config, workdir)
+    rows = read(workdir)
+    backbone = StableDiffusion.load("micro:stable-diffusion")
+    encode = jax.jit(backbone.encode_image)
+    wanted = encode(backbone.params, np.stack([square(n) for n in range(18)]))
+    wanted = np.asarray(wanted, np.float16)
+    assert [int(row["pair_id"].split("-")[1]) for row in rows] == [0, 1, 3, 4, 6, 7]
+    for row in rows:
+        number = int(row["pair_id"].split("-")[1])
+        assert row["prompt"] == f"a red square {number // 2}"
+        assert (row["chosen_score"], row["rejected_score"], row["margin"]) == (1, 0, 1)
+        for side, i in (("chosen", number % 3), ("rejected", 1 - number % 3)):
+            assert row[f"{side}_candidate"] == i
+            latent = row[f"{side}_latents"]
+            assert latent.dtype == np.float16
+            np.testing.assert_allclose(latent, wanted[2 * number + i], rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(
+                images.decode_png(row[f"{side}_image"]), square(2 * number + i)
+            )
+    assert len({row["prompt_id"] for row in rows}) == 4 and len(rows) == counts(workdir)["pairs"]
+    found = {key: counts(workdir)[key] for key in preferences.COUNTS if counts(workdir)[key]}
+    assert found == {"pairs": 6, "prompts": 5, "ties": 3}
+    card = (workdir / "round_000/pairs/README.md").read_text()
+    assert "| `pair.split` | `train` |" in card and "| `ties` | `3` |" in card
+    assert "pair.weights" not in card
+    capsys.readouterr()
+    pair.main(config, workdir)
+    assert "skipped 1 of 1" in capsys.readouterr().err
+
+    monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
+    config.train.update(num_steps=2, batch_size=8, warmup_steps=0)
+    state, step, _ = train.prepare(config, [workdir / "round_000"], None, 0)
+    losses = []
+    for index in range(2):
+        state, metrics = step(state, index)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-4)
+    assert np.isfinite(losses[1]) and losses[1] != losses[0]
+
+
+class Encoders:
+    """The first channels of every eighth pixel, in place of an autoencoder."""
+
+    def __init__(self, config):
+        pass
+
+    def images(self, height, width, batch_size):
+        return lambda pictures: np.repeat(pictures[:, ::8, ::8, :1], 4, axis=3) / 255.0, 2
+
+
+def test_imports_again_and_what_is_bad(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pair, "_Encoders", Encoders)
+    config.pair.path = str(tmp_path / "human.parquet")
+    workdir = tmp_path / "work"
+    rows = preference_table(9)
+    broken = rows["jpg_0"].to_pylist()
+    broken[1] = {"bytes": b"no image"}
+    rows = rows.set_column(1, "jpg_0", pa.array(broken))
+    pq.write_table(rows, config.pair.path)
+    with pytest.raises(ValueError, match="1 of 9 rows are bad, more than config.pair.max_bad=0.01"):
+        pair.main(config, workdir)
+    assert not (workdir / "round_000/pairs").exists()
+    config.pair.max_bad = 0.2
+    config.pair.images = False
+    pair.main(config, workdir)
+    straight = {row["pair_id"]: row for row in read(workdir)}
+    assert (len(straight), counts(workdir)["bad_images"]) == (5, 1)
+    config.pair.shuffle_labels = True
+    pair.main(config, workdir)
+    swapped = [straight[row["pair_id"]]["margin"] != row["margin"] for row in read(workdir)]
+    assert 0 < sum(swapped) < 5
+    config.pair.update(max_rows=3, max_bad=0.5)
+    pair.main(config, workdir)
+    assert counts(workdir)["pairs"] == 1
+    config.pair.max_rows = 0
+    config.pair.columns.caption = "text"
+    with pytest.raises(ValueError, match="no column 'text'.*it has caption, jpg_0, jpg_1, label_0"):
+        pair.main(config, workdir)

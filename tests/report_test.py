@@ -16,6 +16,7 @@ from PIL import Image
 from agfsync_jax import evaluators, report
 from agfsync_jax.data import records, rounds
 from agfsync_jax.data.images import encode_png
+from agfsync_jax.data.pairs import write_pairs
 from agfsync_jax.evaluators.referee import Evaluator
 from agfsync_jax.micro import world
 
@@ -117,7 +118,7 @@ def make_training(round_dir, *, num_pairs: int = 20, seed: int = 0) -> None:
     )
     records.write_parquet(round_dir / "scores" / "00000-of-00001.parquet", scores)
     records.write_parquet(round_dir / "scores" / "answers-00000-of-00001.parquet", [{"a": 1}])
-    records.write_pairs(round_dir / "pairs", pairs, {})
+    write_pairs(round_dir / "pairs", pairs, {})
     (round_dir / "pair.json").write_text(json.dumps({"pairs": num_pairs, "ties": 3, "margin": 0}))
     steps = np.arange(1, 201)
     curve = [

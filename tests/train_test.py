@@ -12,9 +12,9 @@ from flax import nnx
 
 from agfsync_jax import backbones, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
-from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.loader import PairLoader
+from agfsync_jax.data.pairs import pair_features, write_pairs
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models.unet import UNet2DConditionModel
@@ -115,8 +115,9 @@ def make_config(**changes):
     return config
 
 
-def make_workdir(path, round_index=0, num_pairs=12):
-    """A workdir with random pairs of five prompts."""
+def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
+    """A workdir with random pairs of five prompts, whose embeddings may be stored."""
+    backbone = TinyBackbone.load("")
     rng = np.random.default_rng(round_index)
     png = encode_png(np.zeros((8, 8, 3), np.uint8))
     rows = []
@@ -140,8 +141,13 @@ def make_workdir(path, round_index=0, num_pairs=12):
                 "margin": 1.0,
             }
         )
+        if embeddings:
+            conditioning = backbone.encode_prompt(backbone.params, rows[-1]["token_ids"])
+            for name, value in conditioning.items():
+                rows[-1][f"embeddings/{name}"] = np.asarray(value, np.float16)
     metadata = {"description": "random", "license": "none"}
-    records.write_pairs(path / f"round_{round_index:03d}/pairs", rows, metadata)
+    features = pair_features(embeddings={"encoder_hidden_states": (3, 6)} if embeddings else {})
+    write_pairs(path / f"round_{round_index:03d}/pairs", rows, metadata, features)
     return path
 
 
@@ -351,9 +357,22 @@ def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
 
 
 def test_a_finished_run_is_skipped(run, capsys, monkeypatch):
-    monkeypatch.setattr(records, "read_pairs", None)
+    monkeypatch.setattr(train, "read_pairs", None)
     train.main(make_config(), run)
     assert "skipped 5 of 5 steps already there" in capsys.readouterr().err
+
+
+def test_stored_embeddings_need_no_text_encoder(run, tmp_path, monkeypatch):
+    make_workdir(tmp_path, embeddings=True)
+    monkeypatch.setattr(TinyBackbone, "encode_prompt", None)
+    state, step, _ = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
+    for index, want in enumerate(metrics(run)[:2]):
+        state, got = step(state, index)
+        got = jax.device_get(got)
+        for name in ("loss", "chosen_error", "rejected_error"):
+            # float16 has 11 binary digits
+            assert got[name] == pytest.approx(want[name], rel=2**-10), name
+        assert got["chosen_error"] != want["chosen_error"]
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(run, tmp_path, monkeypatch):

@@ -79,6 +79,7 @@ class StableDiffusion:
         kind: str = "",
         lora: Sequence[tuple[str, float]] = (),
         attention: str = "auto",
+        only: Sequence[str] = (),
     ) -> "StableDiffusion":
         """Loads a checkpoint; every part is looked at before the first tensor is read.
 
@@ -92,6 +93,7 @@ class StableDiffusion:
             kind: of a single file that does not tell: one of data/skeletons.py.
             lora: (path, scale) of LoRA files, whose products are added to the weights.
             attention: one of models/attention.py's KERNELS.
+            only: the networks whose parameters are read, where not all are needed.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -109,6 +111,8 @@ class StableDiffusion:
         shardings = functools.partial(infer_shardings, mesh=mesh, rules=rules) if mesh else None
         params = {}
         for name, each in fitted.items():
+            if only and name not in only:
+                continue
             params[name] = each.read(
                 param_dtype=jnp.dtype(param_dtype),
                 shardings=shardings,

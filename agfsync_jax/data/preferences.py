@@ -6,6 +6,7 @@ Pure functions of numpy arrays: no images, no files, nothing drawn at random but
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,28 +14,59 @@ from typing import NamedTuple
 import numpy as np
 
 NORMALIZATIONS = ("none", "zscore", "rank", "minmax")
-STRATEGIES = ("best_worst", "all_above_margin")
-# What pair.json counts: pairs kept and prompts there were; pairs dropped as ties, for their margin
-# and by the limit; candidates with a score that is not finite; prompts with fewer than two others.
-COUNTS = ("pairs", "prompts", "ties", "margin", "limit", "nonfinite", "too_few")
+STRATEGIES = ("best_worst", "all_above_margin", "top_k_bottom_k", "ranked")
+# What pair.json counts, each dropped thing once, under the first reason that holds.
+COUNTS = {
+    "pairs": "pairs (or rankings) kept",
+    "prompts": "prompts there were",
+    "few_questions": "prompts with fewer questions than the minimum",
+    "too_few": "prompts without two images that count",
+    "unanswered": "candidates with a question that could not be answered",
+    "nonfinite": "candidates with a score that is not finite",
+    "ties": "ties",
+    "margin": "below the margin",
+    "limit": "above the limit a prompt",
+    "unlabelled": "imported rows without a label",
+    "empty_captions": "imported rows without a caption",
+    "bad_images": "imported rows with an image that cannot be decoded",
+}
+# What config.pair.columns names, of an imported set.
+IMPORTED = ("caption", "first", "second", "label")
 # Scores are float32: values that differ by less are one value, or zscore would blow noise up.
 _ROUNDING = 1e-6
 
 
+class Scored(NamedTuple):
+    """The scores of a shard's candidates, a row each, and what is known of their questions."""
+
+    prompt_ids: Sequence[str]  # [n]
+    candidates: Sequence[int]  # [n]
+    columns: Mapping[str, np.ndarray]  # float [n] each, NaN where there is no score
+    # (prompt id, candidate) of those that a scorer could not ask all of their questions
+    unanswered: frozenset[tuple[str, int]] = frozenset()
+    num_questions: Mapping[str, int] = {}  # that each prompt was asked
+
+
 class Choice(NamedTuple):
-    """A pair before its images are looked up."""
+    """Candidates of one prompt in order of preference, before their images are looked up.
+
+    Of two candidates the first is chosen and the second rejected; more are a ranking.
+    """
 
     shard: str
     prompt_id: str
-    chosen: int
-    rejected: int
-    chosen_score: float
-    rejected_score: float
+    candidates: tuple[int, ...]  # best first
+    scores: tuple[float, ...]
 
     @property
     def pair_id(self) -> str:
-        """The same, whichever of the two is chosen."""
-        return f"{self.prompt_id}-{min(self[2:4])}-{max(self[2:4])}"
+        """The same, whatever the order."""
+        return "-".join([self.prompt_id, *map(str, sorted(self.candidates))])
+
+    @property
+    def margin(self) -> float:
+        """How much higher the first one's score is than the last one's."""
+        return self.scores[0] - self.scores[-1]
 
 
 def normalize(scores: np.ndarray, method: str) -> np.ndarray:
@@ -69,7 +101,7 @@ def combine(columns: dict[str, np.ndarray], weights: dict[str, float], method: s
 def same(columns: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
     """bool [n, n]: which candidates have the same raw scores in every column that has a weight."""
     weighted = [columns[name] for name in weights]
-    close = [np.isclose(x[:, None], x[None, :], rtol=_ROUNDING, atol=0) for x in weighted]
+    close = [np.abs(x[:, None] - x[None]) <= _ROUNDING * np.abs(x[None]) for x in weighted]
     return np.logical_and.reduce(close)
 
 
@@ -78,14 +110,18 @@ def select(
     tied: np.ndarray,
     *,
     strategy: str,
+    k: int = 2,
     min_margin: float = 0.0,
     max_pairs: int = 0,
-) -> tuple[list[tuple[int, int]], Counter]:
-    """Picks (chosen, rejected) among one prompt's candidates.
+) -> tuple[list[tuple[int, ...]], Counter]:
+    """Picks (chosen, rejected) among one prompt's candidates, or ranks them.
 
-    best_worst: the highest score against the lowest. all_above_margin: every pair of candidates,
-    the largest margins first, at most `max_pairs` of them (0: no limit). Of equal scores the first
-    candidate counts as the higher.
+    best_worst: the highest score against the lowest. top_k_bottom_k: each of the `k` highest
+    against each of the `k` lowest, k being cut to half of the candidates. all_above_margin: every
+    pair of candidates. The largest margins come first, at most `max_pairs` of them (0: no limit).
+    ranked: one tuple of all candidates, best first, whose margin is that of the best and the worst.
+    Of equal scores the first candidate counts as the higher, or as the lower where the lowest is
+    looked for.
 
     Args:
         scores: [n], finite, n >= 2.
@@ -95,25 +131,26 @@ def select(
         the pairs, and how many were dropped as "ties", for their "margin", and by the "limit".
     """
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable
-    if strategy == "best_worst":
-        pairs = [(order[0], min(order[1:], key=lambda i: scores[i]))]
+    if strategy == "ranked":
+        found = [tuple(order)]
     elif strategy == "all_above_margin":
-        pairs = sorted(
-            itertools.combinations(order, 2), key=lambda pair: scores[pair[1]] - scores[pair[0]]
-        )
+        found = itertools.combinations(order, 2)
+    elif strategy in ("best_worst", "top_k_bottom_k"):
+        k = 1 if strategy == "best_worst" else min(k, len(order) // 2)
+        found = itertools.product(order[:k], sorted(order[k:], key=lambda i: scores[i])[:k])
     else:
         raise ValueError(f"config.pair.strategy={strategy!r}: expected {' | '.join(STRATEGIES)}.")
     kept, dropped = [], Counter()
-    for chosen, rejected in pairs:
-        margin = scores[chosen] - scores[rejected]
-        if tied[chosen, rejected] or margin <= 0:
+    for each in sorted(found, key=lambda each: scores[each[-1]] - scores[each[0]]):
+        margin = scores[each[0]] - scores[each[-1]]
+        if tied[each[0], each[-1]] or margin <= 0:
             dropped["ties"] += 1
         elif margin < min_margin:
             dropped["margin"] += 1
         elif max_pairs and len(kept) == max_pairs:
             dropped["limit"] += 1
         else:
-            kept.append((chosen, rejected))
+            kept.append(each)
     return kept, dropped
 
 
@@ -124,21 +161,52 @@ def check_settings(settings) -> None:
             raise ValueError(
                 f"config.pair.{key}={settings[key]!r}: expected {' | '.join(allowed)}."
             )
+    for key, least in (("min_margin", 0), ("max_pairs", 0), ("min_questions", 0), ("k", 1)):
+        if not settings[key] >= least:
+            raise ValueError(f"config.pair.{key}={settings[key]}: expected {least} or more.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", settings.license):
+        raise ValueError(
+            f"config.pair.license={settings.license!r}: expected the name that the Hugging Face"
+            ' Hub has for it, such as "cc-by-4.0" or "other".'
+        )
+    if settings.strategy == "ranked":
+        for key in ("shuffle_labels", "path"):
+            if settings[key]:
+                raise ValueError(
+                    f"config.pair.{key}={settings[key]!r} makes pairs, and"
+                    " config.pair.strategy='ranked' none: set another strategy."
+                )
+    if settings.path:
+        _check_import(settings)
+        return
     weights = settings.weights.to_dict()
     if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
         raise ValueError(f"config.pair.weights={weights}: expected numbers, one at least not 0.")
-    for key in ("min_margin", "max_pairs"):
-        if not settings[key] >= 0:
-            raise ValueError(f"config.pair.{key}={settings[key]}: expected 0 or more.")
+
+
+def _check_import(settings) -> None:
+    columns = settings.columns.to_dict()
+    names = list(columns.values())
+    if set(columns) != set(IMPORTED) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(
+            f"config.pair.columns={columns}: expected a column's name for each of"
+            f" {', '.join(IMPORTED)}, and no others."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.pair.columns={columns}: expected a different column for each.")
+    if not settings.max_rows >= 0:
+        raise ValueError(f"config.pair.max_rows={settings.max_rows}: expected 0 or more.")
+    if not 0 <= settings.max_bad <= 1:
+        raise ValueError(f"config.pair.max_bad={settings.max_bad}: expected 0 to 1.")
 
 
 def choose(
-    scores: Mapping[str, Sequence[Mapping]], prompts: Mapping[str, str], settings
+    scores: Mapping[str, Scored], prompts: Mapping[str, str], settings
 ) -> tuple[list[Choice], dict[str, int]]:
     """Picks the pairs of all prompts.
 
     Args:
-        scores: shard -> its rows {prompt_id, candidate, one key a column}.
+        scores: shard -> its scores.
         prompts: prompt id -> text.
         settings: `config.pair`.
 
@@ -152,64 +220,71 @@ def choose(
     weights = {name: weight for name, weight in settings.weights.items() if weight}
     counts = Counter(dict.fromkeys(COUNTS, 0), prompts=len(prompts), too_few=len(prompts))
     choices, place = [], {}
-    for shard, rows in scores.items():
+    for shard, scored in scores.items():
+        if missing := [name for name in weights if name not in scored.columns]:
+            raise ValueError(
+                f"scores of shard {shard} have no column {missing[0]!r}, which"
+                f" config.pair.weights names; they have {', '.join(scored.columns) or 'none'}."
+            )
         groups = defaultdict(list)
-        for row in rows:
-            groups[row["prompt_id"]].append(row)
-        for prompt_id, group in groups.items():
+        for row, prompt_id in enumerate(scored.prompt_ids):
+            groups[prompt_id].append(row)
+        for prompt_id, rows in groups.items():
             if prompt_id not in prompts or prompt_id in place:
                 why = f"is in {place[prompt_id]} too" if prompt_id in place else "is not listed"
                 raise ValueError(f"scores of shard {shard}: prompt {prompt_id!r} {why}.")
             place[prompt_id] = shard
-            if missing := [name for name in weights if name not in group[0]]:
-                raise ValueError(
-                    f"scores of shard {shard} have no column {missing[0]!r}, which"
-                    f" config.pair.weights names; they have {', '.join(group[0])}."
-                )
-            found, counted = _choose_in_prompt(group, weights, settings)
+            if scored.num_questions.get(prompt_id, 0) < settings.min_questions:
+                counts.update(few_questions=1, too_few=-1)
+                continue
+            candidates = [scored.candidates[row] for row in rows]
+            columns = {name: np.asarray(scored.columns[name])[rows] for name in weights}
+            answered = np.array([(prompt_id, c) not in scored.unanswered for c in candidates])
+            found, counted = _choose_in_prompt(candidates, columns, answered, weights, settings)
             counts.update(counted)
-            choices += [Choice(shard, prompt_id, *pair) for pair in found]
+            choices += [Choice(shard, prompt_id, *each) for each in found]
     return choices, dict(counts)
 
 
 def _choose_in_prompt(
-    rows: Sequence[Mapping], weights: Mapping[str, float], settings
-) -> tuple[list[tuple[int, int, float, float]], Counter]:
-    """(chosen, rejected, chosen score, rejected score) of each pair, and what to add to counts."""
-    columns = {name: np.array([row[name] for row in rows], np.float64) for name in weights}
+    candidates: Sequence[int],
+    columns: Mapping[str, np.ndarray],
+    answered: np.ndarray,
+    weights: Mapping[str, float],
+    settings,
+) -> tuple[list[tuple[tuple[int, ...], tuple[float, ...]]], Counter]:
+    """(candidates, scores) of each pair, and what to add to counts."""
     finite = np.logical_and.reduce([np.isfinite(column) for column in columns.values()])
-    counts = Counter(nonfinite=int((~finite).sum()))
-    if finite.sum() < 2:
+    kept = answered & finite
+    counts = Counter(unanswered=int((~answered).sum()), nonfinite=int((answered & ~finite).sum()))
+    if kept.sum() < 2:
         return [], counts
-    columns = {name: column[finite] for name, column in columns.items()}
-    candidates = [row["candidate"] for row, kept in zip(rows, finite, strict=True) if kept]
+    columns = {name: column[kept] for name, column in columns.items()}
+    candidates = list(itertools.compress(candidates, kept))
     total = combine(columns, weights, settings.normalize).tolist()
-    pairs, dropped = select(
+    found, dropped = select(
         total,
         same(columns, weights),
         strategy=settings.strategy,
+        k=settings.k,
         min_margin=settings.min_margin,
         max_pairs=settings.max_pairs,
     )
-    counts.update(dropped, pairs=len(pairs), too_few=-1)  # one that is none of the too few
-    return [(candidates[i], candidates[j], total[i], total[j]) for i, j in pairs], counts
+    counts.update(dropped, pairs=len(found), too_few=-1)  # one that is none of the too few
+    picked = [(tuple(candidates[i] for i in e), tuple(total[i] for i in e)) for e in found]
+    return picked, counts
+
+
+def is_swapped(pair_id: str, seed: int, round_index: int) -> bool:
+    """True for a random half of all pairs, whatever other pairs there are."""
+    return not hashlib.sha256(f"{seed} {round_index} {pair_id}".encode()).digest()[0] % 2
 
 
 def shuffle_labels(choices: Sequence[Choice], seed: int, round_index: int) -> list[Choice]:
-    """A control: chosen and rejected change places in a random half of the pairs.
-
-    Which half follows from (seed, round, pair), whatever other pairs there are.
-    """
-
-    def shuffled(choice: Choice) -> Choice:
-        digest = hashlib.sha256(f"{seed} {round_index} {choice.pair_id}".encode()).digest()
-        if digest[0] % 2:
-            return choice
-        return choice._replace(
-            chosen=choice.rejected,
-            rejected=choice.chosen,
-            chosen_score=choice.rejected_score,
-            rejected_score=choice.chosen_score,
-        )
-
-    return [shuffled(choice) for choice in choices]
+    """A control: chosen and rejected change places in the half that `is_swapped`."""
+    return [
+        choice._replace(candidates=choice.candidates[::-1], scores=choice.scores[::-1])
+        if is_swapped(choice.pair_id, seed, round_index)
+        else choice
+        for choice in choices
+    ]

@@ -1,4 +1,4 @@
-"""Everything that stages leave on disk: TFRecord shards, preference pairs, JSONL, Parquet.
+"""Everything that stages leave on disk: TFRecord shards, JSONL, Parquet; pairs.py has the pairs.
 
 One feature table per kind of record serves writer and reader. A file takes its final name only
 when it is whole and on the disk, so what has a final name can be trusted and skipped. Shards are
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import glob
 import io
+import itertools
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-# name -> (dtype, shape). "str" is text, "png" an encoded image; a None dimension varies. A float16
-# array is stored as its bytes, and with several varying dimensions beside its shape (as TFDS does).
+# name -> (dtype, shape). "str" is text, "png" an encoded image (a list of them where the shape is
+# (None,)); a None dimension varies. A float16 array is stored as its bytes, and with several
+# varying dimensions beside its shape (as TFDS does).
 Features = Mapping[str, tuple[str, tuple[int | None, ...]]]
 
 CANDIDATE_FEATURES: Features = {
@@ -32,24 +34,6 @@ CANDIDATE_FEATURES: Features = {
     "image": ("png", ()),
     "latents": ("float16", (None, None, None)),
 }
-
-PAIR_FEATURES: Features = {
-    "pair_id": ("str", ()),
-    "prompt_id": ("str", ()),
-    "prompt": ("str", ()),
-    "token_ids": ("int32", (None,)),
-    "chosen_latents": ("float16", (None, None, None)),
-    "rejected_latents": ("float16", (None, None, None)),
-    "chosen_candidate": ("int32", ()),
-    "rejected_candidate": ("int32", ()),
-    "chosen_image": ("png", ()),
-    "rejected_image": ("png", ()),
-    "chosen_score": ("float32", ()),
-    "rejected_score": ("float32", ()),
-    "margin": ("float32", ()),
-}
-
-_PAIR_SHARD_BYTES = 64 << 20
 
 
 class RecordError(ValueError):
@@ -80,21 +64,20 @@ def write_file(path: str | Path, chunks: Sequence[bytes]) -> None:
     """
     path = Path(path)
     aside = path.with_name(path.name + ".aside")
-    with _explain_no_space(path, sum(len(chunk) for chunk in chunks)):
+    with explain_no_space(path, sum(len(chunk) for chunk in chunks)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
                 file.writelines(chunks)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
-            _sync_folder(path.parent)
+            rename(aside, path)
         finally:
             aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _explain_no_space(path: Path, needed: int) -> Iterator[None]:
+def explain_no_space(path: Path, needed: int) -> Iterator[None]:
     """Turns "no space left" into an error that says where and how much."""
     try:
         yield
@@ -104,22 +87,24 @@ def _explain_no_space(path: Path, needed: int) -> Iterator[None]:
         there = next(parent for parent in path.absolute().parents if parent.exists())
         raise OSError(
             error.errno,
-            f"No space left to write {path}: {_megabytes(needed)} are needed, "
-            f"{_megabytes(shutil.disk_usage(there).free)} are free. "
+            f"No space left to write {path}: {megabytes(needed)} are needed, "
+            f"{megabytes(shutil.disk_usage(there).free)} are free. "
             "Make room, then give the command again",
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def rename(aside: Path, path: Path) -> None:
+    """Gives a file or folder its final name, so that it lasts through a power cut."""
+    os.replace(aside, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """Bytes as text: "1.5 MB"."""
     return f"{size / 1e6:.1f} MB"
 
 
@@ -132,7 +117,7 @@ def write_shard(path: str | Path, rows: Iterable[Mapping[str, Any]], features: F
     Args:
       path: the file; its folder is made.
       rows: dicts with exactly the names of `features`.
-      features: `CANDIDATE_FEATURES`, `PAIR_FEATURES`, or a table like them.
+      features: `CANDIDATE_FEATURES`, or a table like it.
 
     Returns:
       The number of rows.
@@ -141,11 +126,16 @@ def write_shard(path: str | Path, rows: Iterable[Mapping[str, Any]], features: F
       ValueError: no rows, or a row that does not fit the table.
       OSError: no space left; see `write_file`.
     """
-    records = [_frame(_encode_row(row, features)) for row in rows]
+    records = [encode_record(row, features) for row in rows]
     if not records:
         raise ValueError(f"There are no rows for {path}: a shard holds at least one.")
     write_file(path, records)
     return len(records)
+
+
+def encode_record(row: Mapping[str, Any], features: Features) -> bytes:
+    """A row as it lies in a shard. Raises ValueError if it does not fit the table."""
+    return _frame(_encode_row(row, features))
 
 
 def read_shard(
@@ -271,9 +261,10 @@ def _encode_row(row: Mapping[str, Any], features: Features) -> bytes:
         value = row[name]
         if dtype in ("str", "png"):
             kind = str if dtype == "str" else bytes
-            if not isinstance(value, kind):
-                raise ValueError(f"{name} must be {kind.__name__}, got {type(value).__name__}.")
-            out[name].bytes_list.value.append(value.encode() if dtype == "str" else value)
+            for each in value if shape else [value]:
+                if not isinstance(each, kind):
+                    raise ValueError(f"{name} must be {kind.__name__}, got {type(each).__name__}.")
+                out[name].bytes_list.value.append(each.encode() if dtype == "str" else each)
             continue
         array = np.asarray(value)
         _check_array(name, array, dtype, shape)
@@ -324,6 +315,8 @@ def _decode_field(stored: Any, name: str, dtype: str, shape: tuple[int | None, .
     feature = stored[key]
     if dtype in ("str", "png", "float16"):
         values = feature.bytes_list.value
+        if dtype != "float16" and shape:
+            return [value.decode() if dtype == "str" else value for value in values]
         if len(values) != 1:
             raise ValueError(f"field {name} has {len(values)} values, expected 1 of bytes")
         if dtype != "float16":
@@ -339,201 +332,6 @@ def _decode_field(stored: Any, name: str, dtype: str, shape: tuple[int | None, .
             raise ValueError(f"field {name} has {array.size} values, expected 1")
         return array.item()
     return array.reshape([-1 if dim is None else dim for dim in shape])
-
-
-# Preference pairs
-
-
-def write_pairs(
-    folder: str | Path, rows: Iterable[Mapping[str, Any]], metadata: Mapping[str, Any]
-) -> int:
-    """Writes preference pairs as a TFDS dataset with a dataset card, whole or not at all.
-
-    `tfds.builder_from_directory(folder).as_dataset(split="train")` reads it.
-
-    Args:
-      folder: must not exist yet.
-      rows: dicts with exactly the names of `PAIR_FEATURES`.
-      metadata: what the card tells: "description" and "license" as they are, all else as a table.
-
-    Returns:
-      The number of pairs.
-
-    Raises:
-      FileExistsError: the folder is there.
-      ValueError: no rows, or a row that does not fit the table.
-      OSError: no space left; see `write_file`.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already. Remove it to make the pairs anew.")
-    aside = folder.with_name(folder.name + ".aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        lengths, num_bytes = _write_pair_shards(aside, rows)
-        if not lengths:
-            raise ValueError(f"There are no pairs to write to {folder}.")
-        with _explain_no_space(folder, num_bytes):
-            _write_tfds_metadata(aside, lengths, num_bytes, metadata)
-        card = _dataset_card(sum(lengths), num_bytes, metadata)
-        write_file(aside / "README.md", [card.encode()])
-        os.replace(aside, folder)
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return sum(lengths)
-
-
-def _pair_shard(index: int) -> str:
-    return f"pairs-train.tfrecord-{index:05d}"
-
-
-def _write_pair_shards(folder: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[list[int], int]:
-    """Writes shards of about 64 MB; returns the rows of each and the bytes of all."""
-    lengths: list[int] = []
-    num_bytes = 0
-    pending: list[bytes] = []
-
-    def flush() -> None:
-        write_file(folder / _pair_shard(len(lengths)), pending)
-        lengths.append(len(pending))
-        pending.clear()
-
-    for row in rows:
-        pending.append(_frame(_encode_row(row, PAIR_FEATURES)))
-        num_bytes += len(pending[-1])
-        if sum(map(len, pending)) >= _PAIR_SHARD_BYTES:
-            flush()
-    if pending:
-        flush()
-    return lengths, num_bytes
-
-
-def _write_tfds_metadata(
-    folder: Path, lengths: list[int], num_bytes: int, metadata: Mapping[str, Any]
-) -> None:
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder,
-        dataset_name="pairs",
-        split="train",
-        filetype_suffix="tfrecord",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
-    )
-    split = tfds.core.SplitInfo(
-        name="train", shard_lengths=lengths, num_bytes=num_bytes, filename_template=template
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features={name: _tfds_feature(*entry) for name, entry in PAIR_FEATURES.items()},
-        split_infos=[split],
-        filename_template=template,
-        check_data=False,
-        description=str(metadata.get("description", "Preference pairs of images.")),
-        license=str(metadata.get("license", "other")),
-    )
-
-
-def _tfds_feature(dtype: str, shape: tuple[int | None, ...]) -> Any:
-    import tensorflow_datasets as tfds
-
-    if dtype == "str":
-        return tfds.features.Text()
-    if dtype == "png":
-        return tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-    encoding = "bytes" if dtype == "float16" else "none"
-    return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding=encoding)
-
-
-def _dataset_card(num_pairs: int, num_bytes: int, metadata: Mapping[str, Any]) -> str:
-    license_name = metadata.get("license", "other")
-    lines = [
-        "---",
-        f"license: {license_name}",
-        "task_categories: [text-to-image]",
-        "tags: [preference, diffusion-dpo, agfsync]",
-        "---",
-        "# Preference pairs",
-        "",
-        str(metadata.get("description", "Preference pairs of images made with AI feedback only.")),
-        "",
-        f"{num_pairs} pairs, {_megabytes(num_bytes)}, split `train`, license: {license_name}.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    for key, value in metadata.items():
-        if key not in ("description", "license"):
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            lines.append(f"| {key} | {text} |".replace("\n", " "))
-    lines += ["", "| field | dtype | shape |", "|---|---|---|"]
-    for name, (dtype, shape) in PAIR_FEATURES.items():
-        lines.append(f"| {name} | {dtype} | {list(shape)} |")
-    lines += [
-        "",
-        "```python",
-        "import tensorflow_datasets as tfds",
-        'dataset = tfds.builder_from_directory("path/to/this/folder").as_dataset(split="train")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def read_pairs(folder: str | Path, fields: Sequence[str] | None = None) -> dict[str, Any]:
-    """Reads all pairs into memory, without TensorFlow.
-
-    Args:
-      folder: what `write_pairs` made.
-      fields: the names to read; all by default. Latents and images are what takes the memory.
-
-    Returns:
-      name -> numpy array with one row per pair; a list for texts and PNG bytes.
-
-    Raises:
-      FileNotFoundError: no pairs there.
-      RecordError: a damaged or missing shard.
-      ValueError: pairs whose latents or token ids differ in shape.
-    """
-    folder = Path(folder)
-    info = folder / "dataset_info.json"
-    if not info.is_file():
-        raise FileNotFoundError(
-            f"No pairs in {folder}: {info.name} is missing. Run `agfsync pair`."
-        )
-    try:
-        lengths = json.loads(info.read_bytes())["splits"][0]["shardLengths"]
-    except (ValueError, LookupError) as error:
-        raise RecordError(info, None, f"no split with shardLengths ({error})") from error
-    rows: list[dict[str, Any]] = []
-    for index, length in enumerate(lengths):
-        path = folder / _pair_shard(index)
-        if not path.is_file():
-            raise RecordError(path, None, "the file is missing")
-        rows.extend(read_shard(path, PAIR_FEATURES, fields, num_rows=int(length)))
-    names = PAIR_FEATURES if fields is None else fields
-    return {name: _stack(name, [row[name] for row in rows]) for name in names}
-
-
-def _stack(name: str, values: list[Any]) -> Any:
-    dtype, _ = PAIR_FEATURES[name]
-    if dtype in ("str", "png"):
-        return values
-    shapes = {np.shape(value) for value in values}
-    if len(shapes) > 1:
-        raise ValueError(f"Pairs differ in the shape of {name}: {sorted(shapes)}.")
-    return np.array(values, dtype)
-
-
-def repair_pairs(folder: str | Path) -> bool:
-    """Drops a pairs folder if it is damaged, so that it is made anew; whether it was dropped."""
-    try:
-        read_pairs(folder, ["pair_id"])
-    except RecordError:
-        shutil.rmtree(folder)
-        return True
-    return False
 
 
 # Tables
@@ -578,17 +376,29 @@ def read_parquet(path: str | Path) -> list[dict[str, Any]]:
       FileNotFoundError: no such file.
       RecordError: a file that is cut off or corrupt.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     paths = [str(path)] if os.path.exists(path) else sorted(glob.glob(str(path)))
     if not paths:
         raise FileNotFoundError(f"No Parquet file at {path}.")
-    rows: list[dict[str, Any]] = []
-    for name in paths:
-        data = io.BytesIO(Path(name).read_bytes())
-        try:
-            rows.extend(pq.read_table(data, page_checksum_verification=True).to_pylist())
-        except (pa.ArrowException, OSError) as error:  # Arrow says OSError for damaged pages
-            raise RecordError(name, None, f"no readable Parquet table ({error})") from error
-    return rows
+    return list(itertools.chain.from_iterable(read_table(name).to_pylist() for name in paths))
+
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
+    """Reads one file as a pyarrow.Table; all columns by default, in the file's order.
+
+    Raises:
+      FileNotFoundError: no such file.
+      RecordError: a file that is cut off or corrupt.
+      ValueError: a column that it lacks.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = io.BytesIO(Path(path).read_bytes())
+    try:
+        file = pq.ParquetFile(data, page_checksum_verification=True)
+        there = file.schema_arrow.names
+        if missing := [name for name in columns or () if name not in there]:
+            raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(there)}.")
+        return file.read(columns)
+    except (pa.ArrowException, OSError) as error:  # Arrow says OSError for damaged pages
+        raise RecordError(path, None, f"no readable Parquet table ({error})") from error

@@ -183,9 +183,20 @@ def _path(xs, ys, to_x, to_y, color, width, opacity) -> str:
 
 
 def histogram(
-    title: str, groups: dict, *, bins: int = 12, x_format=number, mean_format=number, colors=COLORS
+    title: str,
+    groups: dict,
+    *,
+    bins: int = 12,
+    x_format=number,
+    mean_format=number,
+    colors=COLORS,
+    outlined=(),
 ) -> str:
-    """Shares of each group's values in common bins, bars side by side, a mark at each mean."""
+    """Shares of each group's values in common bins, with their means.
+
+    Bars stand side by side; the groups that `outlined` names are lines over them, and the mean is
+    then a bare number in the legend, as there are more names.
+    """
     groups = {name: np.asarray(v, np.float64) for name, v in groups.items()}
     groups = {name: v[np.isfinite(v)] for name, v in groups.items()}
     groups = {name: v for name, v in groups.items() if v.size}
@@ -198,19 +209,74 @@ def histogram(
     y_ticks = ticks(0.0, float(max(s.max() for s in shares.values())), 3)
     height, top, bottom = 210, 54, 186
     parts, to_x, to_y = _axes(x_ticks, y_ticks, "", x_format, percent, top, bottom)
-    legend, count = [], len(groups)
+    legend, barred = [], [name for name in groups if name not in outlined]
     for i, (name, share) in enumerate(shares.items()):
         color = colors[i % len(colors)]
-        legend.append((f"{name} (mean {mean_format(groups[name].mean())})", color))
+        mean = mean_format(groups[name].mean())
+        legend.append((f"{name} {mean}" if outlined else f"{name} (mean {mean})", color))
+        if name in outlined:
+            heights = [0.0, *np.repeat(share, 2), 0.0]
+            parts.append(_path(np.repeat(edges, 2), heights, to_x, to_y, color, 2, 1))
+            continue
         for left, right, value in zip(edges[:-1], edges[1:], share, strict=True):
             x0, x1 = to_x(left) + 1, to_x(right) - 1
-            width = (x1 - x0) / count
+            width, place = (x1 - x0) / len(barred), barred.index(name)
             if value:
                 parts.append(
-                    f'<rect x="{x0 + i * width:.1f}" y="{to_y(value):.1f}" width="{width:.1f}" '
-                    f'height="{bottom - to_y(value):.1f}" fill="{color}"/>'
+                    f'<rect x="{x0 + place * width:.1f}" y="{to_y(value):.1f}" '
+                    f'width="{width:.1f}" height="{bottom - to_y(value):.1f}" fill="{color}"/>'
                 )
     return _svg(title, height, parts, legend)
+
+
+def bar_chart(title: str, labels: list[str], groups: dict, *, colors=COLORS[1:]) -> str:
+    """Counts, groups = {name: one count a label}: bars side by side, a number on each."""
+    if not labels:
+        return ""
+    y_ticks = ticks(0.0, float(max(max(counts) for counts in groups.values())), 3)
+    height, top, bottom = 210, 60, 186
+    parts, _, to_y = _axes([0, 1], y_ticks, "", lambda tick: "", number, top, bottom)
+    left = 10 + 6.4 * max(len(number(tick)) for tick in y_ticks)
+    pitch = (WIDTH - 12 - left) / len(labels)
+    width = min(0.8 * pitch / len(groups), 34)
+    for i, label in enumerate(labels):
+        middle = left + (i + 0.5) * pitch
+        parts.append(_text(middle, bottom + 16, label))
+        for j, (counts, color) in enumerate(zip(groups.values(), colors, strict=False)):
+            x, y = middle + (j - len(groups) / 2) * width, to_y(counts[i])
+            parts.append(
+                f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
+                f'height="{bottom - y:.1f}" fill="{color}"/>'
+            )
+            text = f"{counts[i]:,}"
+            if 5.6 * len(text) <= width:  # a number wider than its bar would run into the next
+                parts.append(_text(x + width / 2, y - 4, text, size=10, fill=INK))
+    return _svg(title, height, parts, [*zip(groups, colors, strict=False)])
+
+
+def share_chart(title: str, rows: list, *, colors=COLORS[1:]) -> str:
+    """Shares that add up to one as parts of a bar, rows = [(label, {name: share})]."""
+    if not rows:
+        return ""
+    pitch, top, left, right = 40, 46, 2, WIDTH - 2
+    names, middle, bottom = list(rows[0][1]), (left + right) / 2, top + pitch * len(rows)
+    parts = [_line(middle, top + 14, middle, bottom - 5, FAINT, 1, "2 2")]  # shows between bars
+    for i, (label, shares) in enumerate(rows):
+        y, x = top + pitch * i, float(left)
+        parts.append(_text(left, y + 12, label, anchor="start", size=11.5, fill=INK))
+        for name, color in zip(names, colors, strict=False):
+            width = shares[name] * (right - left)
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y + 18:.1f}" width="{width:.1f}" height="15" '
+                f'fill="{color}"/>'
+            )
+            text = percent(round(shares[name], 2))
+            if width > 8 + 6 * len(text):
+                parts.append(
+                    _text(x + width / 2, y + 29.5, text, size=10.5, fill="#fff", bold=True)
+                )
+            x += width
+    return _svg(title, bottom, parts, [*zip(names, colors, strict=False)])
 
 
 def dot_chart(

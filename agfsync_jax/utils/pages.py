@@ -53,20 +53,42 @@ td small { display: block; white-space: nowrap; font-weight: 400; }
 td:first-child small { white-space: normal; max-width: 40ch; line-height: 1.3; }
 .caption { font-weight: 600; font-size: .94rem; margin: 0 0 8px; line-height: 1.3;
   min-height: 2.6em; }
-.duo { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
+.duo, .quartet { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
+.quartet { grid-template-columns: repeat(4, 1fr); }
 figure { margin: 0; }
 figcaption { font-size: .8rem; line-height: 1.35; color: var(--faint); padding-top: 4px; }
 figcaption b { display: block; }
 .base b { color: var(--base); }
 .tuned b { color: var(--tuned); }
-.chosen b { color: var(--up); }
-.rejected b { color: var(--down); }
+.chosen b, .best b { color: var(--up); }
+.rejected b, .worst b { color: var(--down); }
+.gone { aspect-ratio: 1; display: grid; place-items: center; border-radius: 6px;
+  background: #eef1f5; color: var(--faint); font-size: .8rem; }
 img { width: 100%; height: auto; display: block; border-radius: 6px; background: #eef1f5; }
 img.crisp { image-rendering: pixelated; }
 table.answers { font-size: .82rem; margin-top: 8px; }
 .answers td, .answers th { padding: 4px 0 4px 8px; line-height: 1.3; }
 .answers td:first-child, .answers th:first-child { padding-left: 0; }
 .answers td + td, .answers th + th { width: 4.2em; text-align: left; }
+.wide-answers td + td, .wide-answers th + th { width: 5.6em; }
+.counts td, .counts th { padding: 5px 0 5px 8px; border: 0; font-size: .88rem; line-height: 1.3; }
+.counts td:first-child { padding-left: 0; }
+.counts td + td, .counts th + th { width: 1%; white-space: nowrap; }
+.counts th { font-size: .78rem; }
+.counts td:last-child { color: var(--faint); }
+.counts svg { margin-top: 3px; }
+.heats th, .heats td { border: 0; padding: 2px; text-align: center; vertical-align: middle; }
+.heats td:first-child { font-size: .86rem; text-align: left; padding-right: 8px; }
+.heat { border-radius: 6px; padding: 9px 4px; background: #f5f7fa; }
+.strips td { vertical-align: middle; padding: 5px 8px; }
+.strips th { padding: 5px 8px; }
+.strips td:first-child { line-height: 1.25; }
+.strips td + td, .strips th + th { white-space: nowrap; }
+.strips th:nth-child(2), .strips td:nth-child(2) { width: 45%; text-align: center; }
+.strip { position: relative; height: 14px; border-radius: 7px; margin: 0 7px;
+  background: linear-gradient(#fff 6px, var(--line) 6px, var(--line) 8px, #fff 8px); }
+.strip i { position: absolute; top: 0; width: 14px; height: 14px; margin-left: -7px;
+  border-radius: 50%; border: 2px solid #fff; }
 details { margin-top: 6px; }
 summary { cursor: pointer; color: var(--tuned); font-size: .86rem; }
 pre { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 12px;
@@ -74,6 +96,9 @@ pre { background: #fff; border: 1px solid var(--line); border-radius: 12px; padd
 svg { width: 100%; height: auto; display: block; }
 ul { padding-left: 1.2em; margin: 6px 0; }
 @media (max-width: 480px) {
+  .strips td, .strips th { padding: 5px 3px; font-size: .8rem; }
+  .strips th:nth-child(2), .strips td:nth-child(2) { width: 35%; }
+  .strips th:nth-child(3), .strips td:nth-child(3) { display: none; }
   h2 { margin-top: 36px; }
   .card { padding: 12px; }
   th, td { padding: 7px 3px; }
@@ -124,26 +149,38 @@ def table(header, rows, *, css: str = "") -> str:
     return f'<table class="{css}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
 
 
-def image(png: bytes, alt: str, *, max_side: int = 192) -> str:
-    """An <img> that holds its PNG: shrunk when larger, with hard pixels when below 128 px."""
+def image(png: bytes, alt: str, *, max_side: int = 192, photo: bool = False) -> str:
+    """An <img> that holds its picture: shrunk when larger, with hard pixels when below 128 px.
+
+    What is not below 128 px is kept as a JPEG where `photo` says so, a fifth of a PNG.
+    """
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    crisp = ' class="crisp"' if max(picture.size) < 128 else ""
+    is_small = max(picture.size) < 128
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    stream, kind = io.BytesIO(), "jpeg" if photo and not is_small else "png"
+    picture.save(stream, kind, optimize=True, quality=90)
+    uri = f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode("ascii")
     width, height = picture.size
+    crisp = ' class="crisp"' if is_small else ""
     return f'<img{crisp} src="{uri}" width="{width}" height="{height}" alt="{escape(alt)}">'
 
 
-def duo(caption: str, first: tuple, second: tuple, below: str = "") -> str:
-    """Two images of one prompt: each (base, tuned, chosen or rejected; PNG bytes; HTML below)."""
-    figures = "".join(
-        f'<figure class="{name}">{image(png, f"{name}: {caption}")}'
-        f"<figcaption><b>{name}</b>{scores}</figcaption></figure>"
-        for name, png, scores in (first, second)
+def figures(caption: str, sides, below: str = "") -> str:
+    """Images of one prompt side by side, two or, of more, up to four in a row.
+
+    Args:
+        caption: escaped here.
+        sides: (name, HTML of the image, HTML below it) each; the name's first word is its class:
+            base, tuned, chosen, rejected, best, worst.
+        below: HTML under all of them.
+    """
+    shown = "".join(
+        f'<figure class="{escape(name.split()[0])}">{picture}'
+        f"<figcaption><b>{escape(name)}</b>{text}</figcaption></figure>"
+        for name, picture, text in sides
     )
-    return f'<p class="caption">{escape(caption)}</p><div class="duo">{figures}</div>{below}'
+    css = "duo" if len(sides) == 2 else "quartet"
+    return f'<p class="caption">{escape(caption)}</p><div class="{css}">{shown}</div>{below}'
 
 
 def contact_sheet(groups: list, *, columns: int = 4, tile: int = 128) -> Image.Image:

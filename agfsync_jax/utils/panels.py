@@ -25,14 +25,19 @@ METRICS = {
         ".3f",
     ),
 }
-# pair.json: what was kept, and what was dropped for which reason
+# pair.json: of what, and what became of it
 COUNTED = {
-    "pairs": "pairs kept",
-    "ties": "ties dropped",
-    "margin": "dropped for a small margin",
-    "limit": "dropped beyond the limit a prompt",
-    "nonfinite": "candidates with a score that is not finite",
-    "too_few": "prompts with too few candidates",
+    "pairs": ("pairs", "kept"),
+    "ties": ("pairs", "without a difference"),
+    "margin": ("pairs", "below the smallest margin"),
+    "limit": ("pairs", "beyond the limit a prompt"),
+    "few_questions": ("prompts", "with too few questions"),
+    "too_few": ("prompts", "with less than two images that count"),
+    "unanswered": ("images", "with a question that has no answer"),
+    "nonfinite": ("images", "with a score that is not finite"),
+    "unlabelled": ("rows", "without a label"),
+    "empty_captions": ("rows", "without a caption"),
+    "bad_images": ("rows", "with an image that cannot be decoded"),
 }
 KEYS = ("prompt_id", "candidate", "seed")
 
@@ -67,7 +72,7 @@ def between(metric: str, interval: dict, *, signed: bool = False) -> str:
     return f"{low.removesuffix(cut)} {'to' if signed else '–'} {high.removesuffix(cut)}"
 
 
-def _axis(metric: str):
+def axis(metric: str):
     """How the ticks of an axis of this metric are written."""
     return charts.percent if METRICS.get(metric, ("", ""))[1] == "%" else charts.number
 
@@ -138,14 +143,21 @@ def headline(base: dict, tuned: dict, delta: dict, win_rate: dict, images: list[
     )
 
 
-def answer_table(base: list[dict], tuned: list[dict], shown: int = 6) -> str:
-    """Every question of a prompt, with the answer expected, and how each model's image did.
+def answer_table(
+    first: list[dict],
+    second: list[dict],
+    names: tuple[str, str] = ("base", "tuned"),
+    shown: int = 6,
+) -> str:
+    """Every question of a prompt, with the answer expected, and what was said of its two images.
 
     A tick, or a cross and the wrong answer. Questions on which the two differ come first, then
     wrong ones; what exceeds `shown` is folded.
     """
 
     def mark(row: dict) -> str:
+        if row["answer"] is None:
+            return '<span class="faint">no answer</span>'
         if row["correct"]:
             return '<span class="yes">✓</span>'
         return f'<span class="no">✗</span> {pages.escape(row["answer"])}'
@@ -155,14 +167,14 @@ def answer_table(base: list[dict], tuned: list[dict], shown: int = 6) -> str:
         return f'{pages.escape(row["question"])} <span class="faint">{expected}</span>'
 
     def rank(both: tuple[dict, dict]) -> tuple[bool, bool]:
-        first, second = (bool(row["correct"]) for row in both)
-        return first == second, second
+        one, other = (bool(row["correct"]) for row in both)
+        return one == other, other
 
-    pairs = sorted(zip(base, tuned, strict=True), key=rank)
-    rows = [(ask(b), mark(b), mark(t)) for b, t in pairs]
+    pairs = sorted(zip(first, second, strict=True), key=rank)
+    rows = [(ask(a), mark(a), mark(b)) for a, b in pairs]
     if not rows:
         return ""
-    header = ("question and answer", "base", "tuned")
+    header = ("question and answer", *names)
     text = pages.table(header, rows[:shown], css="answers")
     if rows[shown:]:
         rest = pages.table(header, rows[shown:], css="answers")
@@ -200,9 +212,10 @@ def _picture_cards(examples: list[dict]) -> str:
                 for metric in metric_names([side["scores"]])
                 if metric not in ("referee_strict", "vqa") or (metric == "vqa" and not right)
             ]
-            sides.append((name, side["png"], "<br>".join(lines)))
+            picture = pages.image(side["png"], f"{name}: {example['prompt']}")
+            sides.append((name, picture, "<br>".join(lines)))
         answers = answer_table(example["base"]["answers"], example["tuned"]["answers"])
-        items.append(pages.duo(example["prompt"], *sides, answers))
+        items.append(pages.figures(example["prompt"], sides, answers))
     return pages.cards(items, small=True)
 
 
@@ -248,7 +261,7 @@ def distributions(base: list[dict], tuned: list[dict]) -> str:
             chart = charts.histogram(
                 metric,
                 groups,
-                x_format=_axis(metric),
+                x_format=axis(metric),
                 mean_format=functools.partial(number, metric),
             )
             items.append(chart)
@@ -314,7 +327,7 @@ def pairs(groups: dict[str, list[dict]], counts: dict, label: str) -> str:
     )
     if not body:
         return ""
-    told = [f"{counts[key]:,} {text}" for key, text in COUNTED.items() if counts.get(key)]
+    told = [f"{counts[key]:,} {' '.join(text)}" for key, text in COUNTED.items() if counts.get(key)]
     note = f"Of {pages.escape(label)}. " + (f"{'; '.join(told)}." if told else "")
     return pages.section("What it learned from", body, note)
 
@@ -330,8 +343,9 @@ def _pair_cards(found: list[dict]) -> str:
                 for metric in metric_names([scores])
             ]
             lines.append(f"total {pair[f'{name}_score']:.3g}".replace("-", "−"))
-            sides.append((name, pair[f"{name}_image"], "<br>".join(lines)))
-        items.append(pages.duo(pair["prompt"], *sides))
+            picture = pages.image(pair[f"{name}_image"], f"{name}: {pair['prompt']}")
+            sides.append((name, picture, "<br>".join(lines)))
+        items.append(pages.figures(pair["prompt"], sides))
     return pages.cards(items, small=True)
 
 
@@ -350,7 +364,7 @@ def round_by_round(base: dict, rounds: dict) -> str:
                 {metric: (range(len(states)), means)},
                 bands={metric: (lows, highs)},
                 x_labels=list(states),
-                y_format=_axis(metric),
+                y_format=axis(metric),
             )
         )
     for metric in names:
@@ -392,17 +406,21 @@ def _cost_table(stages: dict[str, dict]) -> str:
     rows = []
     for verb, stage in stages.items():
         share = stage["seconds"] / total
-        bar = (
-            f'<svg viewBox="0 0 100 8" preserveAspectRatio="none" style="height:8px" '
-            f'aria-hidden="true"><rect width="{100 * share:.1f}" height="8" rx="2" '
-            f'fill="{charts.COLORS[1]}"/></svg>'
-        )
         speed = stage["items_per_second"]
         rate = (f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.3g}/s") if stage["items"] else "–"
         items = f"{stage['items']:,}"
-        rows.append((f"{pages.escape(verb)}{bar}", duration(stage["seconds"]), items, rate))
+        rows.append((f"{pages.escape(verb)}{bar(share)}", duration(stage["seconds"]), items, rate))
     rows.append(("<b>all</b>", f"<b>{duration(total)}</b>", "", ""))
     return pages.table(("Stage", "Time", "Items", "Rate"), rows)
+
+
+def bar(share: float, color: str = charts.COLORS[1]) -> str:
+    """A bar of this part of the width that is there, from 0 to 1."""
+    return (
+        f'<svg viewBox="0 0 100 8" preserveAspectRatio="none" style="height:8px" '
+        f'aria-hidden="true"><rect width="{100 * share:.1f}" height="8" rx="2" '
+        f'fill="{color}"/></svg>'
+    )
 
 
 def duration(seconds: float) -> str:

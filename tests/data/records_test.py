@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agfsync_jax.data import images, records
-from agfsync_jax.data.records import CANDIDATE_FEATURES, PAIR_FEATURES, RecordError
+from agfsync_jax.data.pairs import PAIR_FEATURES
+from agfsync_jax.data.records import CANDIDATE_FEATURES, RecordError
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,29 +24,6 @@ def candidates(n=5):
             "seed": 2**32 - 1 - i,
             "image": images.encode_png(rng.integers(0, 256, (8, 8, 3), np.uint8)),
             "latents": rng.normal(size=(2, 2, 4)).astype(np.float16),
-        }
-        for i in range(n)
-    ]
-
-
-def pairs(n=5, side=2):
-    rng = np.random.default_rng(1)
-    png = [images.encode_png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(2 * n)]
-    return [
-        {
-            "pair_id": f"p{i}/0",
-            "prompt_id": f"p{i}",
-            "prompt": "a réd circle",
-            "token_ids": np.arange(i, i + 7, dtype=np.int32),
-            "chosen_latents": rng.normal(size=(side, side, 4)).astype(np.float16),
-            "rejected_latents": rng.normal(size=(side, side, 4)).astype(np.float16),
-            "chosen_candidate": i,
-            "rejected_candidate": i + 1,
-            "chosen_image": png[2 * i],
-            "rejected_image": png[2 * i + 1],
-            "chosen_score": 0.1 * i,
-            "rejected_score": -0.5,
-            "margin": 0.1 * i + 0.5,
         }
         for i in range(n)
     ]
@@ -189,9 +167,6 @@ def test_no_space_left(tmp_path, monkeypatch):
         records.write_shard(path, candidates(), CANDIDATE_FEATURES)
     assert error.value.errno == errno.ENOSPC
     assert not list(path.parent.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        records.write_pairs(tmp_path / "pairs", pairs(), {})
-    assert not list(tmp_path.glob("pairs*"))
 
 
 def test_killed_writer_leaves_no_file_of_that_name(tmp_path):
@@ -206,87 +181,6 @@ def test_killed_writer_leaves_no_file_of_that_name(tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
     records.write_jsonl(tmp_path / "a.jsonl", [{"id": "p0"}])
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_pairs_there_and_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_PAIR_SHARD_BYTES", 1000)
-    folder = tmp_path / "round_000" / "pairs"
-    assert records.write_pairs(folder, iter(pairs()), {"license": "apache-2.0"}) == 5
-    assert len(list(folder.glob("*.tfrecord-*"))) > 1
-    assert [p.name for p in folder.parent.iterdir()] == ["pairs"]
-    back = records.read_pairs(folder)
-    assert list(back) == list(PAIR_FEATURES)
-    for name, (dtype, _) in PAIR_FEATURES.items():
-        wanted = [row[name] for row in pairs()]
-        if dtype in ("str", "png"):
-            assert back[name] == wanted
-        else:
-            assert back[name].dtype == dtype
-            np.testing.assert_array_equal(back[name], np.array(wanted, dtype))
-    assert list(records.read_pairs(folder, ["margin"])) == ["margin"]
-    with pytest.raises(FileExistsError):
-        records.write_pairs(folder, pairs(), {})
-
-
-def test_tfds_reads_pairs(tmp_path, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    monkeypatch.setattr(records, "_PAIR_SHARD_BYTES", 1000)
-    records.write_pairs(tmp_path / "pairs", pairs(), {"description": "How.", "license": "mit"})
-    builder = tfds.builder_from_directory(tmp_path / "pairs")
-    assert builder.name == "pairs"
-    assert builder.info.description.strip() == "How."
-    assert builder.info.splits["train"].num_examples == 5
-    examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
-    examples.sort(key=lambda example: example["chosen_candidate"])
-    for row, example in zip(pairs(), examples, strict=True):
-        assert set(example) == set(PAIR_FEATURES)
-        assert example["prompt"].decode() == row["prompt"]
-        assert example["chosen_latents"].dtype == np.float16
-        np.testing.assert_array_equal(example["rejected_latents"], row["rejected_latents"])
-        np.testing.assert_array_equal(example["token_ids"], row["token_ids"])
-        np.testing.assert_array_equal(
-            example["chosen_image"], images.decode_png(row["chosen_image"])
-        )
-        assert example["margin"] == np.float32(row["margin"])
-
-
-def test_dataset_card(tmp_path):
-    metadata = {
-        "description": "Made by a test.",
-        "license": "apache-2.0",
-        "weights": {"vqa": 1.0, "clip": 0.5},
-        "ties dropped": 7,
-    }
-    records.write_pairs(tmp_path / "pairs", pairs(), metadata)
-    card = (tmp_path / "pairs" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n")
-    for text in ("Made by a test.", "5 pairs", '| weights | {"vqa": 1.0, "clip": 0.5} |', "| 7 |"):
-        assert text in card
-
-
-def test_damaged_pairs_are_found_and_dropped_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_PAIR_SHARD_BYTES", 1000)
-    folder = tmp_path / "pairs"
-    with pytest.raises(FileNotFoundError, match="agfsync pair"):
-        records.read_pairs(folder)
-    for damage in (lambda p: p.write_bytes(p.read_bytes()[:-2]), lambda p: p.unlink()):
-        records.write_pairs(folder, pairs(), {})
-        assert not records.repair_pairs(folder)
-        damage(sorted(folder.glob("*.tfrecord-*"))[1])
-        with pytest.raises(RecordError, match="pairs-train.tfrecord-00001.*--repair"):
-            records.read_pairs(folder)
-        assert records.repair_pairs(folder)
-        assert not folder.exists()
-
-
-def test_pairs_of_several_shapes_and_no_pairs(tmp_path):
-    records.write_pairs(tmp_path / "pairs", pairs(1) + pairs(1, side=4), {})
-    with pytest.raises(ValueError, match="differ in the shape of chosen_latents"):
-        records.read_pairs(tmp_path / "pairs")
-    with pytest.raises(ValueError, match="no pairs"):
-        records.write_pairs(tmp_path / "none", [], {})
-    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
 
 
 def test_jsonl(tmp_path):
@@ -316,6 +210,24 @@ def test_parquet(tmp_path):
         records.read_parquet(tmp_path / "none-*.parquet")
 
 
+def test_columns_of_a_table(tmp_path):
+    rows = [{"prompt_id": f"p{i}", "candidate": i, "vqa": i / 3} for i in range(4)]
+    records.write_parquet(tmp_path / "a.parquet", rows)
+    table = records.read_table(tmp_path / "a.parquet", ["vqa", "prompt_id"])
+    assert table.column_names == ["vqa", "prompt_id"] and table.num_rows == 4
+    with pytest.raises(ValueError, match="no column 'clip'; it has prompt_id, candidate, vqa"):
+        records.read_table(tmp_path / "a.parquet", ["vqa", "clip"])
+
+
+def test_lists_of_images_and_texts(tmp_path):
+    features = {"images": ("png", (None,)), "names": ("str", (None,))}
+    row = {"images": [b"a", b"bc"], "names": ["é"]}
+    records.write_shard(tmp_path / "a.tfrecord", [row], features)
+    assert list(records.read_shard(tmp_path / "a.tfrecord", features)) == [row]
+    with pytest.raises(ValueError, match="names must be str, got bytes"):
+        records.write_shard(tmp_path / "b.tfrecord", [row | {"names": [b"e"]}], features)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_damaged_parquet(tmp_path, damage):
     path = tmp_path / "a.parquet"
@@ -332,17 +244,17 @@ def test_no_tensorflow_to_write_and_read(tmp_path):
     """TensorFlow would cost seconds and 600 MB in every verb."""
     code = (
         "import sys, numpy as np\n"
-        "from agfsync_jax.data import records\n"
+        "from agfsync_jax.data import pairs, records\n"
         "row = {'prompt_id': 'p', 'candidate': 0, 'seed': 1, 'image': b'',\n"
         "       'latents': np.zeros((1, 1, 4), np.float16)}\n"
         f"path = {str(tmp_path / 'a.tfrecord')!r}\n"
         "records.write_shard(path, [row], records.CANDIDATE_FEATURES)\n"
         "list(records.read_shard(path, records.CANDIDATE_FEATURES))\n"
         "pair = {n: 'x' if d == 'str' else b'' if d == 'png' else\n"
-        "        np.zeros((1,) * len(s), d) for n, (d, s) in records.PAIR_FEATURES.items()}\n"
+        "        np.zeros((1,) * len(s), d) for n, (d, s) in pairs.PAIR_FEATURES.items()}\n"
         f"folder = {str(tmp_path / 'pairs')!r}\n"
-        "records.write_pairs(folder, [pair], {})\n"
-        "records.read_pairs(folder)\n"
+        "pairs.write_pairs(folder, [pair], {})\n"
+        "pairs.read_pairs(folder)\n"
         "print(sorted({'tensorflow', 'torch', 'jax'} & set(sys.modules)))\n"
     )
     out = subprocess.run(

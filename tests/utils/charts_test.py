@@ -56,6 +56,33 @@ def test_histogram_shows_every_share():
     parse(charts.histogram("one", {"a": [3.0]}))
 
 
+def test_histogram_with_lines_over_bars():
+    groups = {"all": [0.0, 0.0, 1.0, 0.5], "chosen": [1.0], EVIL: [0.0, 0.5]}
+    root = parse(charts.histogram("h", groups, bins=4, outlined=("chosen", EVIL)))
+    assert len([r for r in root.iter("rect") if r.get("rx") is None]) == 3
+    assert len(root.findall("polyline")) == 2
+    assert "chosen 1" in [text.text for text in root.iter("text")]
+
+
+def test_bar_chart():
+    root = parse(charts.bar_chart(EVIL, [EVIL, "1"], {"chosen": [3, 1], "rejected": [0, 6]}))
+    bars = [float(r.get("height")) for r in root.iter("rect") if r.get("rx") is None]
+    assert bars[0] == pytest.approx(3 * bars[2], rel=0.01) and bars[1] == 0
+    assert charts.bar_chart("none", [], {}) == ""
+    parse(charts.bar_chart("zero", ["a"], {"b": [0]}))
+
+
+def test_share_chart():
+    rows = [(EVIL, {"better": 0.5, "equal": 0.25, "worse": 0.25})]
+    rows += [("b", {"better": 1.0, "equal": 0.0, "worse": 0.0})]
+    root = parse(charts.share_chart("s", rows))
+    widths = [float(r.get("width")) for r in root.iter("rect") if r.get("rx") is None]
+    np.testing.assert_allclose(widths, [178, 89, 89, 356, 0, 0])
+    texts = [text.text for text in root.iter("text")]
+    assert {"50%", "25%", "100%"} <= set(texts) and "0%" not in texts
+    assert charts.share_chart("none", []) == ""
+
+
 def test_dot_chart():
     rows = [(EVIL, {"base": (0.5, 0.4, 0.6), "tuned": (0.7, 0.6, 0.8)}), ("gone", {})]
     root = parse(charts.dot_chart("d", rows))
@@ -73,7 +100,30 @@ def test_small_images_are_crisp_and_large_ones_shrink():
     small = pages.image(png((64, 64)), EVIL)
     assert 'class="crisp"' in small and 'width="64"' in small and "<script" not in small
     large = pages.image(png((1024, 512)), "a")
-    assert "crisp" not in large and 'width="192" height="96"' in large
+    assert "crisp" not in large and 'width="192" height="96"' in large and "image/png" in large
+    photo = pages.image(png((1024, 512)), "a", max_side=256, photo=True)
+    assert "data:image/jpeg" in photo and 'width="256" height="128"' in photo
+    assert "data:image/png" in pages.image(png((64, 64)), "a", photo=True)
+
+
+def test_figures_of_two_and_of_many():
+    side = ("chosen", pages.image(png((64, 64)), "a"), "score 1")
+    assert 'class="duo"' in pages.figures(EVIL, [side] * 2)
+    many = pages.figures(EVIL, [side, ("2", "", ""), (EVIL, "", "")], "below")
+    assert 'class="quartet"' in many and '<figure class="2">' in many and "below" in many
+    assert "<script" not in many
+
+
+def test_answers_of_two_images():
+    def row(answer, correct):
+        return {"question": EVIL, "expected": "yes", "answer": answer, "correct": correct}
+
+    first = [row("yes", True), row("yes", True), row(None, False)]
+    second = [row("yes", True), row("<b>", False), row("no", False)]
+    text = panels.answer_table(first, second, ("chosen", "rejected"), shown=2)
+    assert "<th>chosen</th><th>rejected</th>" in text and "1 more" in text
+    assert "<script" not in text and "<b>" not in text
+    assert text.index("&lt;b&gt;") < text.index("no answer") < text.index("1 more")
 
 
 def test_contact_sheet_of_any_size():

@@ -1,0 +1,45 @@
+"""What `agfsync score` has left, read column by column: a round has millions of answers."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from agfsync_jax.data.preferences import Scored
+from agfsync_jax.data.records import read_table
+
+_KEYS = ["prompt_id", "candidate"]
+
+
+def read_scores(path: Path, scorers: Collection[str]) -> Scored:
+    """The scores of a shard, and what is known of the questions that were asked.
+
+    Args:
+        path: scores/<shard>.parquet; scores/answers-<shard>.parquet is read where it is there.
+        scorers: names of those whose questions must all have an answer, for a candidate to count.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RecordError: a damaged file.
+        ValueError: a column that it lacks.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = read_table(path)
+    columns = {}
+    for field in table.schema:
+        kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
+        if field.name not in _KEYS and any(kind(field.type) for kind in kinds):
+            columns[field.name] = table[field.name].cast(pa.float64()).to_numpy()  # null is NaN
+    scores = Scored(*(table[name].to_pylist() for name in _KEYS), columns)
+    answers = path.with_name(f"answers-{path.name}")
+    if not answers.exists():
+        return scores
+    table = read_table(answers, [*_KEYS, "scorer", "index", "answer"])
+    of_scorers = pc.is_in(table["scorer"], pa.array(scorers, pa.string()))
+    without = table.filter(pc.and_(pc.is_null(table["answer"]), of_scorers))
+    asked = table.group_by("prompt_id").aggregate([("index", "count_distinct")])
+    names = asked["prompt_id"].to_pylist(), asked["index_count_distinct"].to_pylist()
+    return scores._replace(
+        unanswered=frozenset(zip(*(without[name].to_pylist() for name in _KEYS), strict=True)),
+        num_questions=dict(zip(*names, strict=True)),
+    )
