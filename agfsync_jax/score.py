@@ -6,8 +6,8 @@ devices (`config.score.mesh`).
 
 What cannot be scored is left out, and the rest goes on: damaged shards, broken images, prompts
 without questions, questions that cannot be asked or answered, scores that are not finite. They are
-named in scores/problems-<shard>.jsonl and counted in score.json; more than `config.score.max_bad`
-of any of them stops the stage.
+named in scores/problems-<shard>.jsonl and counted in score.json, beside the share of right answers;
+more than `config.score.max_bad` of any of them stops the stage.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from agfsync_jax import scorers
 from agfsync_jax.data import records
 from agfsync_jax.data.problems import Problems
+from agfsync_jax.data.scores import answered
 from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
@@ -48,9 +49,14 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         multihost.barrier("score shards")
         if multihost.is_main():
             found = _problems(config, images, candidates, prompts, questions, unasked)
-            counts = {"images": sum(images.values()), **found.counts()}
-            text = json.dumps({**counts, "left_out": found.told()}, indent=2, ensure_ascii=False)
+            answers = answered(map(answers_path, candidates))
+            summary = {"images": sum(images.values()), **found.counts(), "left_out": found.told()}
+            text = json.dumps(summary | {"answers": answers}, indent=2, ensure_ascii=False)
             records.write_file(round_dir / "score.json", [text.encode(), b"\n"])
+            for name, figures in answers.items():
+                stage.print(
+                    f"{name}: {figures['tifa_average']:.1%} of an image's answers are right"
+                )
             for line in found.told():
                 stage.print(line)
         multihost.barrier("score")

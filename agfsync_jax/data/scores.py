@@ -1,10 +1,14 @@
 """What `agfsync score` has left, read column by column: a round has millions of answers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from agfsync_jax.data.preferences import Scored
 from agfsync_jax.data.records import read_table
+from agfsync_jax.utils.metrics import tifa
 
 _KEYS = ["prompt_id", "candidate"]
 
@@ -43,3 +47,31 @@ def read_scores(path: Path, scorers: Collection[str]) -> Scored:
         unanswered=frozenset(zip(*(without[name].to_pylist() for name in _KEYS), strict=True)),
         num_questions=dict(zip(*names, strict=True)),
     )
+
+
+def answered(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """A scorer's answers as TIFA sums them up; see `utils.metrics.tifa`. An image is a caption.
+
+    Args:
+        paths: scores/answers-<shard>.parquet; those that are not there are left out.
+    """
+    found: dict[str, list] = {}
+    for path in paths:
+        if not path.exists():
+            continue
+        table = read_table(path, [*_KEYS, "scorer", "element_type", "answer", "correct"])
+        columns = {name: np.asarray(table[name].to_pylist()) for name in ("scorer", "correct")}
+        types = np.asarray(table["element_type"].to_pylist())
+        images = np.char.add(
+            np.char.add(np.asarray(table["prompt_id"].to_pylist(), str), " "),
+            table["candidate"].to_numpy().astype(str),
+        )
+        given = ~np.asarray(table["answer"].is_null())
+        for scorer in np.unique(columns["scorer"]):
+            rows = given & (columns["scorer"] == scorer)
+            part = images[rows], types[rows], columns["correct"][rows]
+            found.setdefault(str(scorer), []).append(part)
+    return {
+        scorer: tifa(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        for scorer, parts in found.items()
+    }

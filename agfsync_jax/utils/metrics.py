@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,31 @@ def format_interval(interval: dict[str, float], digits: int = 3, signed: bool = 
         for key in ("mean", "low", "high")
     )
     return f"{mean} [{low}, {high}]"
+
+
+def tifa(
+    captions: Sequence[Any], element_types: Sequence[str], correct: Sequence[bool]
+) -> dict[str, Any]:
+    """TIFA's figures of answered questions (Hu et al. 2023, tifascore/tifa_score.py).
+
+    Args:
+        captions: [n], what the question is about: the share of right answers is taken within a
+            caption (an image), then the mean over captions.
+        element_types: [n], what it asks for.
+        correct: [n].
+
+    Returns:
+        {"tifa_average", "tifa_stdev", "accuracy_by_type": {element type: share of all answers}};
+        the standard deviation is the sample's, nan of a single caption.
+    """
+    right = np.asarray(correct, np.float64)
+    _, index = np.unique(np.asarray(captions), return_inverse=True)
+    by_caption = np.bincount(index, right) / np.bincount(index)
+    types, index = np.unique(np.asarray(element_types), return_inverse=True)
+    by_type = np.bincount(index, right) / np.bincount(index)
+    stdev = by_caption.std(ddof=1) if len(by_caption) > 1 else np.nan
+    return {
+        "tifa_average": float(by_caption.mean()),
+        "tifa_stdev": float(stdev),
+        "accuracy_by_type": dict(zip(types.tolist(), by_type.tolist(), strict=True)),
+    }

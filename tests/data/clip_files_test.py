@@ -16,6 +16,7 @@ from agfsync_jax.data.images import (
     resize_and_normalize,
 )
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.scorers import hpsv2
 from agfsync_jax.scorers.clip import ClipEncoder
 from agfsync_jax.utils import open_clip as layouts
 from tests.twins import import_open_clip, spread
@@ -81,6 +82,19 @@ def test_weights_alone_with_the_name_of_their_architecture(
         mesh, path=path, batch_size=2, dtype="float32", architecture=architecture, pad=True
     )
     check(encoder, twin, pad_and_normalize(images(), 32, OPENAI_MEAN, OPENAI_STD))
+
+
+def test_hpsv2_is_the_cosine_of_padded_images(twin, mesh, tmp_path, architecture):
+    torch.save({"state_dict": twin.state_dict()}, tmp_path / "HPS_v2_compressed.pt")
+    path = str(tmp_path / "HPS_v2_compressed.pt")
+    scorer = hpsv2.Scorer(mesh, path=path, architecture=architecture, batch_size=2)
+    pixels = pad_and_normalize(images(), 32, OPENAI_MEAN, OPENAI_STD)
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
+        image = twin.encode_image(pixels, normalize=True)
+        text = twin.encode_text(twin.tokenize(TEXTS[: len(image)]), normalize=True)
+    made = scorer(images(), TEXTS[: len(image)], [[]] * len(image))["hpsv2"]
+    np.testing.assert_allclose(made, torch.diag(image @ text.T).numpy(), atol=1e-5)
 
 
 def test_a_folder_of_open_clip(twin, mesh, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.scorers import aesthetic, clip
+from agfsync_jax.scorers import aesthetic, clip, pickscore
 from tests.twins import clip_tokenizer_files
 
 SIZE = 16  # of the vision tower
@@ -101,6 +101,38 @@ def test_equals_transformers(twin, mesh):
     scale = model.logit_scale.exp().item()
     np.testing.assert_allclose(actual * scale / 100, np.diag(logits), atol=1e-4)
     assert actual.std() > 1
+
+
+def test_pickscore_is_the_scaled_logit(twin, mesh):
+    images, prompts = draw(5), [PROMPTS[n % 4] for n in range(5)]
+    actual = pickscore.Scorer(mesh, path=str(twin[0]), batch_size=8)(images, prompts, [[]] * 5)
+    _, _, logits = twin_embeddings(twin, images, prompts)
+    np.testing.assert_allclose(actual["pickscore"], np.diag(logits), atol=1e-4)
+    assert actual["pickscore"].dtype == np.float32
+
+
+def test_scorers_of_one_clip_share_its_tower(twin, mesh, tmp_path, monkeypatch):
+    write_head(tmp_path / "head.safetensors", 12)
+    path = str(twin[0])
+    both = {
+        "clip": clip.Scorer(mesh, path=path, batch_size=8),
+        "aesthetic": aesthetic.Scorer(
+            mesh, path=path, head=str(tmp_path / "head.safetensors"), batch_size=8
+        ),
+    }
+    encoder = both["clip"]._encoder
+    assert both["aesthetic"]._encoder is encoder
+    assert clip.Scorer(mesh, path=path, batch_size=16)._encoder is not encoder
+    run, calls = encoder._embed_images, []
+    monkeypatch.setattr(
+        encoder, "_embed_images", lambda params, x: calls.append(len(x)) or run(params, x)
+    )
+    images = draw(8)
+    for scorer in (*both.values(), *both.values()):
+        scorer(images, ["a cat"] * 8, [[]] * 8)
+    assert calls == [8]
+    both["clip"](images.copy(), ["a cat"] * 8, [[]] * 8)
+    assert calls == [8, 8]
 
 
 def test_preprocessing_is_that_of_the_image_processor(twin, mesh):

@@ -1,7 +1,12 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from agfsync_jax.utils import metrics
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def test_rows_past_the_restored_step_are_dropped(tmp_path):
@@ -86,3 +91,28 @@ def test_format_interval():
     interval = {"mean": 0.03, "low": -0.01, "high": 0.07}
     assert metrics.format_interval(interval, signed=True) == "+0.030 [-0.010, +0.070]"
     assert metrics.format_interval(interval, digits=2) == "0.03 [-0.01, 0.07]"
+
+
+def test_tifa():
+    rows = [("a", "object", 1), ("a", "color", 0), ("b", "color", 1), ("a", "object", 1)]
+    found = metrics.tifa(*zip(*rows, strict=True))
+    assert found["tifa_average"] == (2 / 3 + 1) / 2
+    np.testing.assert_allclose(found["tifa_stdev"], np.std([2 / 3, 1], ddof=1))
+    assert found["accuracy_by_type"] == {"color": 0.5, "object": 1.0}
+
+
+def test_tifa_of_the_published_sample():
+    """The figures that come with TIFA's code, from the answers that it recorded."""
+    path = DATA / "tifa_sample_evaluation_result.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    published = json.loads(path.read_text())
+    rows = [
+        (caption, row["element_type"], row["multiple_choice_vqa"] == row["answer"])
+        for caption, asked in published["question_details"].items()
+        for row in asked.values()
+    ]
+    found = metrics.tifa(*zip(*rows, strict=True))
+    assert found["tifa_average"] == published["tifa_average"] == 0.8125
+    np.testing.assert_allclose(found["tifa_stdev"], published["tifa_stdev"], rtol=1e-12)
+    assert found["accuracy_by_type"] == pytest.approx(published["accuracy_by_type"], rel=1e-12)
