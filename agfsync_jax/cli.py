@@ -58,7 +58,7 @@ FLAGS = {
             "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
         },
         "verb": {
-            "choices": ("sample", "score"),
+            "choices": ("sample", "score", "train"),
             "default": "sample",
             "help": "whose program is compiled",
         },
@@ -74,7 +74,7 @@ ALSO_READS = {
     "score": ("scorers",),
     "train": ("loss",),
     "export": ("backbone",),
-    "plan": ("backbone", "mesh", "sharding", "sample", "scorers", "score"),
+    "plan": ("backbone", "mesh", "sharding", "sample", "scorers", "score", "loss", "train"),
 }
 EPILOG = """\
 --config.a.b=value sets any key of the config: agfsync sample --help lists those that sample reads.

@@ -2,12 +2,12 @@
 
     agfsync plan --config=configs/sd15.py --topology=v5e:4x4,v5p:2x2x4,v6e:4x4 [--json]
 
-compiles what `agfsync sample` (or --verb=score) would run for chips that need not be here: a host
-with libtpu (`pip install jax[tpu]`) is enough, and `JAX_PLATFORMS=cpu` leaves a TPU that is here
-alone. Without --topology it is for the devices that are here. Weights are not read: where
-config.backbone.path is not on this disk, config.backbone.kind says the sizes, and of a BLIP-2 its
-name does. `config.sample.batch_size` is of all chips together, `config.score.batch_size` of those
-of a process. A large model takes minutes a topology.
+compiles what `agfsync sample` (or --verb=score, --verb=train) would run for chips that need not be
+here: a host with libtpu (`pip install jax[tpu]`) is enough, and `JAX_PLATFORMS=cpu` leaves a TPU
+that is here alone. Without --topology it is for the devices that are here. Weights are not read:
+where config.backbone.path is not on this disk, config.backbone.kind says the sizes, and of a BLIP-2
+its name does. `config.sample.batch_size` and `config.train.batch_size` are of all chips together,
+`config.score.batch_size` is of those of a process. A large model takes minutes a topology.
 
 Memory, FLOP and collectives are read from the compiled program; time is the most that the chips'
 published numbers allow, so hours are a lower bound and MFU is an upper one: arithmetic, memory and
@@ -196,7 +196,7 @@ def too_large(row: dict, work: Work) -> list[str]:
     rest = ""
     if row["bytes_per_chip"]:
         rest = (
-            f"; activations and the rest, of {row['batch_per_chip']} images a chip: "
+            f"; activations and the rest, of a batch of {row['batch_per_chip']} a chip: "
             f"{_gib(row['bytes_per_chip'] - row['param_bytes'])}"
         )
     needed = f"needs {_gib(row['bytes_per_chip'])} a chip" if row["bytes_per_chip"] else "too large"
@@ -212,7 +212,7 @@ def table(rows: list[dict]) -> str:
     columns = {
         "topology": lambda r: r["topology"],
         "chips": lambda r: str(r["chips"]),
-        "images a chip": lambda r: str(r["batch_per_chip"]),
+        "batch a chip": lambda r: str(r["batch_per_chip"]),
         "parameters": lambda r: _gib(r["param_bytes"]),
         "peak a chip": lambda r: f"{_gib(r['bytes_per_chip'])} of {_gib(r['hbm_bytes'])}",
         "fits": lambda r: {True: "yes", False: "NO", None: "?"}[r["fits"]],

@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.name = "diffusion_dpo"  # a file of agfsync_jax/losses
-    c.loss.beta = 2000.0
+    c.loss.beta = 0.0  # 0: the loss's own, which its docstring tells
 
     c.train = ConfigDict()
     c.train.batch_size = 32  # pairs on all devices together
@@ -89,8 +89,15 @@ def get_config() -> ConfigDict:
     c.train.schedule = "constant"  # or cosine
     c.train.weight_decay = 0.01
     c.train.max_grad_norm = 1.0
+    c.train.optimizer = "adamw"  # or adafactor, lion
+    c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
+    c.train.accumulate = 1  # parts that a batch is taken in, for less memory
+    c.train.remat = "none"  # dots or full: blocks are run again for their gradient, for less memory
+    c.train.embeddings = "cached"  # step: the text encoder runs in every step
+    c.train.ema_decay = 0.0  # of a moving average, which is then what training makes; 0: none
     c.train.save_every = 100  # steps
+    c.train.keep = 2  # checkpoints
     c.train.seed = 0
 
     c.evaluate = ConfigDict()

@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.height = 1024
     c.sample.width = 1024
     c.sample.batch_size = 64
+    c.loss.beta = 5000.0
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
     return c

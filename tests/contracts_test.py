@@ -90,30 +90,57 @@ def test_scorer_runs(name):
         np.testing.assert_allclose(alone[key], values[1:2], rtol=1e-4, atol=1e-4, err_msg=key)
 
 
+LOSS_FACTS = "uses_reference", "same_noise", "uses_products", "is_listwise", "is_batchwise"
+
+
 @pytest.mark.parametrize("module", members("losses"))
 def test_loss(module):
-    """Errors [B] in, loss [B] and metrics out; a row depends on its own errors only."""
-    names = ["policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"]
-    assert positional(module.loss) == names
-    assert "beta" in inspect.signature(module.loss).parameters
-    assert isinstance(module.uses_reference, bool)
-    errors = [jnp.asarray(x) for x in np.random.default_rng(0).uniform(0.05, 0.2, (4, 5))]
-    errors = [x.astype(jnp.float32) for x in errors]
+    """Errors in, loss [B] and metrics out; a row depends on its own errors only, if it says so."""
+    for fact in LOSS_FACTS:
+        assert isinstance(getattr(module, fact), bool), fact
+    parameters = inspect.signature(module.loss).parameters
+    assert isinstance(parameters["beta"].default, float)
+    # Policy and reference are near each other, as no loss is steep far from there.
+    rng = np.random.default_rng(0)
+    size, rows = (5, 3) if module.is_listwise else (5,), jnp.arange(5)
+    references = rng.uniform(0.05, 0.2, (2, *size))
+    policies = references + rng.uniform(-2e-5, 2e-5, (2, *size))
+    policy, *rest = (jnp.asarray(x, jnp.float32) for x in (*policies, *references))
+    keywords = {}
+    if module.is_listwise:
+        assert positional(module.loss) == ["policy", "reference", "scores", "mask"]
+        scores = jnp.broadcast_to(jnp.array([3.0, 1.0, 2.0]), size)  # candidate 0 is the best
+        rest = [rest[1], scores, jnp.ones(size, bool)]
+    else:
+        pair = ["chosen", "rejected"]
+        names = [f"{model}_{image}" for model in ("policy", "reference") for image in pair]
+        assert positional(module.loss) == names
+        if module.uses_products:
+            keywords = {"chosen_product": rest[1], "rejected_product": rest[2]}
+        if "num_elements" in parameters:
+            keywords["num_elements"] = 64
 
-    def loss(policy_chosen):
-        return module.loss(policy_chosen, *errors[1:], beta=100.0)[0]
+    def loss(policy):
+        values, metrics = module.loss(policy, *rest, **keywords)
+        return values, (values, metrics)
 
-    values, metrics = jax.jit(lambda *e: module.loss(*e, beta=100.0))(*errors)
+    slope, (values, metrics) = jax.jit(jax.jacobian(loss, has_aux=True))(policy)
     assert values.shape == (5,) and values.dtype == jnp.float32
     assert np.isfinite(values).all()
     for name, metric in metrics.items():
         assert metric.shape in {(), (5,)}, name
         assert np.isfinite(metric).all(), name
-    slope = jax.jacobian(loss)(errors[0])
-    assert (jnp.diagonal(slope) > 0).all(), "a better denoised chosen image must lower the loss"
-    np.testing.assert_array_equal(slope, jnp.diag(jnp.diagonal(slope)))
+    if module.uses_reference:
+        wanted = {f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")}
+        assert wanted <= set(metrics)
+    if module.is_listwise:
+        slope = slope[..., 0]
+    own = slope[rows, rows]
+    assert (own > 0).all(), "a better denoised chosen image must lower the loss"
+    if not module.is_batchwise:
+        np.testing.assert_array_equal(slope, jnp.diag(own))
     if not module.uses_reference:
-        alone = module.loss(errors[0], errors[1], None, None, beta=100.0)[0]
+        alone = module.loss(policy, rest[0], None, None, **keywords)[0]
         np.testing.assert_allclose(alone, values, rtol=1e-6)
 
 

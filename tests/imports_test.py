@@ -31,6 +31,7 @@ ARROWS = {
     "micro": ROOMS,  # its trainers are programs, like verbs
     "benches": ROOMS,  # parts of a verb, as the next
     "plans": ROOMS,
+    "training": ROOMS,
 }
 # A file -> what it alone may import besides.
 ALSO = {

@@ -15,16 +15,22 @@ from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
+from agfsync_jax.diffusion.preference import Loss, draw_noise
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models.unet import UNet2DConditionModel
+from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
+from agfsync_jax.training import program
+from agfsync_jax.training.step import Settings, init_state, train_step
+from agfsync_jax.utils import modules
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from agfsync_jax.utils.optimizer import make_optimizer
 from agfsync_jax.utils.weights import load_model
 from configs import common
+from tests.processes import run_processes
 from tests.twins import tiny_stable_diffusion
 
 BETA = 100.0
@@ -72,12 +78,14 @@ class TinyBackbone:
 
     denoiser_name = "unet"
     schedule = SCHEDULE
+    dtype = jnp.float32
 
     @classmethod
     def load(cls, path, *, mesh=None, rules=(), **settings):
         self = cls()
         self.graph, unet = random_denoiser()
         table = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+        unet = jax.tree.map(jnp.copy, unet)  # training takes the memory of what it loads
         self.params = {"unet": unet, "text_encoder": {"table": jnp.asarray(table)}}
         if mesh:
             self.params = jax.device_put(self.params, infer_shardings(self.params, mesh, rules))
@@ -196,22 +204,22 @@ def make_batch(backbone, tokens, size):
     }
 
 
-def make_step(backbone, loss=diffusion_dpo, lora_rank=0, **optimizer):
+def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, **optimizer):
+    """init(base) -> state; step(state, base, batch) -> (state, metrics)."""
     optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
-    step = functools.partial(
-        train.train_step,
-        denoise=lambda params, *args: backbone.denoise({"unet": params}, *args),
-        schedule=backbone.schedule,
-        loss_fn=functools.partial(loss.loss, beta=BETA),
-        uses_reference=loss.uses_reference,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        lora_rank=lora_rank,
-        seed=7,
-    )
-    init = functools.partial(train.init_state, optimizer=optimizer, lora_rank=lora_rank, seed=7)
+    settings = Settings(
+        backbone, Loss.of(loss, beta=BETA), optimizer, learning_rate, seed=7
+    )._replace(**(changes or {}))
     quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
-    return jax.jit(init), jax.jit(step, compiler_options=quick)
+    step = jax.jit(functools.partial(train_step, settings=settings), compiler_options=quick)
+
+    def init(base):
+        shardings = program.state_shardings(base, settings, mesh, rules) if mesh else None
+        return jax.jit(functools.partial(init_state, settings=settings), out_shardings=shardings)(
+            base
+        )
+
+    return init, lambda state, base, batch: step(state, {"base": base, "text": {}}, batch)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +251,8 @@ def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
     text = to_torch(batch["conditioning"]["encoder_hidden_states"])
     chosen, rejected = (to_torch(batch[f"{side}_latents"]) for side in ("chosen", "rejected"))
     for index in range(3):
-        noise, times = train.draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), 1000)
-        noise, times = to_torch(noise), to_torch(times).long()
+        noise, times = draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), 1000)
+        noise, times = to_torch(noise[:, 0]), to_torch(times).long()
         signal_, sigma = (a.sqrt()[times].view(-1, 1, 1, 1) for a in (alphas, 1 - alphas))
 
         def error(network, latents, noise=noise, times=times, a=signal_, s=sigma):
@@ -302,7 +310,7 @@ def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
 def test_adapters_train_beside_a_base_that_stays(backbone):
     batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
     before = jax.tree.map(np.array, base)
-    init, step = make_step(backbone, lora_rank=2, learning_rate=1e-2)
+    init, step = make_step(backbone, changes={"lora_rank": 2}, learning_rate=1e-2)
     state = init(base)
     state, values = step(state, base, batch)
     # B is zero at first: policy and reference are the same
@@ -315,9 +323,134 @@ def test_adapters_train_beside_a_base_that_stays(backbone):
     assert all(float(jnp.abs(factors["B"]).max()) > 0 for factors in state.params.values())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"accumulate": 4}, {"remat": "full"}, {"remat": "dots", "accumulate": 2}],
+    ids=["accumulate", "remat", "both"],
+)
+def test_less_memory_is_the_same_step(backbone, changes):
+    batch = make_batch(backbone, jnp.arange(24).reshape(8, 3) % 10, 8)
+    base, results = backbone.params["unet"], []
+    for each in ({}, changes):
+        init, step = make_step(backbone, learning_rate=1e-3, changes=each)
+        state = init(base)
+        for _ in range(2):
+            state, values = step(state, base, batch)
+        results.append((state, values))
+    (whole, want), (parts, got) = results
+    assert largest_difference(whole.params, parts.params) < 1e-5
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert float(jnp.sum(got["count_by_time"])) == 8
+
+
+def test_the_text_encoder_may_run_in_the_step(run, tmp_path):
+    make_workdir(tmp_path)
+    config = make_config(**{"train.embeddings": "step", "train.num_steps": 2})
+    state, step, _ = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    for index, want in enumerate(metrics(run)[:2]):
+        state, got = step(state, index)
+        assert float(got["loss"]) == pytest.approx(want["loss"], rel=1e-5)
+
+
+def test_the_moving_average_is_what_training_makes(run, tmp_path):
+    """With diffusers' warm-up of the decay."""
+    make_workdir(tmp_path)
+    config = make_config(**{"train.ema_decay": 0.9})
+    state, step, final = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    average = jax.tree.map(np.array, state.params)
+    for index in range(4):
+        state, _ = step(state, index)
+        decay = min(0.9, (2 + index) / (11 + index))
+        average = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * np.array(new), average, state.params
+        )
+    assert largest_difference(final(state).params, average) < 1e-6
+    assert largest_difference(state.params, average) > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "adamw"])
+def test_other_optimizers_lower_the_loss(backbone, optimizer):
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    init, step = make_step(
+        backbone, learning_rate=1e-3, optimizer=optimizer, momentum_dtype="bfloat16"
+    )
+    base = backbone.params["unet"]
+    state = init(base)
+    for _ in range(4):
+        state, values = step(state._replace(step=jnp.int32(0)), base, batch)  # the same noise
+    assert float(values["loss"]) < math.log(2) - 0.01
+    momentum = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.bfloat16}
+    assert momentum == ({jnp.dtype(jnp.bfloat16)} if optimizer != "adafactor" else set())
+
+
+def test_half_precision_keeps_master_weights(backbone):
+    """The policy computes in bfloat16, and what is trained is float32."""
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    seen = set()
+    plain = backbone.denoise
+
+    def denoise(params, *args):
+        seen.update(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+        return plain(params, *args)
+
+    backbone.denoise, backbone.dtype = denoise, jnp.bfloat16
+    init, step = make_step(backbone, learning_rate=1e-6)
+    state = init(backbone.params["unet"])
+    after, _ = step(state, backbone.params["unet"], batch)
+    assert seen >= {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.float32)}
+    assert 0 < largest_difference(after.params, state.params) < 1e-5
+
+
+def test_rankings_train_listwise(tmp_path, backbone):
+    """Lists of different lengths; what pads them has no say."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "pair_id": f"p{index}",
+            "prompt_id": f"p{index}",
+            "prompt": "",
+            "token_ids": np.array([index, 7, 9], np.int32),
+            "candidates": np.arange(size, dtype=np.int32),
+            "latents": rng.normal(size=(size, 8, 8, 4)).astype(np.float16),
+            "scores": np.linspace(1, 0, size, dtype=np.float32),
+            "margin": 1.0,
+        }
+        for index, size in enumerate([3, 2, 4, 4, 2, 3, 4, 3])
+    ]
+    folder = tmp_path / "round_000/pairs"
+    write_pairs(folder, rows, {}, pair_features(ranked=True, images=False))
+    config = make_config(**{"loss.name": "rankdpo", "train.num_steps": 2, "train.save_every": 2})
+    train.main(config, tmp_path)
+    first, second = metrics(tmp_path)
+    assert first["rewards/margin"] == pytest.approx(0, abs=1e-4)
+    assert second["loss"] != first["loss"] and math.isfinite(second["loss"])
+    (folder.parent / "checkpoints").rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match="holds rankings, and config.loss.name wants pairs"):
+        train.main(make_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["agfsync_norm", "cdpo", "dspo", "hinge", "ipo", "kto", "mapo", "sft"]
+)
+def test_every_loss_trains(backbone, name):
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
+    loss = Loss.of(modules.load("losses", name))
+    settings = Settings(backbone, loss, optimizer, rate, seed=7)
+    base = backbone.params["unet"] if loss.uses_reference else None
+    state, values = jax.jit(
+        functools.partial(train_step, settings=settings),
+        compiler_options={"xla_backend_optimization_level": "0"},
+    )(init_state(backbone.params["unet"], settings), {"base": base, "text": {}}, batch)
+    assert np.isfinite(values["loss"]) and values["grad_norm"] > 0
+    assert largest_difference(state.params, backbone.params["unet"]) > 1e-5
+
+
 def test_noise_belongs_to_the_example():
     draw = jax.jit(
-        lambda step, example: train.draw_noise(3, step, example, (2, 2, 4), num_timesteps=1000)
+        lambda step, example: draw_noise(3, step, example, (2, 2, 4), num_timesteps=1000)
     )
     noise, times = draw(5, jnp.arange(4000))
     again, times_again = draw(5, jnp.arange(4000)[::-1])
@@ -347,7 +480,10 @@ def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
     assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
     names = {"loss", "grad_norm", "learning_rate", "chosen_error", "rejected_error", "seconds"}
     rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")}
-    assert set(rows[0]) == {"step"} | names | rewards
+    by_time = {name for name in rows[0] if name.startswith("error_by_time/")}
+    assert set(rows[0]) - by_time == {"step"} | names | rewards
+    known = {f"error_by_time/{low:02d}-{low + 10}%" for low in range(0, 100, 10)}
+    assert by_time and by_time <= known
     assert all(math.isfinite(value) for row in rows for value in row.values())
     rates = [row["learning_rate"] for row in rows]
     np.testing.assert_allclose(rates, np.array([1 / 3, 2 / 3, 1, 1, 1]) * 1e-3, rtol=1e-6)
@@ -421,20 +557,58 @@ def test_a_signal_saves_the_step_and_stops(run, tmp_path, monkeypatch):
     assert timeless(metrics(tmp_path)) == timeless(metrics(run))[:3]
 
 
-@pytest.mark.parametrize("mesh", ["one device", "fsdp"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        None,
+        {"data": 1, "fsdp": 8},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=["one device", "fsdp=8", "data=2 fsdp=4", "data=2 fsdp=2 tensor=2"],
+)
 def test_devices_do_not_matter(run, tmp_path, monkeypatch, mesh):
+    """`run` is on data=8."""
     make_workdir(tmp_path)
     config = make_config()
-    if mesh == "fsdp":
-        config.mesh.update(data=2, fsdp=4)
-        config.sharding = ((r"(to_q|to_out\.0)\.kernel$", ("fsdp", None)),)
+    if mesh:
+        config.mesh.update(mesh)
+        config.sharding = (
+            (r"to_[qv]\.kernel$", (None, "tensor")),
+            (r"to_out\.0\.kernel$", ("fsdp", None)),
+            (r"kernel$", "fsdp"),
+        )
+        monkeypatch.setattr(sharding, "_SMALL", 0)
     else:
         one = functools.partial(create_mesh, devices=jax.devices()[:1])
         monkeypatch.setattr(train, "create_mesh", one)
     train.main(config, tmp_path)
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
     for got, want in zip(metrics(tmp_path), metrics(run), strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+        # Half of beta times the last digits of four errors of about 1.
+        assert got["loss"] == pytest.approx(want["loss"], abs=BETA / 2 * 4 * 2**-23)
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+from agfsync_jax import backbones, train
+from agfsync_jax.parallel import multihost
+from tests.train_test import TinyBackbone, make_config
+multihost.initialize()
+backbones.backbone_class = lambda config: TinyBackbone
+config = make_config()
+config.mesh.update(data=2, fsdp=2)
+config.sharding = ((r"(to_q|to_out\\.0)\\.kernel$", ("fsdp", None)),)
+train.main(config, Path(sys.argv[1]))
+print(json.dumps("done"))
+"""
+
+
+def test_two_processes_train_the_same(run, tmp_path):
+    make_workdir(tmp_path)
+    run_processes(TWO_PROCESSES, tmp_path)
+    assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
 
 
 def test_rounds_and_adapters(run, tmp_path):
@@ -483,6 +657,20 @@ def test_bad_settings_are_told_before_any_work(tmp_path):
         train.main(make_config(**{"train.batch_size": 12}), tmp_path, round_index=1)
     with pytest.raises(ValueError, match="train.schedule='linear': expected constant | cosine"):
         train.main(make_config(**{"train.schedule": "linear"}), tmp_path, round_index=1)
+    for key, value, message in (
+        ("train.optimizer", "sgd", "train.optimizer='sgd': expected adamw | adafactor | lion"),
+        ("train.remat", "some", "remat is 'some', expected one of none, dots, full"),
+        ("train.embeddings", "disk", "train.embeddings='disk': expected cached or step"),
+        ("train.accumulate", 3, "accumulate=3 does not divide config.train.batch_size=8"),
+        ("train.accumulate", 2, "8 .* 8 devices .* in 2 parts"),
+        ("train.keep", 0, "train.keep=0: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(make_config(**{key: value}), tmp_path, round_index=1)
+    config = make_config()
+    config.loss.margin = 1.0
+    with pytest.raises(ValueError, match="config.loss has margin, which .*diffusion_dpo does not"):
+        train.main(config, tmp_path, round_index=1)
 
 
 def test_learning_rate_schedules():

@@ -59,7 +59,7 @@ class StableDiffusion:
         attention: str = "auto",
     ):
         self.params = params
-        self._files, self._graphs, self._dtype = files, graphs, jnp.dtype(dtype)
+        self._files, self._graphs, self.dtype = files, graphs, jnp.dtype(dtype)
         self._mesh = create_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self._attention = attention
         self._tokenize = self._tokenizers(files)
@@ -233,10 +233,10 @@ class StableDiffusion:
 
     def describe(self) -> list[str]:
         """What was chosen for this machine, a line each."""
-        dtype = self.dtype_of("vae", self._vae, self._dtype)
+        dtype = self.dtype_of("vae", self._vae, self.dtype)
         why = "as all else"
-        if dtype != self._dtype:
-            why = f"as it would overflow in {self._dtype} (force_upcast in its config.json)"
+        if dtype != self.dtype:
+            why = f"as it would overflow in {self.dtype} (force_upcast in its config.json)"
         return [
             kernels.describe(self._attention, self._mesh),
             f"autoencoder in {dtype}, {why}",

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 
-FIELDS = ("chosen_latents", "rejected_latents", "token_ids")
+# What a batch holds, of pairs and of rankings.
+FIELDS = ("chosen_latents", "rejected_latents", "latents", "scores", "mask", "token_ids")
 
 
 class PairLoader:
@@ -21,37 +22,52 @@ class PairLoader:
     another, each drawn from (seed, epoch). A batch may span two epochs, so no pair is left out.
     """
 
-    def __init__(self, pairs: Mapping[str, Any], batch_size: int, seed: int, mesh: Mesh):
+    def __init__(
+        self, pairs: Mapping[str, Any], batch_size: int, seed: int, mesh: Mesh, *, parts: int = 1
+    ):
         """Checks sizes before any device time is spent.
 
         Args:
-          pairs: what `records.read_pairs` gives: at least pair_id, chosen_latents,
-            rejected_latents and token_ids, one row per pair.
+          pairs: what `pairs.read_pairs` gives: at least pair_id, token_ids and latents (those of
+            chosen and rejected, or of rankings as `pad_rankings` makes them), one row per pair; and
+            stored embeddings with prompt_row.
           batch_size: rows of the global batch, over all processes.
           seed: of the order.
           mesh: batches are split over its data and fsdp axes.
+          parts: that a step takes a batch in, each of which the mesh must divide.
 
         Raises:
           ValueError: no pairs, a missing field, fields of different lengths, or a batch that the
             mesh does not divide.
         """
-        if missing := [name for name in ("pair_id", *FIELDS) if name not in pairs]:
+        latents = ("latents",) if "latents" in pairs else ("chosen_latents", "rejected_latents")
+        wanted = ("pair_id", *latents, "token_ids")
+        if missing := [name for name in wanted if name not in pairs]:
             raise ValueError(f"Pairs lack the fields {missing}; they have {sorted(pairs)}.")
-        lengths = {name: len(pairs[name]) for name in ("pair_id", *FIELDS)}
+        fields = [name for name in FIELDS if name in pairs]
+        lengths = {name: len(pairs[name]) for name in ("pair_id", *fields)}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"Pairs have fields of different lengths: {lengths}.")
         if not lengths["pair_id"]:
             raise ValueError("There are no pairs to train on.")
-        if batch_size < 1 or batch_size % batch_shards(mesh):
+        if batch_size < 1 or batch_size % (batch_shards(mesh) * parts):
+            taken = f" in {parts} parts" if parts > 1 else ""
             raise ValueError(
                 f"A batch of {batch_size} cannot be split over {batch_shards(mesh)} devices "
-                f"(data x fsdp of the mesh {dict(mesh.shape)}): make it a multiple."
+                f"(data x fsdp of the mesh {dict(mesh.shape)}){taken}: make it a multiple."
             )
         self.num_pairs = lengths["pair_id"]
         self.batch_size = batch_size
         self.seed = seed
         self._sharding = batch_sharding(mesh)
-        self._arrays = {name: np.asarray(pairs[name]) for name in FIELDS}
+        self._arrays = {name: np.asarray(pairs[name]) for name in fields}
+        self.token_ids = self._arrays["token_ids"]
+        self.stored_embeddings = {
+            name.removeprefix("embeddings/"): values
+            for name, values in pairs.items()
+            if name.startswith("embeddings/")
+        }
+        self.prompt_row = pairs.get("prompt_row")  # [n], which row of them is a pair's
         self._arrays["example"] = example_ids(pairs["pair_id"])
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
@@ -83,7 +99,7 @@ class PairLoader:
         return {name: self._put(array, rows) for name, array in self._arrays.items()}
 
     def _put(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
-        dtype = np.float32 if array.dtype.kind == "f" else np.int32
+        dtype = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int32)
         shape = (len(rows), *array.shape[1:])
         # Asked once per device of this process, for that device's rows only.
         return jax.make_array_from_callback(
@@ -98,3 +114,29 @@ def example_ids(pair_ids: Sequence[str]) -> np.ndarray:
     """Non-negative int32 [b] from each pair's name, so that other pairs cannot shift them."""
     digests = [hashlib.sha256(pair_id.encode()).digest() for pair_id in pair_ids]
     return np.array([int.from_bytes(d[:4], "big") >> 1 for d in digests], np.int32)
+
+
+def pad_rankings(
+    latents: Sequence[np.ndarray], scores: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Rankings of different lengths as arrays: latents [m, n, h, w, c], scores and mask [m, n].
+
+    What is beyond a ranking's own length has the mask False and is zero.
+
+    Raises:
+      ValueError: latents of two shapes.
+    """
+    shapes = {each.shape[1:] for each in latents}
+    if len(shapes) > 1:
+        raise ValueError(f"Rankings differ in the shape of their latents: {sorted(shapes)}.")
+    size = len(latents), max(map(len, latents))
+    made = {
+        "latents": np.zeros((*size, *shapes.pop()), latents[0].dtype),
+        "scores": np.zeros(size, np.float32),
+        "mask": np.zeros(size, bool),
+    }
+    for row, (each, values) in enumerate(zip(latents, scores, strict=True)):
+        made["latents"][row, : len(each)] = each
+        made["scores"][row, : len(each)] = values
+        made["mask"][row, : len(each)] = True
+    return made

@@ -1,13 +1,11 @@
-"""Guidance and denoising errors: what samplers and losses see of a denoiser."""
+"""Guidance: what samplers see of a denoiser."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from agfsync_jax.diffusion.schedules import Schedule
+from jaxtyping import Array
 
 
 def guide(
@@ -50,22 +48,3 @@ def guide(
         return result
 
     return guided
-
-
-def denoising_error(
-    denoise: Callable[[Any, Array, Array, Any], Array],
-    params: Any,
-    latents: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
-    timesteps: Int[Array, " b"],
-    conditioning: Any,
-    schedule: Schedule,
-) -> Float[Array, " b"]:
-    """Squared error of `denoise(params, x_t, timesteps, conditioning)` at its target.
-
-    The mean over a latent's elements: DDPM's simple loss (arXiv:2006.11239, eq. 14) a row.
-    """
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    prediction = denoise(params, noisy, timesteps, conditioning).astype(jnp.float32)
-    error = jnp.square(prediction - schedule.target(latents, noise, timesteps))
-    return jnp.mean(error, axis=tuple(range(1, error.ndim)))

@@ -1,8 +1,15 @@
-"""Supervised fine-tuning on the chosen images: DDPM's simple loss (arXiv:2006.11239, eq. 14)."""
+"""Supervised fine-tuning on the chosen images: DDPM's simple loss (arXiv:2006.11239, eq. 14).
+
+Unlike Diffusion-DPO, it learns nothing from the rejected and has neither a reference nor a beta.
+"""
 
 from jaxtyping import Array, Float
 
 uses_reference = False
+same_noise = True
+uses_products = False
+is_listwise = False
+is_batchwise = False
 
 
 def loss(

@@ -6,12 +6,22 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+# What of a block is kept for its gradient; the rest is computed again (arXiv:1604.06174).
+REMAT = {
+    "none": None,  # everything is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # only what goes into a block
+}
+# The policy of `rematerialized`; as in attention.py, a part of JAX's caches' keys.
+_REMAT = jax.make_user_context("none")
 
 # Bookkeeping and generation settings that save_pretrained writes into every config.json, nested
 # ones included, and that change no computation. Dropout too: these networks drop nothing.
@@ -249,3 +259,22 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+
+
+def rematerialized(policy: str) -> AbstractContextManager:
+    """Makes every `checkpointed` block that is traced inside, in this thread, keep less.
+
+    Raises:
+      ValueError: no key of `REMAT`.
+    """
+    if policy not in REMAT:
+        raise ValueError(f"remat is {policy!r}, expected one of {', '.join(REMAT)}")
+    return _REMAT(policy)
+
+
+def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
+    """`module(*args)`; for its gradient it is run again as far as `rematerialized` says."""
+    policy = _REMAT.value
+    if policy == "none":
+        return module(*args)
+    return jax.checkpoint(lambda *args: module(*args), policy=REMAT[policy])(*args)

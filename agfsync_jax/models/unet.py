@@ -15,7 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from agfsync_jax.models.attention import attention, merge_heads, split_heads
-from agfsync_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, ModelConfig, Upsample2D
+from agfsync_jax.models.layers import (
+    Conv,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+    Upsample2D,
+    checkpointed,
+)
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # block type -> has attention
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -256,8 +264,8 @@ class Transformer2DModel(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for each in self.transformer_blocks:
+            tokens = checkpointed(each, tokens, context)
         return x + self.proj_out(tokens.reshape(b, h, w, c))
 
 
@@ -298,7 +306,7 @@ class DownBlock2D(nnx.Module):
     ) -> tuple[Float[Array, "b h w c"], list[Float[Array, "b h w c"]]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = checkpointed(resnet, x, time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
             skips.append(x)
@@ -319,8 +327,8 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
         self.attentions = nnx.List([Transformer2DModel(width, -1, config, dtype=dtype, rngs=rngs)])
 
     def __call__(self, x, time, context) -> Float[Array, "b h w c"]:
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+        x = self.attentions[0](checkpointed(self.resnets[0], x, time), context)
+        return checkpointed(self.resnets[1], x, time)
 
 
 class UpBlock2D(nnx.Module):
@@ -353,7 +361,7 @@ class UpBlock2D(nnx.Module):
 
     def __call__(self, x, skips, time, context) -> Float[Array, "b h w c"]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            x = checkpointed(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
@@ -414,12 +422,12 @@ class UNet2DConditionModel(nnx.Module):
         context = encoder_hidden_states.astype(self.dtype)
         x = self.conv_in(sample.astype(self.dtype))
         skips = [x]
-        for block in self.down_blocks:
-            x, new = block(x, time, context)
+        for down in self.down_blocks:
+            x, new = down(x, time, context)
             skips.extend(new)
         x = self.mid_block(x, time, context)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
+        for up in self.up_blocks:
+            x = up(x, skips, time, context)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
     def _sinusoid(self, values: Num[Array, " b"], channels: int) -> Float[Array, "b c"]:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 
-Rule = tuple[str, Sequence[Any]]
+Rule = tuple[str, Sequence[Any] | str]
+_SMALL = 2**16  # elements, below which an axis alone splits nothing
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -44,8 +45,9 @@ def infer_shardings(abstract_params: Any, mesh: Mesh, rules: Sequence[Rule] = ()
         whose paths end like those of the parameters.
       mesh: the mesh of the shardings.
       rules: (regex, spec) pairs; the regex is searched in "down_blocks.0.resnets.0.conv1.kernel".
-        A spec has one entry per leading dimension: None, an axis, or several axes. An array that
-        no rule fits is replicated.
+        A spec has one entry per leading dimension: None, an axis, or several axes; or it is the
+        name of one axis, which then splits the largest dimension that it divides, of arrays of
+        at least 2**16 elements. An array that no rule fits is replicated.
 
     Returns:
       The same pytree with a NamedSharding at every array.
@@ -54,13 +56,14 @@ def infer_shardings(abstract_params: Any, mesh: Mesh, rules: Sequence[Rule] = ()
       ValueError: an axis that the mesh lacks or that a spec names twice, a spec longer than the
         array has dimensions, or a dimension that its axes do not divide. All are listed.
     """
-    compiled = [(re.compile(pattern), pattern, _spec(spec)) for pattern, spec in rules]
+    compiled = [(re.compile(pattern), pattern, spec) for pattern, spec in rules]
     errors = []
 
     def infer(path, leaf):
         name = path_string(path)
         for regex, pattern, spec in compiled:
             if regex.search(name):
+                spec = _spec(spec, leaf.shape, mesh)
                 found = _spec_errors(spec, leaf.shape, mesh)
                 errors.extend(f"{name} {tuple(leaf.shape)}, rule {pattern!r}: {e}" for e in found)
                 return replicated(mesh) if found else NamedSharding(mesh, spec)
@@ -72,9 +75,18 @@ def infer_shardings(abstract_params: Any, mesh: Mesh, rules: Sequence[Rule] = ()
     return shardings
 
 
-def _spec(spec: Sequence[Any]) -> PartitionSpec:
-    """A spec as configs write it (lists, tuples, None) as a PartitionSpec."""
-    return PartitionSpec(*(tuple(e) if isinstance(e, list | tuple) else e for e in spec))
+def _spec(spec: Sequence[Any] | str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """A spec as configs write it (lists, tuples, None, an axis alone) as a PartitionSpec."""
+    if not isinstance(spec, str):
+        return PartitionSpec(*(tuple(e) if isinstance(e, list | tuple) else e for e in spec))
+    if spec not in mesh.shape:
+        return PartitionSpec(spec)  # which is then told
+    parts = mesh.shape[spec]
+    fitting = [dim for dim, size in enumerate(shape) if size % parts == 0]
+    if math.prod(shape) < _SMALL or not fitting:
+        return PartitionSpec()
+    largest = max(fitting, key=lambda dim: (shape[dim], dim))  # of equal ones the last
+    return PartitionSpec(*([None] * largest), spec)
 
 
 def _spec_errors(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> list[str]:

@@ -71,8 +71,13 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     )
 
 
-def abstract_backbone(config: Any, mesh: Mesh, path: str, kind: str) -> tuple[Any, Any]:
+def abstract_backbone(
+    config: Any, mesh: Mesh, path: str, kind: str, param_dtype: str = ""
+) -> tuple[Any, Any]:
     """A backbone whose parameters are `jax.ShapeDtypeStruct`s with shardings.
+
+    Args:
+        param_dtype: that of `config.sample` where it is empty.
 
     Returns:
         It, and the same with plain attention on one device, whose FLOP are those of the formulas.
@@ -106,7 +111,9 @@ def abstract_backbone(config: Any, mesh: Mesh, path: str, kind: str) -> tuple[An
             graphs[name], abstract = abstract_model(network, sizes, dtype=dtype)
             places = infer_shardings(abstract, mesh, config.sharding)
             params[name] = jax.tree.map(
-                functools.partial(placed, dtype=config.sample.param_dtype), abstract, places
+                functools.partial(placed, dtype=param_dtype or config.sample.param_dtype),
+                abstract,
+                places,
             )
         of = {"dtype": config.backbone.dtype}
         return (

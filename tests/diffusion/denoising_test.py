@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from agfsync_jax.diffusion.denoising import denoising_error, guide
+from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.schedules import Schedule
 
 
@@ -46,17 +46,3 @@ def test_rescaled_guidance_equals_diffusers(guidance_rescale):
     ours = guided(jnp.zeros_like(first), jnp.zeros(3))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert (np.abs(ours - mixed.numpy()).max() > 1) == (guidance_rescale > 0)
-
-
-def test_denoising_error_is_the_mean_over_a_latents_elements():
-    schedule = Schedule.from_config({"clip_sample": False})
-    rng = np.random.default_rng(0)
-    latents, noise = jnp.asarray(rng.normal(size=(2, 3, 4, 4, 2)), jnp.float32)
-    timesteps = jnp.array([1, 400, 900])
-    args = (latents, noise, timesteps, {"shift": jnp.array([0.0, 1.0, 2.0])})
-
-    def denoise(params, noisy, timesteps, conditioning):
-        return params * noise + conditioning["shift"][:, None, None, None]
-
-    errors = denoising_error(denoise, jnp.float32(1.0), *args, schedule)
-    np.testing.assert_allclose(errors, [0.0, 1.0, 4.0], atol=1e-6)

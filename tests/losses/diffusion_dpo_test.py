@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from agfsync_jax.diffusion.denoising import denoising_error
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo
 
@@ -22,11 +21,10 @@ def ours(policy, prediction_type):
     schedule = Schedule.from_config({"prediction_type": prediction_type})
 
     def error(weight, latents):
-        def denoise(params, noisy, timesteps, conditioning):
-            return noisy @ params
-
         arrays = jnp.asarray(latents, jnp.float32), jnp.asarray(NOISE, jnp.float32)
-        return denoising_error(denoise, weight, *arrays, jnp.asarray(TIMESTEPS), None, schedule)
+        arrays += (jnp.asarray(TIMESTEPS),)
+        residual = schedule.add_noise(*arrays) @ weight - schedule.target(*arrays)
+        return jnp.mean(jnp.square(residual), axis=(1, 2, 3))
 
     reference = jnp.asarray(REFERENCE, jnp.float32)
     errors = [

@@ -1,0 +1,53 @@
+"""RankDPO (Karthik et al., arXiv:2410.18013, eqs. 5 to 7 and algorithm 2): lists of candidates.
+
+Unlike Diffusion-DPO, every pair of a list counts, by how far apart its two are and most at the top:
+weight_ij = |gain_i - gain_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, divided by no ideal DCG.
+gain = 2^wins - 1, where wins is the share of the other candidates that one beats (the paper's
+algorithm 1 with one reward model): the scale of scores does not matter. Rank 1 is the best score;
+figure 2 of the paper shows predicted ranks, but its algorithm takes these. Equals share a rank.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from agfsync_jax.losses._rewards import reward_metrics
+
+uses_reference = True
+same_noise = True  # as Diffusion-DPO's code; the paper's algorithm draws one for each candidate
+uses_products = False
+is_listwise = True
+is_batchwise = False
+
+
+def loss(
+    policy: Float[Array, "b n"],
+    reference: Float[Array, "b n"],
+    scores: Float[Array, "b n"],
+    mask: Bool[Array, "b n"],
+    *,
+    beta: float = 2000.0,
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, "..."]]]:
+    """Per-list loss [b] and metrics from denoising errors, scores (more is better) and mask [b n].
+
+    loss = -sum over pairs, i better than j, of weight_ij log sigmoid(reward_i - reward_j), with
+    reward and beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL; the paper
+    leaves out the half and gives no value). There is no candidate where mask is False.
+
+    Metrics: of best against worst [b]; rewards/accuracy of all pairs of the batch, a scalar.
+    """
+    reward = jnp.where(mask, -0.5 * beta * (policy - reference), 0)
+    better = scores[:, :, None] > scores[:, None, :]  # [b i j]
+    better &= mask[:, :, None] & mask[:, None, :]
+    others = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True) - 1, 1)
+    gain = jnp.exp2(jnp.sum(better, axis=2) / others) - 1
+    discount = 1 / jnp.log(2.0 + jnp.sum(better, axis=1))  # rank = 1 + how many are better
+    gains, discounts = (jnp.abs(x[:, :, None] - x[:, None, :]) for x in (gain, discount))
+    margin = reward[:, :, None] - reward[:, None, :]
+    pairs = jnp.where(better, -gains * discounts * jax.nn.log_sigmoid(margin), 0)
+
+    best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
+    worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
+    ends = (jnp.take_along_axis(reward, end, axis=1)[:, 0] for end in (best, worst))
+    right = jnp.sum(better & (margin > 0)) / jnp.maximum(jnp.sum(better), 1)
+    return jnp.sum(pairs, axis=(1, 2)), reward_metrics(*ends) | {"rewards/accuracy": right}

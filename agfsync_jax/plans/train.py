@@ -1,0 +1,95 @@
+"""The step of `agfsync train`: its state, the frozen base, a batch of pairs.
+
+A pair costs 8 forward passes of an image by formula (3 for policy and gradient, 1 for the
+reference, for both images); 6 with LoRA, whose base needs no gradient, or without a reference.
+What blocks run again (`config.train.remat`) is not in the formula, and is in the program.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
+from agfsync_jax.plans import Work, placed
+from agfsync_jax.plans.sample import abstract_backbone
+from agfsync_jax.training import program
+from agfsync_jax.training.step import frozen_base, init_state
+from agfsync_jax.utils import flops
+
+
+def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
+    """One run of the program is a step on a batch of pairs.
+
+    Raises:
+        ValueError: settings that training refuses; a loss of rankings, whose lengths are not known.
+    """
+    del name
+    spec, mesh = config.train, create_mesh(config.mesh, devices=devices)
+    source = config.backbone.path, config.backbone.kind
+    backbone, plain = abstract_backbone(config, mesh, *source, param_dtype="float32")
+    settings = program.settings_of(config, backbone, 0)
+    if settings.loss.is_listwise:
+        raise ValueError(
+            f"config.loss.name={config.loss.name} is of rankings: plan knows pairs alone."
+        )
+    base = backbone.params[backbone.denoiser_name]
+    shardings = program.state_shardings(base, settings, mesh, config.sharding)
+    state = jax.eval_shape(lambda base: init_state(base, settings), base)
+    state = jax.tree.map(lambda x, place: placed(x, place, x.dtype), state, shardings)
+    frozen: dict[str, Any] = {"base": None, "text": {}}
+    if settings.needs_base:
+        kept = jax.eval_shape(lambda base: frozen_base(base, settings), base)
+        places = infer_shardings(kept, mesh, config.sharding)
+        frozen["base"] = jax.tree.map(lambda x, place: placed(x, place, x.dtype), kept, places)
+    if settings.encode:
+        text = (name for name in backbone.params if name.startswith("text_encoder"))
+        frozen["text"] = {name: backbone.params[name] for name in text}
+
+    rows = batch_sharding(mesh)
+
+    def split(leaf):
+        return placed(leaf, rows, leaf.dtype)
+
+    shape = backbone.latent_shape(config.sample.height, config.sample.width)
+    size = spec.batch_size
+    tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
+    latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+    conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
+    batch = {
+        "chosen_latents": split(latents),
+        "rejected_latents": split(latents),
+        "example": split(jax.ShapeDtypeStruct((size,), jnp.int32)),
+    }
+    if settings.encode:
+        batch["token_ids"] = split(tokens)
+    else:
+        batch["conditioning"] = jax.tree.map(split, conditioning)
+    compiled = program.compile_step(settings, shardings, frozen, mesh)
+
+    times = jax.ShapeDtypeStruct((size,), jnp.int32)
+    forward = flops.count(plain.denoise, plain.params, latents, times, conditioning)
+    passes = 2 * (3 - bool(spec.lora_rank) + settings.loss.uses_reference)
+    return Work(
+        lowered=compiled.lower(state, frozen, batch),
+        mesh=mesh,
+        params=state,
+        images=size,
+        num_steps=spec.accumulate,
+        step_flops=passes * forward // spec.accumulate,
+        rest_flops=0,
+        total=spec.num_steps * size,
+        rate=("pairs", size),
+        help=[
+            f"more parts a batch (--config.train.accumulate, now {spec.accumulate}) or a smaller"
+            f" --config.train.batch_size (now {size} on all chips)",
+            *(["--config.train.remat=full"] if spec.remat != "full" else []),
+            f"parameters split by config.sharding over --config.mesh.fsdp chips (now"
+            f" {dict(mesh.shape)})",
+            *(["--config.train.lora_rank=8"] if not spec.lora_rank else []),
+        ],
+        looped=spec.accumulate > 1,
+        notes=(f"a step is of {size} pairs, {passes} passes of an image each by formula.",),
+    )

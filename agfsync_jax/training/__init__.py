@@ -1,0 +1,1 @@
+"""Parts of `agfsync train`: the step, and what watches it."""

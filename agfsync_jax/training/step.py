@@ -1,0 +1,174 @@
+"""One step of preference training, a pure function of state and batch."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from agfsync_jax.diffusion import lora
+from agfsync_jax.diffusion.preference import Loss, preference_loss
+from agfsync_jax.models.layers import rematerialized
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: Int[Array, ""]  # steps done
+    params: Any  # the denoiser's parameters, or its LoRA adapters
+    opt_state: optax.OptState
+    ema: Any  # the moving average of params, or None
+
+
+class Settings(NamedTuple):
+    """What a step is made of; all of it is static.
+
+    Attributes:
+        backbone: see backbones/; its `params` are not read.
+        loss: see diffusion/preference.py.
+        optimizer, learning_rate: see utils/optimizer.py.
+        seed: of noise and timesteps.
+        lora_rank: 0 if all of the denoiser is trained.
+        accumulate: parts that a batch is taken in, one after the other.
+        ema_decay: 0 for no moving average.
+        remat: what blocks keep for their gradient; models/layers.py, REMAT.
+        encode: whether a batch has token_ids, which the frozen text encoder reads in every step,
+            instead of conditioning.
+    """
+
+    backbone: Any
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    seed: int
+    lora_rank: int = 0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    remat: str = "none"
+    encode: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a step reads the denoiser where training started."""
+        return bool(self.lora_rank or self.loss.uses_reference)
+
+
+def init_state(base: Any, settings: Settings) -> TrainState:
+    """The state before the first step, with parameters of its own: steps overwrite them."""
+    if settings.lora_rank:
+        key = jax.random.key(settings.seed)
+        params = lora.init_adapters(key, base, rank=settings.lora_rank)
+    else:
+        params = jax.tree.map(jnp.copy, base)
+    ema = jax.tree.map(jnp.copy, params) if settings.ema_decay else None
+    return TrainState(jnp.int32(0), params, settings.optimizer.init(params), ema)
+
+
+def frozen_base(base: Any, settings: Settings) -> Any:
+    """`base` as steps read it: at the precision of the computation, half the memory in bfloat16.
+
+    The base of LoRA stays as it is: adapters are added to it before anything is rounded.
+    """
+    return base if settings.lora_rank else _cast(base, settings.backbone.dtype)
+
+
+def train_step(
+    state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any], *, settings: Settings
+) -> tuple[TrainState, dict[str, Array]]:
+    """The next state, and metrics.
+
+    The loss is a mean over examples: with `accumulate` gradients are the mean of the parts'. Losses
+    that look at the whole batch (losses/kto.py, agfsync_norm.py) then look at a part.
+
+    Args:
+        state: see TrainState.
+        frozen: "base", what `frozen_base` made of the denoiser where training started: the
+            reference, and what LoRA adapts; None if neither is wanted. "text", the parameters of
+            the text encoders, {} unless steps encode.
+        batch: chosen_latents, rejected_latents [b, h, w, c], or latents [b, k, h, w, c] with scores
+            and mask [b, k]; example [b]; conditioning, a pytree of arrays [b, ...], or token_ids.
+    """
+    batch = dict(batch)
+    if "latents" not in batch:
+        pair = batch.pop("chosen_latents"), batch.pop("rejected_latents")
+        batch["latents"] = jnp.stack(pair, axis=1)
+    backbone, name = settings.backbone, settings.backbone.denoiser_name
+
+    def denoise(params, *args):
+        with rematerialized(settings.remat):
+            return backbone.denoise({name: params}, *args)
+
+    def objective(trained, part):
+        if settings.encode:
+            tokens = part.pop("token_ids")
+            part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
+        params, reference = trained, frozen["base"]
+        if settings.lora_rank:
+            params = lora.merge(frozen["base"], trained)
+            reference = _cast(reference, backbone.dtype)
+        return preference_loss(
+            _cast(params, backbone.dtype),
+            reference if settings.loss.uses_reference else None,
+            part,
+            loss=settings.loss,
+            denoise=denoise,
+            schedule=backbone.schedule,
+            seed=settings.seed,
+            step=state.step,
+        )
+
+    differentiate = jax.grad(objective, has_aux=True)
+    if settings.accumulate == 1:
+        grads, metrics = differentiate(state.params, batch)
+    else:
+        grads, metrics = _accumulated(
+            functools.partial(differentiate, state.params), batch, settings.accumulate
+        )
+    metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
+    metrics["learning_rate"] = jnp.asarray(settings.learning_rate(state.step))
+    updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if settings.ema_decay:
+        # As diffusers' EMAModel: early averages forget faster.
+        count = state.step.astype(jnp.float32) + 1
+        decay = jnp.minimum(settings.ema_decay, (1 + count) / (10 + count))
+        ema = optax.incremental_update(params, ema, 1 - decay)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _accumulated(differentiate: Callable, batch: Mapping[str, Any], parts: int) -> tuple[Any, dict]:
+    """Gradients and metrics of a batch, computed in parts; metrics that are arrays are sums."""
+
+    def split(x):
+        # Every parts-th row: with a sharded batch all devices have their rows of each part.
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    batch = jax.tree.map(split, batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, differentiate(part)), None
+
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], batch)),
+    )
+    (grads, metrics), _ = jax.lax.scan(add, zeros, batch)
+    grads = jax.tree.map(lambda x: x / parts, grads)
+    return grads, {name: x if x.ndim else x / parts for name, x in metrics.items()}
+
+
+def _cast(params: Any, dtype: Any) -> Any:
+    """Kernels in the computation's dtype, as layers would cast them, but before they are gathered.
+
+    What has one dimension, norms and biases, stays float32.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def cast(leaf: Float[Array, "..."]):
+        wide = leaf.ndim > 1 and leaf.dtype == jnp.float32 and dtype.itemsize < 4
+        return leaf.astype(dtype) if wide else leaf
+
+    return jax.tree.map(cast, params)

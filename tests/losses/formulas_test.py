@@ -1,0 +1,181 @@
+"""Every loss and its gradient against its formula, from whole residuals, in torch float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from agfsync_jax.utils import modules
+
+RNG = np.random.default_rng(0)
+LATENT = 4, 4, 4
+# Policies that are better and worse than the reference on the whole; candidates in axis 1.
+REFERENCE = RNG.normal(size=(5, 4, *LATENT))
+POLICIES = [share * REFERENCE + 0.2 * RNG.normal(size=REFERENCE.shape) for share in (0.9, 1.0)]
+TARGET = RNG.normal(size=REFERENCE.shape)
+# A tie, a list of three, of one and of none.
+SCORES = RNG.normal(size=(5, 4))
+SCORES[0, 1] = SCORES[0, 2]
+MASK = np.arange(4) < np.array([4, 4, 3, 1, 0])[:, None]
+SETTINGS = {
+    "mapo": {"beta": 0.3, "snr_value": 0.7, "num_train_timesteps": 10},
+    "kto": {"beta": 20.0, "desirable_weight": 1.3, "undesirable_weight": 0.6},
+    "cdpo": {"beta": 20.0, "label_smoothing": 0.2},
+    "dspo": {"beta": 3.0},
+    "agfsync_norm": {"beta": 1.0},
+    "sft": {},
+}
+
+
+def settings(name):
+    return dict(SETTINGS.get(name, {"beta": 40.0}))
+
+
+def error(residual):
+    """The squared norm as a mean: [b n]."""
+    return (residual**2).mean(dim=(2, 3, 4))
+
+
+def inside(policy, reference, beta):
+    """The argument of the sigmoid in arXiv:2311.12908, eq. 14, with T omega(lambda) in beta."""
+    change = error(policy) - error(reference)
+    return -beta / 2 * (change[:, 0] - change[:, 1])
+
+
+def diffusion_dpo(policy, reference, beta):
+    return -logsigmoid(inside(policy, reference, beta)).mean()
+
+
+def cdpo(policy, reference, beta, label_smoothing):
+    argument = inside(policy, reference, beta)
+    swapped = inside(policy.flip(1), reference.flip(1), beta)
+    mixed = (1 - label_smoothing) * logsigmoid(argument) + label_smoothing * logsigmoid(swapped)
+    return -mixed.mean()
+
+
+def hinge(policy, reference, beta):
+    return torch.clamp(1 - inside(policy, reference, beta), min=0).mean()
+
+
+def ipo(policy, reference, beta):
+    """arXiv:2310.12036, eq. 17, with tau = beta, times beta^2."""
+    log_ratio = inside(policy, reference, 1.0)
+    return beta**2 * ((log_ratio - 1 / (2 * beta)) ** 2).mean()
+
+
+def kto(policy, reference, beta, desirable_weight, undesirable_weight):
+    """arXiv:2404.04465, eq. 8, an image at a time; minus the utility, plus the weight."""
+    value = (beta / 2 * (error(reference) - error(policy))).T.reshape(-1)  # chosen, then rejected
+    count = len(value) // 2
+    baseline = max(0.0, value.detach().mean().item())
+    terms = [
+        desirable_weight * (1 - torch.sigmoid(x - baseline))
+        if index < count
+        else undesirable_weight * (1 - torch.sigmoid(-(x - baseline)))
+        for index, x in enumerate(value)
+    ]
+    return torch.stack(terms).mean()
+
+
+def mapo(policy, reference, beta, snr_value, num_train_timesteps):
+    scaled = snr_value * error(policy)
+    likelihood = scaled / (torch.exp(scaled) - 1)
+    ratio = logsigmoid(num_train_timesteps * (likelihood[:, 0] - likelihood[:, 1]))
+    return error(policy)[:, 0].mean() - beta * ratio.mean()
+
+
+def dspo(policy, reference, beta):
+    share = 1 - torch.sigmoid(inside(policy, reference, beta))[:, None, None, None]
+    learned = policy[:, 0] - reference[:, 0]
+    return ((policy[:, 0] - beta * share * learned) ** 2).mean()
+
+
+def sft(policy, reference):
+    return (policy[:, 0] ** 2).mean()
+
+
+def agfsync_norm(policy, reference, beta):
+    change = [torch.norm(policy[:, i]) - torch.norm(reference[:, i]) for i in (0, 1)]
+    return -logsigmoid(-beta * (change[0] - change[1]))
+
+
+def rankdpo(policy, reference, beta):
+    """arXiv:2410.18013, algorithm 2, with the win rates of its algorithm 1."""
+    change = beta / 2 * (error(policy) - error(reference))
+    total = 0.0
+    for row in range(len(SCORES)):
+        present = [i for i in range(4) if MASK[row, i]]
+        wins = {i: sum(SCORES[row, i] > SCORES[row, j] for j in present) for i in present}
+        preferred = {i: wins[i] / max(len(present) - 1, 1) for i in present}
+        descending = sorted(preferred.values(), reverse=True)
+        discount = {i: np.log(1 + 1 + descending.index(preferred[i])) for i in present}
+        for i in present:
+            for j in present:
+                if preferred[i] > preferred[j]:
+                    gain = 2 ** preferred[i] - 2 ** preferred[j]
+                    weight = abs(gain) * abs(1 / discount[i] - 1 / discount[j])
+                    total -= weight * logsigmoid(-(change[row, i] - change[row, j]))
+    return total / len(SCORES)
+
+
+FORMULAS = {
+    formula.__name__: formula
+    for formula in (diffusion_dpo, cdpo, hinge, ipo, kto, mapo, dspo, sft, agfsync_norm, rankdpo)
+}
+
+
+@functools.cache
+def ours(name):
+    """Compiled: predictions [b n 4 4 4] of the policy -> ((mean loss, metrics), gradient)."""
+    module = modules.load("losses", name)
+    count = 4 if module.is_listwise else 2
+
+    def mean_loss(prediction):
+        policy = prediction[:, :count] - TARGET[:, :count]
+        reference = jnp.asarray(REFERENCE[:, :count])
+        errors = [jnp.mean(jnp.square(x), axis=(2, 3, 4)) for x in (policy, reference)]
+        keywords = settings(name)
+        if module.is_listwise:
+            loss, metrics = module.loss(*errors, jnp.asarray(SCORES), jnp.asarray(MASK), **keywords)
+        else:
+            if module.uses_products:
+                chosen, rejected = jnp.mean(policy * reference, axis=(2, 3, 4)).T
+                keywords |= {"chosen_product": chosen, "rejected_product": rejected}
+            if name == "agfsync_norm":
+                keywords |= {"num_elements": 4 * 4 * 4}
+            loss, metrics = module.loss(*errors[0].T, *errors[1].T, **keywords)
+        return jnp.mean(loss), metrics
+
+    return jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["better", "worse"])
+@pytest.mark.parametrize("name", modules.names("losses"))
+def test_value_and_gradient(name, policy):
+    assert name in FORMULAS, f"write the formula of {name} here"
+    prediction = torch.tensor(TARGET + policy, requires_grad=True)
+    count = 4 if name == "rankdpo" else 2
+    residual = (prediction - torch.tensor(TARGET))[:, :count]
+    expected = FORMULAS[name](residual, torch.tensor(REFERENCE)[:, :count], **settings(name))
+    expected.backward()
+    with jax.enable_x64(True):
+        (value, _), gradient = ours(name)(jnp.asarray(prediction.detach().numpy()))
+        assert value.dtype == gradient.dtype == np.float64
+        value, gradient = np.asarray(value), np.asarray(gradient)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, prediction.grad.numpy(), rtol=1e-6, atol=1e-12)
+    assert np.abs(gradient).max() > 1e-6
+
+
+def test_the_policies_reach_both_branches():
+    """Else the formulas would not see KTO's clamp or hinge's flat part."""
+    reference = torch.tensor(REFERENCE)[:, :2]
+    better, worse = (torch.tensor(policy)[:, :2] for policy in POLICIES)
+    assert (error(reference) - error(better)).mean() > 0 > (error(reference) - error(worse)).mean()
+    for policy in (better, worse):
+        margins = inside(policy, reference, settings("hinge")["beta"])
+        assert (margins > 1).any() and (margins < 1).any()
