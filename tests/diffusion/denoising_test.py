@@ -5,7 +5,6 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from agfsync_jax.diffusion.denoising import guide
-from agfsync_jax.diffusion.schedules import Schedule
 
 
 def test_guidance_runs_one_batch_of_twice_the_rows():
