@@ -1,4 +1,4 @@
-"""pip install -e . ; extras: tpu, cuda, torch (export and its check), test."""
+"""pip install -e . ; extras: tpu, cuda, torch (export and its check), wandb, test."""
 
 import re
 from pathlib import Path
@@ -50,12 +50,14 @@ setup(
         "pyarrow",
         "pillow",
         "tqdm",
+        "tensorboardX",  # writes what TensorBoard reads
         "filelock",  # jax takes it to share its compilation cache between processes
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
+        "wandb": ["wandb"],
         # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
         "test": TORCH
         + ["pytest>=8", "pytest-timeout", "ruff>=0.12", "scipy", "transformers!=5.24.*"],

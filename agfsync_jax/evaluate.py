@@ -21,7 +21,6 @@ from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils import modules
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
 
@@ -53,7 +52,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     workdir = Path(workdir)
     round_dir = workdir / f"round_{round_index:03d}"
     folders = {"base": workdir / "round_000" / "evals", "tuned": round_dir / "evals"}
-    prompts, questions = held_out(config)
+    prompts, questions = evaluators.held_out(config)
     plan = {name: shards(config, prompts, folder, name) for name, folder in folders.items()}
     every = plan["base"] + plan["tuned"]
     if repair and multihost.is_main():
@@ -80,22 +79,6 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
                 )
             _conclude(plan, folders["tuned"])
     multihost.barrier("evaluate")
-
-
-def held_out(config) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """Prompt rows and question rows by prompt id; the same in every round."""
-    spec = config.evaluate.to_dict()
-    for key in ("num_seeds", "evaluators"):
-        spec.pop(key)
-    source = modules.load("prompt_sources", spec.pop("source"))
-    rows = source.prompts(**spec, seed=config.seed, round_index=0)
-    asked = []
-    if scorers.asks_questions(config.scorers):
-        spec = config.questions.to_dict()
-        source = modules.load("prompt_sources", spec.pop("source"))
-        asked = source.questions(rows, **spec, seed=config.seed)
-        scorers.check_questions(rows, asked)
-    return {row["id"]: row for row in rows}, scorers.by_prompt(asked)
 
 
 def shards(config, prompts: dict[str, dict], folder: Path, model: str) -> list[Shard]:

@@ -16,7 +16,7 @@ import math
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,14 +24,18 @@ from jax.sharding import Mesh
 
 from agfsync_jax import backbones
 from agfsync_jax.data.embeddings import PromptEmbeddings
+from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
+from agfsync_jax.data.records import write_file
 from agfsync_jax.diffusion import lora
 from agfsync_jax.diffusion.preference import NUM_BINS
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.training import program
 from agfsync_jax.training.step import TrainState, frozen_base, init_state
+from agfsync_jax.training.validation import Validation
+from agfsync_jax.utils import flops
 from agfsync_jax.utils.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.metrics import MetricWriter
@@ -54,7 +58,9 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
     folders = [Path(workdir) / f"round_{index:03d}" for index in range(round_index + 1)]
     with (
         Stage(folders[-1], "train", unit="pairs") as stage,
-        Checkpoints(folders[-1] / "checkpoints", keep=config.train.keep) as checkpoints,
+        Checkpoints(
+            folders[-1] / "checkpoints", config.train.keep, config.train.best
+        ) as checkpoints,
     ):
         start = checkpoints.latest_step() or 0
         stage.skipped(start, config.train.num_steps, "steps")
@@ -63,8 +69,25 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         if repair and multihost.is_main():
             repair_pairs(folders[-1] / "pairs")
         multihost.barrier("train repair")
-        state, step, final = prepare(config, folders, checkpoints, start)
-        fit(config.train, state, step, final, start, stage, checkpoints)
+        fit(config.train, prepare(config, folders, checkpoints, start), start, stage, checkpoints)
+
+
+class Prepared(NamedTuple):
+    """A training that is ready to go on.
+
+    Attributes:
+        state: where it is.
+        step: (state, index) -> (state, metrics); takes the state's memory.
+        final: state -> what the last checkpoint holds.
+        validate: state -> (scores, a picture or None); None where nothing is drawn.
+        flops: of a step by formula, on all devices; 0 where the devices' peak is not known.
+    """
+
+    state: TrainState
+    step: Callable
+    final: Callable
+    validate: Callable | None = None
+    flops: int = 0
 
 
 def read_data(folder: Path, is_listwise: bool, mesh: Mesh, spec: Any, seed: int) -> PairLoader:
@@ -90,22 +113,16 @@ def read_data(folder: Path, is_listwise: bool, mesh: Mesh, spec: Any, seed: int)
     return PairLoader(pairs, spec.batch_size, seed, mesh, parts=spec.accumulate)
 
 
-def prepare(
-    config: Any, folders: list[Path], checkpoints: Checkpoints, start: int
-) -> tuple[TrainState, Callable, Callable]:
-    """Everything that the last round of `folders` needs to go on from step `start`.
-
-    Returns:
-        The state; step(state, index) -> (state, metrics), which takes the state's memory; and
-        final(state), what the last checkpoint holds.
-    """
+def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: int) -> Prepared:
+    """Everything that the last round of `folders` needs to go on from step `start`."""
     spec, mesh = config.train, create_mesh(config.mesh)
     cls = backbones.backbone_class(config)
     settings = program.settings_of(config, cls, len(folders) - 1)
     loader = read_data(folders[-1] / "pairs", settings.loss.is_listwise, mesh, spec, settings.seed)
     stored = loader.stored_embeddings
     name = cls.denoiser_name
-    backbone = backbones.load(config, mesh, only=[name] if stored else ())
+    alone = stored and not spec.validate_every  # nothing but the denoiser is wanted
+    backbone = backbones.load(config, mesh, only=[name] if alone else ())
     settings = settings._replace(backbone=backbone)
     base = backbone.params.pop(name)
     if len(folders) > 1:
@@ -116,6 +133,7 @@ def prepare(
     elif not settings.encode:
         embeddings = PromptEmbeddings.encode(backbone, loader.token_ids, spec.batch_size, mesh)
     text = {n: p for n, p in backbone.params.items() if n.startswith("text_encoder")}
+    validation = Validation(config, mesh, backbone) if spec.validate_every else None
     backbone.params.clear()  # the other networks have done their part
 
     init = functools.partial(init_state, settings=settings)
@@ -133,6 +151,11 @@ def prepare(
         places = jax.tree.map(lambda x: x.sharding, base)
         keep = functools.partial(frozen_base, settings=settings)
         frozen["base"] = jax.jit(keep, out_shardings=places, donate_argnums=0)(base)
+    work = 0
+    if flops.peak(jax.devices()[0].device_kind):
+        shapes = jax.eval_shape(lambda base: base, base)
+        conditioning = embeddings(loader.rows(0)) if embeddings else None
+        work = program.step_flops(settings, shapes, loader.batch(0), conditioning)
     del base
     compiled = program.compile_step(settings, shardings, frozen, mesh)
 
@@ -143,30 +166,42 @@ def prepare(
             batch["conditioning"] = embeddings(loader.rows(index))
         return compiled(state, frozen, batch)
 
+    def whole(state):
+        trained = state.params if state.ema is None else state.ema
+        return jax.jit(lora.merge)(frozen["base"], trained) if spec.lora_rank else trained
+
     def final(state):
         """Other verbs read a whole denoiser, named "params"."""
-        trained = state.params if state.ema is None else state.ema
         if spec.lora_rank:
-            whole = jax.jit(lora.merge)(frozen["base"], trained)
-            return {"params": whole, "adapters": trained}
-        return state._replace(params=trained, ema=None)
+            trained = state.params if state.ema is None else state.ema
+            return {"params": whole(state), "adapters": trained}
+        return state._replace(params=whole(state), ema=None)
 
-    return state, step_of, final
+    validate = (lambda state: validation(whole(state))) if validation else None
+    return Prepared(state, step_of, final, validate, work)
 
 
-def fit(spec: Any, state: Any, step: Callable, final: Callable, start, stage, checkpoints) -> None:
+def fit(spec: Any, ready: Prepared, start: int, stage: Stage, checkpoints: Checkpoints) -> None:
     """Takes the steps from `start` to `spec.num_steps`, with metrics and checkpoints.
 
     A signal saves the step under way and is raised then.
     """
+    board = checkpoints.folder / "tensorboard" if spec.tensorboard else None
+    peak = flops.peak(jax.devices()[0].device_kind)
     with (
-        MetricWriter(checkpoints.folder / "metrics.jsonl", start, multihost.is_main()) as writer,
+        MetricWriter(
+            checkpoints.folder / "metrics.jsonl",
+            start,
+            multihost.is_main(),
+            tensorboard=board,
+            wandb=spec.wandb,
+        ) as writer,
         stage.progress((spec.num_steps - start) * spec.batch_size) as progress,
         hold_signals(signal.SIGINT, signal.SIGTERM) as held,
     ):
         clock = stage.seconds
 
-        def report(index, metrics):
+        def report(index, metrics, scores=None):
             nonlocal clock
             values = readable(jax.device_get(metrics))
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -177,21 +212,41 @@ def fit(spec: Any, state: Any, step: Callable, final: Callable, start, stage, ch
                     "config.loss.beta, or set config.backbone.dtype=float32, in a new workdir."
                 )
             values["seconds"], clock = stage.seconds - clock, stage.seconds
+            note = f"loss {values['loss']:.4g}"
+            if ready.flops:
+                speed = ready.flops / values["seconds"]
+                values["mfu"] = speed / peak / jax.device_count()
+                note += f", MFU {values['mfu']:.0%}"
+            for name, value in (scores or {}).items():
+                values[f"validation/{name}"] = value
             writer.write(index, values)
-            progress.update(spec.batch_size)
+            progress.update(spec.batch_size, note=note)
 
-        unread = None
+        state, unread = ready.state, None
         for index in range(start + 1, spec.num_steps + 1):
-            state, metrics = step(state, index - 1)
+            state, metrics = ready.step(state, index - 1)
             if unread:
                 report(*unread)  # while the step just dispatched runs
-            unread = index, metrics
+            unread, scores = (index, metrics), None
             stop, last = bool(held), index == spec.num_steps
-            if stop or last or index % spec.save_every == 0:
-                report(*unread)  # only a state that is known to be good is saved
-                unread = None
+            if ready.validate and (last or index % spec.validate_every == 0) and not stop:
+                jax.block_until_ready(metrics)  # else its time would count as the validation's
                 with stage.pause():
-                    checkpoints.save(index, final(state) if last else state, wait=stop)
+                    scores, grid = ready.validate(state)
+                    if grid is not None:
+                        writer.write_image(index, "validation", grid)
+                        path = checkpoints.folder / "validation" / f"{index:06d}.png"
+                        if multihost.is_main():
+                            write_file(path, [encode_png(grid)])
+                    told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                    stage.print(f"step {index}, held-out prompts: {told}")
+            if stop or last or scores or index % spec.save_every == 0:
+                report(*unread, scores)  # only a state that is known to be good is saved
+                unread = None
+            if stop or last or index % spec.save_every == 0:
+                with stage.pause():
+                    kept = ready.final(state) if last else state
+                    checkpoints.save(index, kept, wait=stop, metrics=scores)
             if stop:
                 break
 

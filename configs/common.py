@@ -97,7 +97,12 @@ def get_config() -> ConfigDict:
     c.train.embeddings = "cached"  # step: the text encoder runs in every step
     c.train.ema_decay = 0.0  # of a moving average, which is then what training makes; 0: none
     c.train.save_every = 100  # steps
-    c.train.keep = 2  # checkpoints
+    c.train.keep = 2  # checkpoints, the newest
+    c.train.validate_every = 0  # steps; 0: never. Held-out prompts are drawn and scored
+    c.train.num_validation_prompts = 16
+    c.train.best = ""  # a validation's metric, such as vqa: the best checkpoint by it stays too
+    c.train.tensorboard = True  # events in checkpoints/tensorboard
+    c.train.wandb = ""  # a project of Weights & Biases, if wanted
     c.train.seed = 0
 
     c.evaluate = ConfigDict()

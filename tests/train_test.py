@@ -12,7 +12,7 @@ from flax import nnx
 
 from agfsync_jax import backbones, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
-from agfsync_jax.data.images import encode_png
+from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
 from agfsync_jax.diffusion.preference import Loss, draw_noise
@@ -347,7 +347,7 @@ def test_less_memory_is_the_same_step(backbone, changes):
 def test_the_text_encoder_may_run_in_the_step(run, tmp_path):
     make_workdir(tmp_path)
     config = make_config(**{"train.embeddings": "step", "train.num_steps": 2})
-    state, step, _ = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    state, step, *_ = train.prepare(config, [tmp_path / "round_000"], None, 0)
     for index, want in enumerate(metrics(run)[:2]):
         state, got = step(state, index)
         assert float(got["loss"]) == pytest.approx(want["loss"], rel=1e-5)
@@ -357,7 +357,7 @@ def test_the_moving_average_is_what_training_makes(run, tmp_path):
     """With diffusers' warm-up of the decay."""
     make_workdir(tmp_path)
     config = make_config(**{"train.ema_decay": 0.9})
-    state, step, final = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    state, step, final, *_ = train.prepare(config, [tmp_path / "round_000"], None, 0)
     average = jax.tree.map(np.array, state.params)
     for index in range(4):
         state, _ = step(state, index)
@@ -501,7 +501,7 @@ def test_a_finished_run_is_skipped(run, capsys, monkeypatch):
 def test_stored_embeddings_need_no_text_encoder(run, tmp_path, monkeypatch):
     make_workdir(tmp_path, embeddings=True)
     monkeypatch.setattr(TinyBackbone, "encode_prompt", None)
-    state, step, _ = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
+    state, step, *_ = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
     for index, want in enumerate(metrics(run)[:2]):
         state, got = step(state, index)
         got = jax.device_get(got)
@@ -611,6 +611,43 @@ def test_two_processes_train_the_same(run, tmp_path):
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
 
 
+class FakeValidation:
+    """Scores that rise and fall, and a picture."""
+
+    scores = {2: 0.5, 4: 0.9, 5: 0.7}
+
+    def __init__(self, config, mesh, backbone):
+        assert set(backbone.params) == {"text_encoder"}  # all but the denoiser
+
+    def __call__(self, denoiser):
+        step = self.steps.pop(0)
+        return {"vqa": self.scores[step]}, np.full((4, 6, 3), step, np.uint8)
+
+
+def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monkeypatch, capsys):
+    make_workdir(tmp_path)
+    monkeypatch.setattr(train, "Validation", FakeValidation)
+    monkeypatch.setattr(FakeValidation, "steps", [2, 4, 5], raising=False)
+    changes = {"train.validate_every": 2, "train.save_every": 1, "train.keep": 1}
+    train.main(make_config(**changes, **{"train.best": "vqa"}), tmp_path)
+    rows, folder = metrics(tmp_path), tmp_path / "round_000/checkpoints"
+    shown = {row["step"]: row["validation/vqa"] for row in rows if "validation/vqa" in row}
+    assert shown == FakeValidation.scores
+    assert sorted(p.name for p in folder.iterdir() if p.name.isdecimal()) == ["4", "5"]
+    assert decode_png((folder / "validation/000004.png").read_bytes())[0, 0, 0] == 4
+    assert "step 4, held-out prompts: vqa 0.9" in capsys.readouterr().err
+    # Watching changes nothing.
+    names = set(rows[0]) - {"seconds"}
+    assert [{n: row[n] for n in names & set(row)} for row in rows] == [
+        {n: row[n] for n in names & set(row)} for row in metrics(run)
+    ]
+    (events,) = (folder / "tensorboard").iterdir()
+    data = events.read_bytes()
+    for name in (b"rewards/margin", b"validation/vqa", b"learning_rate", b"error_by_time/"):
+        assert name in data
+    assert data.count(b"\x89PNG") == 3
+
+
 def test_rounds_and_adapters(run, tmp_path):
     """Round 1, of LoRA, starts from round 0 and leaves a whole denoiser."""
     (tmp_path / "round_000").symlink_to(run / "round_000")
@@ -664,6 +701,7 @@ def test_bad_settings_are_told_before_any_work(tmp_path):
         ("train.accumulate", 3, "accumulate=3 does not divide config.train.batch_size=8"),
         ("train.accumulate", 2, "8 .* 8 devices .* in 2 parts"),
         ("train.keep", 0, "train.keep=0: expected at least 1"),
+        ("train.best", "vqa", "train.best='vqa' needs config.train.validate_every"),
     ):
         with pytest.raises(ValueError, match=message):
             train.main(make_config(**{key: value}), tmp_path, round_index=1)

@@ -66,6 +66,11 @@ class StableDiffusion:
         self.schedule = _schedule(files)
         self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
 
+    def plain(self) -> "StableDiffusion":
+        """The same with plain attention, all of whose FLOP can be counted."""
+        parts = self._files, self._graphs, self.params
+        return type(self)(*parts, dtype=self.dtype, mesh=self._mesh, attention="plain")
+
     @classmethod
     def load(
         cls,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from agfsync_jax import scorers
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.metrics import bootstrap
 
@@ -37,6 +38,22 @@ def judge(
         for name, values in evaluator(images, texts, asked).items():
             for row, value in zip(rows, values, strict=True):
                 row[name] = float(value)
+
+
+def held_out(config: Any) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Prompt rows and question rows by prompt id; the same in every round."""
+    spec = config.evaluate.to_dict()
+    for key in ("num_seeds", "evaluators"):
+        spec.pop(key)
+    source = modules.load("prompt_sources", spec.pop("source"))
+    rows = source.prompts(**spec, seed=config.seed, round_index=0)
+    asked = []
+    if scorers.asks_questions(config.scorers):
+        spec = config.questions.to_dict()
+        source = modules.load("prompt_sources", spec.pop("source"))
+        asked = source.questions(rows, **spec, seed=config.seed)
+        scorers.check_questions(rows, asked)
+    return {row["id"]: row for row in rows}, scorers.by_prompt(asked)
 
 
 def compare(base: list[dict], tuned: list[dict]) -> tuple[dict, dict]:

@@ -17,7 +17,6 @@ from agfsync_jax.plans import Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
-from agfsync_jax.utils import flops
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -69,16 +68,14 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         batch["conditioning"] = jax.tree.map(split, conditioning)
     compiled = program.compile_step(settings, shardings, frozen, mesh)
 
-    times = jax.ShapeDtypeStruct((size,), jnp.int32)
-    forward = flops.count(plain.denoise, plain.params, latents, times, conditioning)
-    passes = 2 * (3 - bool(spec.lora_rank) + settings.loss.uses_reference)
+    step_flops = program.step_flops(settings, base, batch, conditioning)
     return Work(
         lowered=compiled.lower(state, frozen, batch),
         mesh=mesh,
         params=state,
         images=size,
         num_steps=spec.accumulate,
-        step_flops=passes * forward // spec.accumulate,
+        step_flops=step_flops // spec.accumulate,
         rest_flops=0,
         total=spec.num_steps * size,
         rate=("pairs", size),
@@ -91,5 +88,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
             *(["--config.train.lora_rank=8"] if not spec.lora_rank else []),
         ],
         looped=spec.accumulate > 1,
-        notes=(f"a step is of {size} pairs, {passes} passes of an image each by formula.",),
+        notes=(
+            f"a step is of {size} pairs, {program.passes(settings)} passes of an image each by"
+            " formula.",
+        ),
     )

@@ -12,7 +12,7 @@ from agfsync_jax.diffusion.preference import Loss
 from agfsync_jax.models.layers import REMAT
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings, replicated
 from agfsync_jax.training.step import Settings, init_state, train_step
-from agfsync_jax.utils import modules
+from agfsync_jax.utils import flops, modules
 from agfsync_jax.utils.optimizer import make_optimizer
 
 EMBEDDINGS = ("cached", "step")
@@ -34,6 +34,11 @@ def settings_of(config: Any, backbone: Any, round_index: int) -> Settings:
     if spec.remat not in REMAT:
         raise ValueError(
             f"config.train.remat is {spec.remat!r}, expected one of {', '.join(REMAT)}."
+        )
+    if spec.best and not spec.validate_every:
+        raise ValueError(
+            f"config.train.best={spec.best!r} needs config.train.validate_every: only a validation"
+            " says which checkpoint is the best."
         )
     if spec.keep < 1:
         raise ValueError(f"config.train.keep={spec.keep}: expected at least 1.")
@@ -75,3 +80,33 @@ def compile_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def passes(settings: Settings) -> int:
+    """Forward passes of an image that a pair costs by formula: 3 for policy and gradient and 1 for
+    the reference, for both images; one less with LoRA, whose base needs no gradient."""
+    return 2 * (3 - bool(settings.lora_rank) + settings.loss.uses_reference)
+
+
+def step_flops(
+    settings: Settings, base: Any, batch: Mapping[str, Any], conditioning: Any | None
+) -> int:
+    """FLOP of a step by formula, on all devices.
+
+    Args:
+        base: the denoiser's parameters, or their shapes.
+        batch: see `train_step`; arrays or their shapes.
+        conditioning: of the batch, or None where the step makes it.
+    """
+    latents = batch.get("latents", batch.get("chosen_latents"))
+    size = latents.shape[0] * (latents.shape[1] / 2 if latents.ndim == 5 else 1)
+    plain = settings.backbone.plain()
+    if conditioning is None:
+        tokens = batch["token_ids"]
+        conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), conditioning)
+    rows = jax.ShapeDtypeStruct((latents.shape[0], *latents.shape[-3:]), latents.dtype)
+    times = jax.ShapeDtypeStruct(rows.shape[:1], "int32")
+    denoise = plain.denoise
+    forward = flops.count(denoise, {plain.denoiser_name: base}, rows, times, first)
+    return round(passes(settings) * forward * size / rows.shape[0])

@@ -6,18 +6,19 @@ the array, so that what made the tree (nnx, optax) may change and a part of it c
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 PyTree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one folder, the newest `keep` of them.
+    """The checkpoints of one folder, the newest `keep` of them and the best one.
 
         with Checkpoints(round_dir / "checkpoints") as checkpoints:
             checkpoints.save(step, state)
@@ -25,12 +26,28 @@ class Checkpoints:
     Saving copies the state off the devices and returns while it is written; leaving the `with`
     block waits for the last one. A folder of a step appears only when it is whole. What goes wrong
     while writing is raised by the next call: OSError where no space is left.
+
+    Args:
+        folder: it is made.
+        keep: how many of the newest.
+        best: the name of a metric; the checkpoint that was saved with its highest value stays too.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, best: str = ""):
         self.folder = Path(folder).absolute()
+        policies = [managers.LatestN(keep)]
+        if best:
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            preservation_policy=managers.AnyPreservationPolicy(policies),
+            create=True,
+            cleanup_tmp_directories=True,
         )
         # The handler is named so that a manager which has saved nothing can read, too.
         self._manager = ocp.CheckpointManager(
@@ -47,12 +64,22 @@ class Checkpoints:
         """The newest step that is whole; None in an empty folder."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: PyTree, wait: bool = False) -> None:
-        """Stores `state` (arrays and numbers) as `step`; an existing step is left as it is."""
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        wait: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Stores `state` (arrays and numbers) as `step`; an existing step is left as it is.
+
+        `metrics` are what `best` looks at; without them a checkpoint is never the best.
+        """
         if step in self._manager.all_steps():
             return
+        args = ocp.args.PyTreeSave(_flatten(state))
         with self._no_space():
-            self._manager.save(step, args=ocp.args.PyTreeSave(_flatten(state)))
+            self._manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
         if wait:
             self.wait()
 

@@ -149,10 +149,12 @@ class Progress:
                 yield item
                 self.update()
 
-    def update(self, n: int = 1) -> None:
-        """Counts `n` more items."""
+    def update(self, n: int = 1, note: str = "") -> None:
+        """Counts `n` more items; `note` is shown beside the rate."""
         self._done += n
         self._stage.items += n
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(n)
         seconds, now = self._stage.seconds, time.monotonic()
         if self._steady is None:
@@ -171,8 +173,11 @@ class Progress:
             if not self._stage._terminal:
                 of = f"/{self._total}" if self._total else ""
                 to_go = f", {_duration(left)} left" if self._total else ""
+                told = f", {note}" if note else ""
                 head = f"{self._desc.strip()} " if self._desc else ""
-                self._stage.print(f"{head}{self._done}{of} {self._stage.unit}, {rate:.4g}/s{to_go}")
+                self._stage.print(
+                    f"{head}{self._done}{of} {self._stage.unit}, {rate:.4g}/s{to_go}{told}"
+                )
 
 
 def read_stages(path: Path) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Metrics on disk, one JSON object a line, and the bootstrap behind every error bar."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 
 class MetricWriter:
@@ -20,13 +22,33 @@ class MetricWriter:
         path: the file; its folder is made.
         step: the last step that counts; 0 starts afresh.
         enabled: false on all but the main process, where nothing is written.
+        tensorboard: a folder that TensorBoard reads, for the same numbers and for images.
+        wandb: a Weights & Biases project, for the same; needs `pip install wandb` and a login.
+
+    Raises:
+        ValueError: a project, and no wandb.
     """
 
-    def __init__(self, path: Path, step: int = 0, enabled: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        step: int = 0,
+        enabled: bool = True,
+        *,
+        tensorboard: Path | None = None,
+        wandb: str = "",
+    ):
         self.path = Path(path)
-        self._file = None
+        self._file = self._board = self._run = None
         if not enabled:
             return
+        if wandb:
+            self._run = _start_wandb(wandb, self.path.parent)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            # What a killed run wrote beyond its checkpoint is taken back.
+            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         aside = self.path.with_name(f"{self.path.name}.tmp")
@@ -47,11 +69,44 @@ class MetricWriter:
         row = {"step": int(step)} | {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        del row["step"]
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+        if self._run:
+            self._run.log(row, step=step)
+
+    def write_image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Shows an image; metrics.jsonl has none."""
+        if self._board:
+            self._board.add_image(name, image, step, dataformats="HWC")
+        if self._run:
+            import wandb
+
+            self._run.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._board:
+            self._board.close()
+        if self._run:
+            self._run.finish()
+
+
+def _start_wandb(project: str, folder: Path) -> Any:
+    """The run of a folder, which goes on where it was."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"config.train.wandb={project!r} needs wandb: `pip install wandb`, then `wandb login`;"
+            " or leave it empty."
+        ) from error
+    name = "-".join(folder.absolute().parts[-3:-1])
+    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

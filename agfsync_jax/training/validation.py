@@ -1,0 +1,97 @@
+"""Pictures while training: the same held-out prompts and seeds every time, and their scores."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+from agfsync_jax import backbones, evaluators, scorers
+from agfsync_jax.diffusion.generation import row_seed
+from agfsync_jax.parallel import multihost
+
+_SHOWN = 16  # images of the grid
+_COLUMNS = 4
+_CAPTION = 14  # pixels below an image
+
+
+class Validation:
+    """Draws `config.train.num_validation_prompts` prompts of `config.evaluate` and scores them.
+
+    The scorers and what the backbone needs besides its denoiser stay on the devices. Each process
+    draws and scores its share.
+
+    Args:
+        config: the whole config: evaluate's prompts, sample's settings, the scorers.
+        mesh: the training's.
+        backbone: with the parameters of all its networks but the denoiser.
+
+    Raises:
+        FileNotFoundError, ValueError: no prompts, or no weights of a scorer.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, backbone: Any):
+        rows, asked = evaluators.held_out(config)
+        ids = list(rows)[: config.train.num_validation_prompts]
+        if len(ids) < jax.process_count():
+            raise ValueError(
+                f"config.train.num_validation_prompts={config.train.num_validation_prompts} and"
+                f" {len(rows)} held-out prompts: expected one a process, {jax.process_count()}."
+            )
+        own = ids[multihost.process_slice(len(ids))]
+        self._prompts = [rows[i]["prompt"] for i in own]
+        self._questions = [asked.get(i, []) for i in own]
+        self._seeds = [row_seed(config.seed, 0, i, 0) for i in own]
+        self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
+        self._generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
+        self._scorers = scorers.load_scorers(
+            scorers.local_mesh(config.score.mesh),
+            config.scorers.to_dict(),
+            batch_size=min(config.score.batch_size, max(len(own), 1)),
+        )
+
+    def __call__(self, denoiser: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"] | None]:
+        """Mean scores over all prompts, and a grid of this process's first images."""
+        params = self._frozen | {self._name: denoiser}
+        # Processes may have one prompt more or less, and call the generator alike.
+        perturb = [False] * len(self._prompts)
+        batches = list(self._generator.stream(params, self._prompts, self._seeds, perturb))
+        columns, grid = {}, None
+        if batches:
+            images = np.concatenate([batch[2] for batch in batches])
+            columns, _ = scorers.score_images(self._scorers, images, self._prompts, self._questions)
+            grid = draw_grid(images[:_SHOWN], self._prompts)
+        return {name: _mean(values) for name, values in columns.items()}, grid
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over all processes, without what is not finite."""
+    values = values[np.isfinite(values)].astype(np.float64)
+    total = np.array([values.sum(), len(values)])
+    if jax.process_count() > 1:
+        total = multihost_utils.process_allgather(total).sum(axis=0)
+    return float(total[0] / total[1]) if total[1] else float("nan")
+
+
+def draw_grid(
+    images: UInt8[np.ndarray, "b h w 3"], captions: list[str]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Images in rows of four, each over the beginning of its caption."""
+    _, height, width, _ = images.shape
+    scale = max(1, 128 // width)  # small ones would be too small for their captions
+    height, width = height * scale, width * scale
+    rows = -(-len(images) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * width, rows * (height + _CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=False)):
+        left, top = index % _COLUMNS * width, index // _COLUMNS * (height + _CAPTION)
+        picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        text = caption
+        while text and draw.textlength(text) > width - 4:
+            text = text[:-1]
+        draw.text((left + 2, top + height + 1), text, fill="black")
+    return np.asarray(sheet)

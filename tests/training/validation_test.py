@@ -1,0 +1,40 @@
+"""Validation with the shipped models: the same pictures every time, scored and laid out."""
+
+import jax
+import numpy as np
+import pytest
+
+from agfsync_jax import backbones
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.training.validation import Validation, draw_grid
+from configs import micro
+
+
+def test_scores_and_pictures_follow_the_denoiser():
+    config = micro.get_config("tiny")
+    config.sample.num_inference_steps = 2
+    config.train.num_validation_prompts = 5
+    del config.scorers.vqa, config.scorers.aesthetic
+    mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
+    backbone = backbones.load(config, mesh)
+    denoiser = backbone.params.pop("unet")
+    config.sample.batch_size = 5
+    validation = Validation(config, mesh, backbone)
+    scores, grid = validation(denoiser)
+    again, same = validation(denoiser)
+    assert list(scores) == ["clip"] and scores == again
+    np.testing.assert_array_equal(grid, same)
+    assert grid.shape == (2 * (128 + 14), 4 * 128, 3)
+    other, _ = validation(jax.tree.map(lambda x: x * 0.5, denoiser))
+    assert abs(other["clip"] - scores["clip"]) > 1
+    config.train.num_validation_prompts = 0
+    with pytest.raises(ValueError, match="expected one a process, 1"):
+        Validation(config, mesh, backbone)
+
+
+def test_a_grid_has_captions():
+    images = np.zeros((5, 200, 200, 3), np.uint8)
+    grid = draw_grid(images, ["a" * 500, "b", "", "d", "e"])
+    assert grid.shape == (2 * 214, 800, 3)
+    assert (grid[200:214, :200] < 128).any() and (grid[200:214, 400:600] == 255).all()
+    assert (grid[214:, 200:] == 255).all()  # no image there
