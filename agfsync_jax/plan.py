@@ -127,11 +127,15 @@ def param_bytes(params: Any) -> int:
 def _peak_bytes(compiled: jax.stages.Compiled, params: Any) -> int:
     """Bytes a chip while the program runs: those too of parameters, its first argument, that it has
     no use for: they lie there all the same."""
-    places = jax.tree.leaves(compiled.input_shardings[0][0], is_leaf=lambda x: x is None)
-    leaves = zip(jax.tree.leaves(params), places, strict=True)
+
+    def is_none(x):
+        return x is None
+
+    places = jax.tree.leaves(compiled.input_shardings[0][0], is_leaf=is_none)
+    leaves = zip(jax.tree.leaves(params, is_leaf=is_none), places, strict=True)
     memory = compiled.memory_analysis()
     return (
-        param_bytes([leaf for leaf, place in leaves if place is None])
+        param_bytes([leaf for leaf, place in leaves if place is None and leaf is not None])
         + memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes

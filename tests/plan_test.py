@@ -17,6 +17,7 @@ from agfsync_jax import cli, plan
 from agfsync_jax.parallel import topologies
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import Work, sample, score
+from agfsync_jax.training import program as step_program
 from agfsync_jax.utils import flops, modules
 from configs import micro, sd15, sdxl
 from tests.twins import tiny_stable_diffusion
@@ -352,6 +353,25 @@ def test_scoring(tmp_path, capsys):
     del config.scorers.vqa
     with pytest.raises(ValueError, match="no scorer named vqa"):
         plan.main(config, None, verb="score")
+
+
+def test_training(config, capsys):
+    config.backbone.dtype = "bfloat16"
+    config.train.batch_size, config.train.accumulate = 16, 2
+    config.mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    config.sharding = ((r"kernel$", "fsdp"),)
+    plan.main(config, None, json=True, verb="train")
+    out = capsys.readouterr().out
+    row = json.loads(out.strip().splitlines()[-1])["rows"][0]
+    assert (row["verb"], row["batch_per_chip"]) == ("train", 2)
+    # Gradients have products that the formula counts as twice a forward pass.
+    assert 0.6 < row["flops_per_step"] / row["analytic_flops_per_step"] < 1.4
+    assert sum(row["collective_bytes"].values()) > 0
+    assert "8 passes of an image each by formula" in out
+    config.train.lora_rank = 2
+    assert step_program.passes(step_program.settings_of(config, None, 0)) == 6
+    config.loss.name = "sft"
+    assert step_program.passes(step_program.settings_of(config, None, 0)) == 4
 
 
 @pytest.mark.parametrize("name, millions", [("xl", 3942), ("xxl", 12230)])
