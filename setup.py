@@ -60,6 +60,13 @@ setup(
         "wandb": ["wandb"],
         # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
         "test": TORCH
-        + ["pytest>=8", "pytest-timeout", "ruff>=0.12", "scipy", "transformers!=5.24.*"],
+        + [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff>=0.12",
+            "scipy",
+            "transformers!=5.24.*",
+        ],
     },
 )

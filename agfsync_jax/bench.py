@@ -1,15 +1,17 @@
 """Bench: throughput and memory on this machine, beside the usual tools on the same work.
 
---stage=load times loading a model's files, --stage=sample draws batches of images: both of
-`config.bench.model`'s sizes, with random weights. --stage=score answers questions about images and
-gives CLIP and aesthetic scores, with the models of `config.scorers`. Images/s or questions/s,
-seconds per step of the denoiser, model FLOP utilization, peak memory, seconds of compiling.
+--stage=load times loading a model's files, --stage=sample draws batches of images, --stage=train
+takes steps of Diffusion-DPO: all with `config.bench.model`'s sizes and random weights.
+--stage=score answers questions about images and gives CLIP and aesthetic scores, with the models of
+`config.scorers`. Told are images, questions or pairs a second, seconds per step of the denoiser or
+of the training, model FLOP utilization, peak memory, seconds of compiling.
 
---against measures a peer too: diffusers' pipeline for load and sample, as fast as it is known to
-run (channels last, torch's scaled_dot_product_attention, torch.compile on a GPU); for score
-reference, the procedure of AGFSync's and TIFA's released code (one image and one question a call of
-transformers' `generate`; a loop over images for CLIP and the aesthetic head). Both sides have the
-same files and settings, one device, and a process each; they take turns.
+--against measures a peer too. diffusers: its pipeline for load and sample, a loop around its UNet
+for train, as fast as they are known to run (channels last, torch's scaled_dot_product_attention,
+torch.compile on a GPU). reference, for score: the procedure of AGFSync's and TIFA's released code
+(one image and one question a call of transformers' `generate`; a loop over images for CLIP and the
+aesthetic head). Both sides have the same files and settings, one device, and a process each; they
+take turns.
 
 The ratio is of speeds, ours to theirs, a pair of turns: above 1 is faster. Utilization is of the
 device's bfloat16 peak (utils/flops.py), unknown for CPUs. Peak memory counts from before loading:

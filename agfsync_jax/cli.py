@@ -41,7 +41,7 @@ FLAGS = {
     },
     "bench": {
         "stage": {
-            "choices": ("load", "sample", "score"),
+            "choices": ("load", "sample", "score", "train"),
             "default": "load",
             "help": "what is measured",
         },
@@ -74,6 +74,7 @@ ALSO_READS = {
     "score": ("scorers",),
     "train": ("loss",),
     "export": ("backbone",),
+    "bench": ("scorers", "train"),
     "plan": ("backbone", "mesh", "sharding", "sample", "scorers", "score", "loss", "train"),
 }
 EPILOG = """\

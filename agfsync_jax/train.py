@@ -12,6 +12,7 @@ never stopped.
 """
 
 import functools
+import json
 import math
 import signal
 from collections.abc import Callable, Mapping
@@ -90,6 +91,20 @@ class Prepared(NamedTuple):
     flops: int = 0
 
 
+def check_pairs(folder: Path, config: Any) -> None:
+    """Raises ValueError for pairs that other settings of `config.pair` made."""
+    path = folder / "pair.json"
+    if not path.exists():
+        return
+    made, now = json.loads(path.read_text())["settings"], json.loads(config.pair.to_json())
+    differ = [key for key in now if key in made and made[key] != now[key]]
+    if differ:
+        raise ValueError(
+            f"{folder / 'pairs'} was made with another config.pair.{differ[0]}"
+            f" ({made[differ[0]]!r}, now {now[differ[0]]!r}): run `agfsync pair` again."
+        )
+
+
 def read_data(folder: Path, is_listwise: bool, mesh: Mesh, spec: Any, seed: int) -> PairLoader:
     """The pairs of a round, or its rankings.
 
@@ -118,6 +133,7 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
     spec, mesh = config.train, create_mesh(config.mesh)
     cls = backbones.backbone_class(config)
     settings = program.settings_of(config, cls, len(folders) - 1)
+    check_pairs(folders[-1], config)
     loader = read_data(folders[-1] / "pairs", settings.loss.is_listwise, mesh, spec, settings.seed)
     stored = loader.stored_embeddings
     name = cls.denoiser_name

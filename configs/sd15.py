@@ -6,6 +6,9 @@
 
 Eight candidates a prompt at 512x512, 15 steps of the checkpoint's own sampler, guidance 4.5;
 `configs/sd15.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
+Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO does (2,000 steps of
+2,048 pairs), `:lora` adapters of rank 8 (10,000 steps of 32 pairs); configs/common.py says where
+the numbers come from.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sd15.py --topology=v5e:4x4` says whether it fits, and the hours.
 """
@@ -16,13 +19,17 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False)
+    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False)
     c = common.agfsync()
     c.backbone.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.backbone.kind = "stable-diffusion-v1-5"  # for plan, which needs no weights
     c.sample.batch_size = 128
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdv1-5")
+    if arg.dpo:
+        common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500)
+    if arg.lora:
+        common.lora(c, batch_size=32, num_steps=10_000)
     return c
 
 

@@ -6,6 +6,9 @@
 
 Eight candidates a prompt at 1024x1024, 15 steps of the checkpoint's own sampler, guidance 4.5;
 `configs/sdxl.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
+Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO does (2,000 steps of
+2,048 pairs, Adafactor), `:lora` adapters of rank 8 (2,000 steps of 16 pairs); configs/common.py
+says where the numbers come from.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sdxl.py --topology=v5e:4x4` says whether it fits, and the hours.
 """
@@ -16,7 +19,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False)
+    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False)
     c = common.agfsync()
     c.backbone.name = "stable_diffusion_xl"
     c.backbone.path = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -27,6 +30,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.loss.beta = 5000.0
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
+    if arg.dpo:
+        common.diffusion_dpo(c, beta=5000.0, optimizer="adafactor", warmup_steps=200)
+    if arg.lora:
+        common.lora(c, batch_size=16, num_steps=2000)
     return c
 
 

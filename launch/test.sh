@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests. Arguments go on to pytest:
+# The tests: all of them, in two processes; or what the arguments tell pytest:
 #   bash launch/test.sh tests/models -k unet        bash launch/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -12,4 +12,5 @@ if [[ ! -f "$venv/.installed-$open_clip" ]]; then
   touch "$venv/.installed-$open_clip"
 fi
 cd "$repo"
+[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile
 exec "$venv/bin/python" -m pytest "$@"

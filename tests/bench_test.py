@@ -167,3 +167,23 @@ def test_other_scorers_are_not_measured(tmp_path):
     with pytest.raises(ValueError, match="config.scorers has hpsv2"):
         bench.main(config, tmp_path, stage="score")
     assert set(score.TASKS) == {"vqa", "clip, aesthetic"}
+
+
+@pytest.mark.parametrize("model, lora_rank", [("tiny", 0), ("tiny-xl", 2)])
+def test_both_sides_train(config, tmp_path, capsys, model, lora_rank):
+    config.bench.model, config.bench.num_train_steps = model, 2
+    config.train.lora_rank, config.train.warmup_steps = lora_rank, 0
+    bench.main(config, tmp_path, stage="train", against="diffusers", json=True)
+    out = capsys.readouterr()
+    *table, last = out.out.strip().splitlines()
+    found = json.loads(last)
+    assert list(found["ours"]) == list(found["peer"]) == SIDE
+    assert "pairs/s" in table[0] and "as fast" in table[-1]
+    turns = json.loads((tmp_path / f"bench/train-{model}.json").read_text())["turns"]
+    for row in turns:  # after a few steps policy and reference are still about the same
+        assert row["loss"] == pytest.approx(0.6931, abs=0.01)
+        assert row["step_seconds"] == row["seconds"] / 2
+    assert not (tmp_path / "bench" / model).exists()
+    config.loss.name = "ipo"
+    with pytest.raises(ValueError, match="measures diffusion_dpo with adamw, not ipo"):
+        bench.main(config, tmp_path, stage="train")

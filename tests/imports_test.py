@@ -50,6 +50,7 @@ LIBRARIES = {
 }
 # What only the extra [torch] installs: where it may be used, inside functions.
 TORCH = {"torch", "diffusers", "accelerate", "peft"}
+OPTIONAL = {"wandb"}  # what an extra of its own name installs
 TORCH_USERS = {
     "utils/tensor_files.py": {"torch"},  # pickles
     "utils/peers.py": TORCH,  # bench --against
@@ -166,13 +167,16 @@ def test_every_library_is_in_setup():
         for text in re.findall(r'"([\w-][^"]*)"', required)
     }
     listed |= {"tensorflow_cpu", "jaxlib", "protobuf"}  # by marker; of jax; of tensorflow
+    extras = setup[setup.index("extras_require") :]
     distributions = packages_distributions()
     for path in FILES:
         for found, library in _libraries(path):
             top = "google.protobuf" if found.name.startswith("google.protobuf") else library
-            names = {"protobuf"} if top == "google.protobuf" else set(distributions[library])
+            names = (
+                {"protobuf"} if top == "google.protobuf" else set(distributions.get(library, ()))
+            )
             names = {name.lower().replace("-", "_") for name in names}
-            if library in TORCH:
+            if library in TORCH or (library in OPTIONAL and f'"{library}"' in extras):
                 continue
             assert names & listed, f"{_id(path)}:{found.line} imports {found.name}: in no setup.py"
 

@@ -146,7 +146,7 @@ def test_ranked(config, workdir):
             assert image == picture(row["prompt_id"], candidate)
             np.testing.assert_array_equal(latent, latents(row["prompt_id"], candidate))
     assert counts(workdir)["pairs"] == 3 and counts(workdir)["ties"] == 1
-    with pytest.raises(ValueError, match="'chosen_latents', which every config.pair.strategy but"):
+    with pytest.raises(ValueError, match="holds rankings, and config.loss.name wants pairs"):
         train.main(config, workdir)
 
 
@@ -371,7 +371,7 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
     config.train.update(num_steps=2, batch_size=8, warmup_steps=0)
-    state, step, _ = train.prepare(config, [workdir / "round_000"], None, 0)
+    state, step, *_ = train.prepare(config, [workdir / "round_000"], None, 0)
     losses = []
     for index in range(2):
         state, metrics = step(state, index)

@@ -3,6 +3,9 @@ import functools
 import json
 import math
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,7 @@ from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from agfsync_jax.utils.optimizer import make_optimizer
 from agfsync_jax.utils.weights import load_model
 from configs import common
-from tests.processes import run_processes
+from tests.processes import ROOT, run_processes
 from tests.twins import tiny_stable_diffusion
 
 BETA = 100.0
@@ -648,6 +651,42 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     assert data.count(b"\x89PNG") == 3
 
 
+KILLED = """
+import sys, time
+from pathlib import Path
+from agfsync_jax import backbones, train
+from agfsync_jax.utils.metrics import MetricWriter
+from tests.train_test import TinyBackbone, make_config
+backbones.backbone_class = lambda config: TinyBackbone
+write = MetricWriter.write
+def slowly(self, step, values):
+    time.sleep(0.2)
+    write(self, step, values)
+MetricWriter.write = slowly
+changes = {"train.num_steps": 40, "train.save_every": 3, "train.ema_decay": 0.9}
+train.main(make_config(**changes), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
+    """SIGKILL at random steps: the same parameters and metrics as a run that nothing disturbed."""
+    whole, killed = (make_workdir(tmp_path / name) for name in ("whole", "killed"))
+    command = [sys.executable, "-c", KILLED]
+    subprocess.run([*command, whole], check=True, cwd=ROOT)
+    stops = np.random.default_rng(0).choice(np.arange(2, 39), 5, replace=False)
+    for stop in sorted(stops):
+        process = subprocess.Popen([*command, killed], cwd=ROOT)
+        while process.poll() is None and len(metrics(killed)) < stop:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        print(f"killed after step {len(metrics(killed))}")
+    subprocess.run([*command, killed], check=True, cwd=ROOT)
+    assert timeless(metrics(killed)) == timeless(metrics(whole)) and len(metrics(whole)) == 40
+    assert_equal(tuned(killed), tuned(whole))
+
+
 def test_rounds_and_adapters(run, tmp_path):
     """Round 1, of LoRA, starts from round 0 and leaves a whole denoiser."""
     (tmp_path / "round_000").symlink_to(run / "round_000")
@@ -709,6 +748,15 @@ def test_bad_settings_are_told_before_any_work(tmp_path):
     config.loss.margin = 1.0
     with pytest.raises(ValueError, match="config.loss has margin, which .*diffusion_dpo does not"):
         train.main(config, tmp_path, round_index=1)
+
+
+def test_pairs_of_other_settings_are_refused(tmp_path):
+    make_workdir(tmp_path)
+    config = make_config()
+    made = {"settings": config.pair.to_dict() | {"normalize": "rank"}}
+    (tmp_path / "round_000/pair.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="another config.pair.normalize .'rank', now 'zscore'"):
+        train.main(config, tmp_path)
 
 
 def test_learning_rate_schedules():

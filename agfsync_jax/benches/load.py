@@ -4,6 +4,8 @@ Every load is in a fresh process; the files are read before, so that all find th
 """
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import time
@@ -75,7 +77,9 @@ def random_weights(config: Any, home: Path, clock: Stage) -> Iterator[tuple[Path
     spec = config.bench
     folder = home / spec.model
     try:
-        size = write_random(spec.model, folder, spec.file_dtype, seed=config.seed)
+        size = write_random(
+            spec.model, folder, spec.file_dtype, seed=config.seed, unet_width=spec.unet_width
+        )
         clock.print(f"{spec.model}: {size / 1e9:.2f} GB of {spec.file_dtype} in files")
         yield folder, size
     finally:
@@ -113,13 +117,18 @@ class Agfsync:
         }
 
 
-def write_random(kind: str, folder: Path, dtype: str, *, seed: int) -> int:
+def write_random(kind: str, folder: Path, dtype: str, *, seed: int, unet_width: float = 1.0) -> int:
     """Writes a diffusers folder of a released model's shapes, one random tensor at a time.
+
+    Args:
+        unet_width: the share of the UNet's channels that are left.
 
     Returns:
         The size of its tensors in bytes.
     """
     skeletons.write_skeleton(kind, folder)
+    if unet_width != 1:
+        _narrow(folder / "unet/config.json", unet_width)
     index = read_json(folder / "model_index.json")
     backbone = modules.load("backbones", backbone_of(folder)).Backbone
     rng, size = np.random.default_rng(seed), 0
@@ -140,11 +149,35 @@ def write_random(kind: str, folder: Path, dtype: str, *, seed: int) -> int:
     return size
 
 
+def trained_size(folder: Path) -> int:
+    """Pixels a side of the images that the model was trained on."""
+    levels = len(read_json(folder / "vae/config.json")["block_out_channels"])
+    return read_json(folder / "unet/config.json")["sample_size"] * 2 ** (levels - 1)
+
+
 def backbone_of(folder: Path) -> str:
     """The file of backbones/ that reads this pipeline."""
     kind = read_json(folder / "model_index.json")["_class_name"]
     rooms = {name: modules.load("backbones", name).Backbone for name in modules.names("backbones")}
     return next(name for name, backbone in rooms.items() if kind in backbone.pipelines)
+
+
+def _narrow(path: Path, share: float) -> None:
+    """Takes a share of a UNet's channels, and groups and heads that still divide them."""
+    config = read_json(path)
+    widths = [round(width * share) for width in config["block_out_channels"]]
+    heads = config["attention_head_dim"]
+    for level, width in enumerate(widths):
+        count = heads if isinstance(heads, int) else heads[level]
+        if width < 1 or width % count:
+            raise ValueError(
+                f"config.bench.unet_width={share} leaves {width} channels, which {count} heads do"
+                " not divide: try 0.5 or 0.25."
+            )
+    groups = math.gcd(32, *widths)
+    path.write_text(
+        json.dumps(config | {"block_out_channels": widths, "norm_num_groups": groups}, indent=2)
+    )
 
 
 def _warm(folder: Path, held: int) -> None:

@@ -60,7 +60,7 @@ def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Me
     drawing = {key: settings[key] for key in _DRAWING}
     batch = drawing["batch_size"]
     for key in ("height", "width"):
-        drawing[key] = drawing[key] or _trained_size(folder)
+        drawing[key] = drawing[key] or load.trained_size(folder)
     flop = _flop(folder, **drawing)  # raises for sizes and steps that cannot be
     clock.print(
         f"{drawing['height']}x{drawing['width']} pixels, {drawing['num_inference_steps']} steps, "
@@ -93,12 +93,6 @@ def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Me
 
 def _prompts(batch: int, turn: int) -> list[str]:
     return [f"photograph {turn * batch + i} of an astronaut on a horse" for i in range(batch)]
-
-
-def _trained_size(folder: Path) -> int:
-    """Pixels a side of the images that the model was trained on."""
-    levels = len(read_json(folder / "vae/config.json")["block_out_channels"])
-    return read_json(folder / "unet/config.json")["sample_size"] * 2 ** (levels - 1)
 
 
 def _flop(

@@ -25,7 +25,10 @@ OUTPUTS = {
 # The first verb that reads a block, where that is not the verb it is named after.
 FIRST_READ = {"seed": "prompts", "backbone": "sample", "scorers": "score", "loss": "train"}
 # What changes no file that is already there, and may always differ.
-FREE = r"(report|export|bench)\..*|rounds|mesh\..*|sharding|(sample|score)\.batch_size"
+FREE = (
+    r"(report|export|bench)\..*|rounds|mesh\..*|sharding|(sample|score)\.batch_size"
+    r"|score\.mesh\..*|(score|pair)\.max_bad|train\.(remat|keep|tensorboard|wandb)"
+)
 SECRET = r".*(api_key|password|secret|token)"
 
 
@@ -157,7 +160,8 @@ def _made_with(workdir: Path, key: str) -> set[str]:
     """The outputs in the workdir of the verbs that read `key`, or work from what it made."""
     block = key.partition(".")[0]
     verbs = list(OUTPUTS)
-    first = FIRST_READ.get(block, block)
+    # Pairs are made anew, from the same scores, whenever their settings change.
+    first = "train" if block == "pair" else FIRST_READ.get(block, block)
     later = verbs[verbs.index(first) :] if first in verbs else verbs
     return {OUTPUTS[verb] for verb in later if any(workdir.glob(f"round_*/{OUTPUTS[verb]}"))}
 

@@ -263,3 +263,157 @@ def _aesthetic_head(file: str) -> Any:
         layer.load_state_dict({"weight": weight, "bias": state[f"layers.{number}.bias"]})
         layers.append(layer)
     return torch.nn.Sequential(*layers)
+
+
+SIDES = ("chosen", "rejected")
+
+
+def random_batch(
+    shapes: Mapping[str, tuple[int, ...]], size: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Latents [b, h, w, c] of both sides of pairs, and their conditioning; the same everywhere."""
+    rng = np.random.default_rng(seed)
+    made = {
+        f"{side}_latents": rng.standard_normal((size, *shapes["latents"]), np.float32)
+        for side in SIDES
+    }
+    for name, shape in shapes.items():
+        if name != "latents":
+            made[name] = rng.standard_normal((size, *shape), np.float32)
+    return made
+
+
+class TorchTraining:
+    """Diffusion-DPO with diffusers' UNet, as its training scripts write a step.
+
+    Chosen and rejected go through the networks as one batch, with the same noise; the reference
+    without gradients; LoRA by PEFT, whose reference is the network with the adapters off. On a GPU
+    under autocast and torch.compile. Weights are float32, as ours.
+    """
+
+    def __init__(self):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as above
+        import torch
+        from diffusers import UNet2DConditionModel  # noqa: F401 - imports are not measured
+
+        torch.ones(1).sum()
+
+    def load(self, folder: Path, dtype: str, settings: Mapping[str, Any]) -> None:
+        import copy
+
+        import torch
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+
+        self._memory = HostMemory()
+        self._cuda = torch.cuda.is_available()
+        self._device = "cuda" if self._cuda else "cpu"
+        self._dtype = getattr(torch, dtype)
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
+        unet.to(self._device, memory_format=torch.channels_last).train()
+        self._rank = settings["lora_rank"]
+        if self._rank:
+            from peft import LoraConfig
+
+            unet.requires_grad_(False)
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            unet.add_adapter(LoraConfig(r=self._rank, target_modules=targets))
+            self._reference = None
+        else:
+            # At the precision of the computation, as ours.
+            self._reference = copy.deepcopy(unet).to(self._dtype).requires_grad_(False)
+        if settings["remat"] != "none":
+            unet.enable_gradient_checkpointing()
+        self._unet = unet
+        self._noise = DDPMScheduler.from_pretrained(folder / "scheduler")
+
+    def prepare(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> float:
+        import torch
+
+        self._shapes, self._size = shapes, config["bench"]["batch_size"]
+        spec = config["train"]
+        self._beta = config["loss"]["beta"] or 2000.0
+        self._clip = spec["max_grad_norm"]
+        self._trained = [p for p in self._unet.parameters() if p.requires_grad]
+        self._adamw = torch.optim.AdamW(
+            self._trained,
+            lr=spec["learning_rate"],
+            weight_decay=spec["weight_decay"],
+            fused=True,
+        )
+        self._run = torch.compile(self._unet) if self._cuda else self._unet
+        self._alphas = self._noise.alphas_cumprod.to(self._device)
+        return self.train(0, 1)["seconds"]
+
+    def train(self, turn: int, num_steps: int) -> dict[str, float]:
+        """Seconds of some steps, the last one's loss, peak memory so far."""
+        import torch
+
+        batches = [self._batch(turn * num_steps + i) for i in range(num_steps)]
+        if self._cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for batch in batches:
+            loss = self._step(*batch)
+        loss = float(loss)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
+        return {"seconds": seconds, "loss": loss, "peak_bytes": peak}
+
+    def _batch(self, seed: int) -> tuple[Any, dict[str, Any]]:
+        import torch
+
+        arrays = {
+            name: torch.from_numpy(value).to(self._device)
+            for name, value in random_batch(self._shapes, self._size, seed).items()
+        }
+        latents = torch.cat([arrays.pop(f"{side}_latents") for side in SIDES])
+        latents = latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        twice = {name: torch.cat([value, value]) for name, value in arrays.items()}
+        given = {"encoder_hidden_states": twice.pop("encoder_hidden_states")}
+        if twice:
+            given["added_cond_kwargs"] = twice
+        return latents, given
+
+    def _step(self, latents: Any, given: dict[str, Any]) -> Any:
+        import contextlib
+
+        import torch
+        import torch.nn.functional as F
+
+        noise = torch.randn_like(latents[: self._size]).repeat(2, 1, 1, 1)
+        times = torch.randint(0, len(self._alphas), (self._size,), device=self._device).repeat(2)
+        alpha = self._alphas[times].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        velocity = self._noise.config.prediction_type == "v_prediction"
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents if velocity else noise
+
+        def errors(network):
+            prediction = network(noisy, times, **given).sample.float()
+            error = (prediction - target).pow(2).mean(dim=(1, 2, 3))
+            return error[: self._size] - error[self._size :]
+
+        half = self._dtype != torch.float32
+        cast = torch.autocast(self._device, self._dtype) if half else contextlib.nullcontext()
+        with cast:
+            with torch.no_grad():
+                if self._reference is None:
+                    self._unet.disable_adapters()
+                reference = errors(self._reference or self._run)
+                if self._reference is None:
+                    self._unet.enable_adapters()
+            gap = errors(self._run)
+        loss = -F.logsigmoid(-self._beta / 2 * (gap - reference)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+        self._adamw.step()
+        self._adamw.zero_grad()
+        return loss
+
+    def about(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "device": torch.cuda.get_device_name() if self._cuda else processor_name(),
+            "versions": {name: version(name) for name in ("torch", "diffusers")},
+        }

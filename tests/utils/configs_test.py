@@ -121,7 +121,9 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
 
 
 def test_later_outputs_hold_a_key_too(tmp_path):
-    _claim(tmp_path, **{"pair.min_margin": "0.25"})
+    (tmp_path / "round_001" / "pairs").mkdir(parents=True)
+    _claim(tmp_path, **{"pair.min_margin": "0.75"})
+    _claim(tmp_path, **{"pair.min_margin": "0.25"})  # pairs are made anew from the same scores
     (tmp_path / "round_001" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="pair.min_margin: 0.25 there, 0.5 now"):
         _claim(tmp_path, **{"pair.min_margin": "0.5"})
