@@ -370,8 +370,11 @@ class TorchTraining:
         latents = latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         twice = {name: torch.cat([value, value]) for name, value in arrays.items()}
         given = {"encoder_hidden_states": twice.pop("encoder_hidden_states")}
-        if twice:
-            given["added_cond_kwargs"] = twice
+        if twice:  # SDXL's pooled text, beside the size of the images, which are not cropped
+            height, width = (8 * side for side in self._shapes["latents"][:2])
+            sizes = [height, width, 0, 0, height, width]
+            times = torch.tensor([sizes] * len(latents), device=self._device)
+            given["added_cond_kwargs"] = twice | {"time_ids": times}
         return latents, given
 
     def _step(self, latents: Any, given: dict[str, Any]) -> Any:
