@@ -88,7 +88,8 @@ def main(
         device = measured.about["device"]
         results = {t.name: _result(t, sides, device=device) for t in measured.tasks}
         result: dict[str, Any] = {"stage": stage}
-        result |= results[""] if "" in results else {"tasks": results}
+        result |= next(iter(results.values()))
+        result |= {"tasks": results} if len(results) > 1 else {}
         result |= measured.about
         if workdir:
             turns = {t.name: t.rows for t in measured.tasks}

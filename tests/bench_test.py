@@ -149,8 +149,9 @@ def test_both_sides_score(tmp_path, capsys):
     bench.main(config, tmp_path, stage="score", against="reference", json=True)
     *table, last = capsys.readouterr().out.strip().splitlines()
     found = json.loads(last)
-    assert list(found) == ["stage", "tasks", "device", "versions"]
+    assert list(found) == ["stage", "ours", "peer", "ratio", "tasks", "device", "versions"]
     assert list(found["tasks"]) == ["vqa", "clip, aesthetic"]
+    assert found["ratio"] == found["tasks"]["vqa"]["ratio"]
     for task in found["tasks"].values():
         assert list(task["ours"]) == list(task["peer"]) == SIDE
         assert task["ratio"]["median"] > 0
