@@ -131,6 +131,14 @@ def test_every_candidate_is_scored(config, workdir, capsys):
     assert "15 images in" in capsys.readouterr().err
 
 
+def test_shards_that_batches_divide(config, workdir, capsys):
+    config.score.batch_size = 3
+    score.main(config, workdir)
+    assert [shape[0] for shape, _ in Brightness.calls] == [3] * 5
+    assert len(table(workdir)) == 15
+    assert "15 images in" in capsys.readouterr().err
+
+
 def test_answers(config, workdir):
     score.main(config, workdir)
     answers = table(workdir, "answers-")

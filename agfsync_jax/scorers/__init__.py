@@ -212,7 +212,7 @@ def score_shards(
             ]
             answers += _answer_rows(rows, asked, replies)
             problems += _problems(scorers, rows, asked, columns, replies)
-        scored(len(rows))
+            scored(len(rows))
         if is_last:
             yield Scored(path, scores, answers, problems)
             scores, answers, problems = [], [], []

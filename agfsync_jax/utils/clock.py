@@ -162,6 +162,8 @@ class Progress:
             return
         # From the second step on: the first one compiled.
         rate = (self._done - self._steady[1]) / max(seconds - self._steady[0], 1e-9)
+        if not rate:
+            return
         left = max(self._total - self._done, 0) / rate
         if not self._estimated and seconds - self._steady[0] >= ESTIMATE_AFTER_SECONDS:
             self._estimated = True
