@@ -132,9 +132,9 @@ def test_every_candidate_is_scored(config, workdir, capsys):
 
 
 def test_shards_that_batches_divide(config, workdir, capsys):
-    config.score.batch_size = 3
+    config.score.batch_size = 6  # a shard, and nothing is left
     score.main(config, workdir)
-    assert [shape[0] for shape, _ in Brightness.calls] == [3] * 5
+    assert [shape[0] for shape, _ in Brightness.calls] == [6, 6, 3]
     assert len(table(workdir)) == 15
     assert "15 images in" in capsys.readouterr().err
 
