@@ -97,7 +97,7 @@ def check_pairs(folder: Path, config: Any) -> None:
     if not path.exists():
         return
     made, now = json.loads(path.read_text())["settings"], json.loads(config.pair.to_json())
-    differ = [key for key in now if key in made and made[key] != now[key]]
+    differ = [key for key in now if key != "max_bad" and made.get(key, now[key]) != now[key]]
     if differ:
         raise ValueError(
             f"{folder / 'pairs'} was made with another config.pair.{differ[0]}"

@@ -31,7 +31,7 @@ class Loss(NamedTuple):
 
     @classmethod
     def of(cls, module: ModuleType, **settings: Any) -> "Loss":
-        """Settings that are 0 or empty are the loss's own.
+        """A beta of 0 is the loss's own.
 
         Raises:
             ValueError: a setting that the loss does not have.
@@ -43,7 +43,7 @@ class Loss(NamedTuple):
                 f"config.loss has {', '.join(unknown)}, which {module.__name__} does not take: it"
                 f" has {', '.join(own)}."
             )
-        given = {name: value for name, value in settings.items() if value}
+        given = {n: value for n, value in settings.items() if value or n != "beta"}
         return cls(
             functools.partial(module.loss, **given),
             *(getattr(module, name) for name in cls._fields[1:5]),

@@ -5,6 +5,7 @@ tokens; what several longer choices have in common is computed once. The shapes 
 from its own questions alone, so the same questions give the same bytes whatever ran before.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -190,28 +191,22 @@ class Blip2:
         texts = [self.encode(question.text, special=True) for question in questions]
         lengths = [round_up(len(ids), LENGTH_MULTIPLE) for ids in texts]
         tokens = self._image_tokens(images)
-        # Those of one shape lie together, the shortest last: where a batch is not full, that costs
-        # least.
-        order = sorted(
-            range(len(questions)),
-            key=lambda i: (questions[i].image // self._image_batch, shape(i), -lengths[i], i),
-        )
-        start = 0
-        while start < len(order):
-            first = order[start]
-            group = questions[first].image // self._image_batch
-            size, part = self._size(shape(first)), []
-            for index in order[start : start + size]:
-                if (questions[index].image // self._image_batch, shape(index)) != (
-                    group,
-                    shape(first),
-                ):
-                    break
-                part.append(index)
-            start += len(part)
-            ids = np.full((size, lengths[first]), self._tokenizer.pad_id, np.int32)
+
+        def key(index: int) -> tuple[int, tuple[int, int]]:
+            """The batch of images, and the shape of the choices."""
+            return questions[index].image // self._image_batch, shape(index)
+
+        # The shortest last: where a batch is not full, that costs least.
+        order = sorted(range(len(questions)), key=lambda i: (key(i), -lengths[i], i))
+        parts = [
+            (group, size, members[start : start + size])
+            for (group, of_choices), found in itertools.groupby(order, key)
+            for members, size in [(list(found), self._size(of_choices))]
+            for start in range(0, len(members), size)
+        ]
+        for group, size, part in parts:
+            ids = np.full((size, lengths[part[0]]), self._tokenizer.pad_id, np.int32)
             mask = np.zeros_like(ids)
-            mask[len(part) :, 0] = 1  # of rows that nobody reads: attention must see something
             for row, index in enumerate(part):
                 ids[row, : len(texts[index])], mask[row, : len(texts[index])] = texts[index], 1
             of = [questions[index].image - group * self._image_batch for index in part]
