@@ -198,9 +198,6 @@ def start_jax() -> bool:
     Returns:
         Whether this is the main process.
     """
-    from agfsync_jax.utils.memory import keep_freed_memory
-
-    keep_freed_memory()
     import jax
 
     from agfsync_jax.parallel import multihost

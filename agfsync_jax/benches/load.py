@@ -23,7 +23,6 @@ from agfsync_jax.data import skeletons
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.memory import keep_freed_memory
 from agfsync_jax.utils.peers import Diffusers
 from agfsync_jax.utils.processes import HostMemory, Process, processor_name
 from agfsync_jax.utils.tensor_files import FLOATING, Tensor, write_tensors
@@ -90,7 +89,6 @@ class Agfsync:
     """This package on one device. Made where it is measured, as its peer is."""
 
     def __init__(self):
-        keep_freed_memory()  # as the command line does
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves the peer its part of a GPU
         jax.config.update("jax_enable_compilation_cache", False)  # its time is a figure
         from transformers import CLIPTokenizer  # noqa: F401 - imports are not measured

@@ -23,7 +23,6 @@ from agfsync_jax.micro import world
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.memory import keep_freed_memory
 from agfsync_jax.utils.paths import local_files, resolve_path
 from agfsync_jax.utils.peers import Reference
 from agfsync_jax.utils.processes import HostMemory, Process, processor_name
@@ -147,7 +146,6 @@ class Agfsync:
     """This package's scorers on one device. Made where it is measured, as its peer is."""
 
     def __init__(self):
-        keep_freed_memory()  # as the command line does
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves the peer its part of a GPU
         jax.config.update("jax_enable_compilation_cache", False)  # its time is a figure
         self._device = jax.local_devices()[0]

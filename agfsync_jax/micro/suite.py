@@ -38,7 +38,6 @@ from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.utils import weights
-from agfsync_jax.utils.memory import keep_freed_memory
 
 CARELESS_CAPTIONS = 0.5  # of those in the last steps of the UNet
 
@@ -350,7 +349,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     options = parser.parse_args(arguments)
-    keep_freed_memory()
     for name in options.stages or STAGES:
         if name not in STAGES:
             parser.error(f"there is no stage {name!r}; there are: {', '.join(STAGES)}")

@@ -136,7 +136,8 @@ def plain(q, k, v, *, mask=None, bias=None, scale: float) -> Float[Array, "b s h
 def chunked(q, k, v, *, scale: float) -> Float[Array, "b s h d"]:
     """One head and as many queries at a time as have `CHUNK_SCORES` scores (Rabe & Staats 2021).
 
-    The keys are not split, so each softmax is whole. The gradient computes the scores again.
+    The keys are not split, so each softmax is whole. The gradient computes the scores again, from
+    sums that are kept (Dao et al. 2022).
     """
     (b, s, h, d), t = q.shape, k.shape[1]
     chunks = math.ceil(s / max(1, CHUNK_SCORES // t))
@@ -144,22 +145,69 @@ def chunked(q, k, v, *, scale: float) -> Float[Array, "b s h d"]:
     q = jnp.pad(q, ((0, 0), (0, chunks * rows - s), (0, 0), (0, 0)))
     # Heads first: these are plain matrix products, with nothing left to transpose in the loop.
     q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    out = _chunks(q.reshape(b * h, chunks, rows, d), k, v, scale)
+    return out.reshape(b, h, chunks * rows, d)[:, :, :s].swapaxes(1, 2)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunks(
+    q: Float[Array, "n c r d"], k: Float[Array, "n t d"], v: Float[Array, "n t d"], scale: float
+) -> Float[Array, "n c r d"]:
+    """Attention of n heads, whose queries are in c chunks of r rows."""
+    return _chunks_forward(q, k, v, scale)[0]
+
+
+def _chunks_forward(q, k, v, scale):
     def head(qkv):
         q, k, v = qkv
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing is shared
-        def chunk(q):  # [rows, d]
-            scores = scale * jnp.einsum("sd,td->st", q, k, preferred_element_type=jnp.float32)
-            weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-            out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        def chunk(q):  # [r, d]
+            scores = scale * _dot(q, k.T)
+            largest = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - largest)
+            total = weights.sum(axis=-1, keepdims=True)
             # Divided last: the result is smaller than the weights.
-            return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+            out = _dot(weights.astype(v.dtype), v) / total
+            return out.astype(v.dtype), largest + jnp.log(total)
 
-        return lax.map(chunk, q.reshape(chunks, rows, d)).reshape(chunks * rows, d)
+        return lax.map(chunk, q)
 
-    out = lax.map(head, (q, k, v)).reshape(b, h, chunks * rows, d)
-    return out[:, :, :s].swapaxes(1, 2)
+    out, logsumexp = lax.map(head, (q, k, v))
+    return out, (q, k, v, out, logsumexp)
+
+
+def _chunks_backward(scale, residuals, gradient):
+    """As FlashAttention's (Dao et al. 2022): the weights come from the scores and their sums."""
+
+    def head(residuals):
+        q, k, v, out, logsumexp, gradient = residuals
+
+        def chunk(sums, rows):
+            q, out, logsumexp, gradient = rows
+            mean = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
+            weights = jnp.exp(scale * _dot(q, k.T) - logsumexp)  # [r, t]
+            scores = scale * weights * (_dot(gradient, v.T) - mean)
+            dq = _dot(scores.astype(k.dtype), k).astype(q.dtype)
+            # Both once more, as [t, r]: cheaper than products with what would be transposed.
+            weights = jnp.exp(scale * _dot(k, q.T) - logsumexp.T)
+            scores = scale * weights * (_dot(v, gradient.T) - mean.T)
+            dk, dv = sums
+            dk += _dot(scores.astype(q.dtype), q)
+            dv += _dot(weights.astype(gradient.dtype), gradient)
+            return (dk, dv), dq
+
+        zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        (dk, dv), dq = lax.scan(chunk, zeros, (q, out, logsumexp, gradient))
+        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    return lax.map(head, (*residuals, gradient))
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)
+
+
+def _dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def cudnn(q, k, v, *, scale: float) -> Float[Array, "b s h d"]:
