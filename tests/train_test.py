@@ -15,6 +15,7 @@ from flax import nnx
 
 from agfsync_jax import backbones, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
+from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
@@ -34,7 +35,7 @@ from agfsync_jax.utils.optimizer import make_optimizer
 from agfsync_jax.utils.weights import load_model
 from configs import common
 from tests.processes import ROOT, run_processes
-from tests.twins import tiny_stable_diffusion
+from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 BETA = 100.0
 LN2 = pytest.approx(math.log(2), abs=BETA * 1e-7)  # beta times the rounding of an error
@@ -225,15 +226,22 @@ def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, *
     return init, lambda state, base, batch: step(state, {"base": base, "text": {}}, batch)
 
 
-@pytest.mark.parametrize(
-    "prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)]
-)
-def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
+TORCH_STEPS = {
+    "sd1": (StableDiffusion, tiny_stable_diffusion, {}),
+    "sd2": (StableDiffusion, tiny_stable_diffusion, {"prediction_type": "v_prediction"}),
+    "sdxl": (StableDiffusionXL, tiny_stable_diffusion_xl, {}),
+}
+
+
+@pytest.mark.parametrize("model", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+def test_steps_equal_a_torch_reference(tmp_path, model):
     """Diffusion-DPO with AdamW on a UNet, as its script does it, with the same noise."""
     import torch
 
-    unet = tiny_stable_diffusion(tmp_path / "tiny", prediction_type=prediction_type).unet.eval()
-    backbone = StableDiffusion.load(tmp_path / "tiny")
+    cls, make_twin, settings = TORCH_STEPS[model]
+    unet = make_twin(tmp_path / "tiny", **settings).unet.eval()
+    backbone = cls.load(tmp_path / "tiny")
+    prediction_type = settings.get("prediction_type", "epsilon")
     tokens = backbone.tokenize(["red circle", "blue square"])
     batch, base = make_batch(backbone, tokens, 16), backbone.params["unet"]
     init, step = make_step(
@@ -251,7 +259,10 @@ def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
     policy, reference = copy.deepcopy(unet), unet
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-4, eps=1e-8, weight_decay=0.01)
     alphas = torch.from_numpy(backbone.schedule.alphas_cumprod)
-    text = to_torch(batch["conditioning"]["encoder_hidden_states"])
+    given = {name: to_torch(value) for name, value in batch["conditioning"].items()}
+    if model == "sdxl":  # images of 32 pixels, not cropped
+        sizes = torch.tensor([[32, 32, 0, 0, 32, 32]] * len(tokens))
+        given["added_cond_kwargs"] = {"text_embeds": given.pop("text_embeds"), "time_ids": sizes}
     chosen, rejected = (to_torch(batch[f"{side}_latents"]) for side in ("chosen", "rejected"))
     for index in range(3):
         noise, times = draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), 1000)
@@ -260,7 +271,7 @@ def test_steps_equal_a_torch_reference(tmp_path, prediction_type):
 
         def error(network, latents, noise=noise, times=times, a=signal_, s=sigma):
             target = noise if prediction_type == "epsilon" else a * noise - s * latents
-            prediction = network(a * latents + s * noise, times, text).sample
+            prediction = network(a * latents + s * noise, times, **given).sample
             return (prediction - target).pow(2).mean(dim=(1, 2, 3))
 
         with torch.no_grad():
@@ -590,6 +601,32 @@ def test_devices_do_not_matter(run, tmp_path, monkeypatch, mesh):
     for got, want in zip(metrics(tmp_path), metrics(run), strict=True):
         # Half of beta times the last digits of four errors of about 1.
         assert got["loss"] == pytest.approx(want["loss"], abs=BETA / 2 * 4 * 2**-23)
+
+
+def test_a_run_goes_on_with_other_devices(run, tmp_path, monkeypatch):
+    """Two devices, each with half of the kernels, until step 2; all eight from there."""
+    make_workdir(tmp_path)
+    monkeypatch.setattr(sharding, "_SMALL", 0)
+    config = make_config(sharding=((r"kernel$", "fsdp"),))
+    config.mesh.update({"data": 1, "fsdp": 2})
+    write = MetricWriter.write
+    with monkeypatch.context() as fewer:
+        two = functools.partial(create_mesh, devices=jax.devices()[:2])
+        fewer.setattr(train, "create_mesh", two)
+
+        def stop(self, step, values):
+            write(self, step, values)
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        fewer.setattr(MetricWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config, tmp_path)
+    assert len(metrics(tmp_path)) == 3
+    config.mesh.update({"data": 2, "fsdp": 4})
+    train.main(config, tmp_path)
+    assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 TWO_PROCESSES = """

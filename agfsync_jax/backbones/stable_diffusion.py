@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import json
 import shutil
@@ -68,8 +69,9 @@ class StableDiffusion:
 
     def plain(self) -> "StableDiffusion":
         """The same with plain attention, all of whose FLOP can be counted."""
-        parts = self._files, self._graphs, self.params
-        return type(self)(*parts, dtype=self.dtype, mesh=self._mesh, attention="plain")
+        twin = copy.copy(self)
+        twin._attention = "plain"
+        return twin
 
     @classmethod
     def load(

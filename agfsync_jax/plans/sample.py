@@ -23,11 +23,12 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     """One run of the program draws a batch of images on all devices."""
     del name
     mesh = create_mesh(config.mesh, devices=devices)
-    backbone, plain = abstract_backbone(config, mesh, config.backbone.path, config.backbone.kind)
+    backbone = abstract_backbone(config, mesh, config.backbone.path, config.backbone.kind)
+    plain = backbone.plain()
     refiner, params = None, (backbone.params,)
     if path := config.sample.refiner:
         kind = "" if is_here(path) else "stable-diffusion-xl-refiner"
-        refiner, _ = abstract_backbone(config, mesh, path, kind)
+        refiner = abstract_backbone(config, mesh, path, kind)
         params += (refiner.params,)
     generator = backbones.generator(config, mesh, backbone, refiner=refiner)
 
@@ -73,14 +74,11 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
 
 def abstract_backbone(
     config: Any, mesh: Mesh, path: str, kind: str, param_dtype: str = ""
-) -> tuple[Any, Any]:
+) -> Any:
     """A backbone whose parameters are `jax.ShapeDtypeStruct`s with shardings.
 
     Args:
         param_dtype: that of `config.sample` where it is empty.
-
-    Returns:
-        It, and the same with plain attention on one device, whose FLOP are those of the formulas.
 
     Raises:
         FileNotFoundError: neither files nor a kind.
@@ -115,8 +113,5 @@ def abstract_backbone(
                 abstract,
                 places,
             )
-        of = {"dtype": config.backbone.dtype}
-        return (
-            cls(files, graphs, params, mesh=mesh, attention=config.backbone.attention, **of),
-            cls(files, graphs, params, attention="plain", **of),
-        )
+        settings = {"dtype": config.backbone.dtype, "attention": config.backbone.attention}
+        return cls(files, graphs, params, mesh=mesh, **settings)

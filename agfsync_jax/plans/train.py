@@ -28,7 +28,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     del name
     spec, mesh = config.train, create_mesh(config.mesh, devices=devices)
     source = config.backbone.path, config.backbone.kind
-    backbone, plain = abstract_backbone(config, mesh, *source, param_dtype="float32")
+    backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
+    plain = backbone.plain()
     settings = program.settings_of(config, backbone, 0)
     if settings.loss.is_listwise:
         raise ValueError(

@@ -26,7 +26,7 @@ def test_lora_holds_the_base_once_and_its_adapters():
     config = sdxl.get_config("lora")
     mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
     source = config.backbone.path, config.backbone.kind
-    backbone, _ = abstract_backbone(config, mesh, *source, param_dtype="float32")
+    backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
     base, state, frozen, adapters = held(config, backbone)
     assert round(base / 1e9, 1) == 10.3 and frozen == base
     assert 3 * adapters <= state < 3.01 * adapters  # and two moments each
