@@ -6,6 +6,7 @@ is its help text. What a user can get wrong is checked here, before a device is 
 
 import argparse
 import ast
+import hashlib
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from agfsync_jax.utils import configs
 
@@ -65,6 +67,12 @@ FLAGS = {
         "json": _JSON,
     },
 }
+# What says which of several processes this is, where the cluster does not.
+PROCESSES = {
+    "coordinator_address": {"metavar": "HOST:PORT", "help": "of process 0; of several processes"},
+    "num_processes": {"type": int, "metavar": "N", "help": "of them all"},
+    "process_id": {"type": int, "metavar": "N", "help": "of this one, from 0"},
+}
 NEED_NO_WORKDIR = ("bench", "plan")
 DEFAULT_CONFIG = "configs/micro.py"
 # What --help lists besides the block of the verb's own name.
@@ -83,37 +91,78 @@ EPILOG = """\
 environment:
   AGFSYNC_TRACEBACK=1   show where an error was raised
   AGFSYNC_CACHE=DIR     compiled programs, kept for the next run (~/.cache/agfsync_jax); empty: none
+  AGFSYNC_DISTRIBUTED=1 one of several processes, which the cluster knows: TPU pod, GKE, Slurm
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 2 after an error, 130 or 143 when stopped."""
+    """Runs one verb; returns the exit status: 0, 2 after an error, 130 or 143 when stopped.
+
+    Of several processes one that stops ends the others too: see parallel/watch.py.
+    """
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        verb, args, overrides = parse(argv)
-        config = configs.load(args.config, overrides)
-        configs.check(config, verb)
-        is_main = start_jax()
-        workdir = Path(args.workdir) if args.workdir else None
-        if workdir:
-            configs.claim(workdir, config, write=is_main)
-        module = importlib.import_module(f"agfsync_jax.{verb}")
-        own = {name: getattr(args, name) for name in FLAGS.get(verb, ())}
-        module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("AGFSYNC_TRACEBACK") == "1":
-            raise
-        print(f"agfsync: error: {error}", file=sys.stderr)
-        return 2
+        _run(argv)
     except KeyboardInterrupt as stop:
         print(
             "\nstopped; what is done is kept, and the same command goes on from there:\n"
             f"  agfsync {shlex.join(argv)}",
             file=sys.stderr,
         )
-        return 143 if stop.args == ("SIGTERM",) else 130
+        status = 143 if stop.args == ("SIGTERM",) else 130
+        _tell_others("was stopped by a signal.", status)
+        return status
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("AGFSYNC_TRACEBACK") == "1":
+            raise
+        print(f"agfsync: error: {error}", file=sys.stderr)
+        _tell_others(f"stopped with an error: {error}", 2)
+        return 2
     return 0
+
+
+def _run(argv: list[str]) -> None:
+    verb, args, overrides = parse(argv)
+    config = configs.load(args.config, overrides)
+    configs.check(config, verb)
+    start_jax(*(getattr(args, name) for name in PROCESSES))
+    from agfsync_jax.parallel import multihost, watch
+
+    own = {name: getattr(args, name) for name in FLAGS.get(verb, ())}
+    multihost.agree(_facts(verb, args, config))
+    workdir = Path(args.workdir) if args.workdir else None
+    if workdir:
+        configs.claim(workdir, config, write=multihost.is_main())
+    module = importlib.import_module(f"agfsync_jax.{verb}")
+    with watch.explained():
+        module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
+
+
+def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """What must be the same in every process."""
+    import jax
+    from ml_collections import ConfigDict
+
+    public = ConfigDict(configs.public(config.to_dict()))
+    code = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    flags = {k: v for k, v in vars(args).items() if k not in ("config", *PROCESSES)}
+    return {
+        "the verb": verb,
+        "jax": jax.__version__,
+        "the code of agfsync_jax": code.hexdigest()[:12],
+        "the devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        **{f"--{key}": value for key, value in flags.items()},
+        **{f"config.{key}": value for key, value in configs.flatten(public).items()},
+    }
+
+
+def _tell_others(why: str, status: int) -> None:
+    """Of several processes this one ends here, and the others are told why."""
+    if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else none was started
+        watch.stop(why, status)
 
 
 def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
@@ -141,7 +190,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     flags.add_argument("--workdir", metavar="DIR", help="all that the verbs read and write")
     flags.add_argument("--repair", action="store_true", help="make damaged shards anew")
     flags.add_argument("--round", type=int, default=0, metavar="N", help="of the loop, from 0")
-    for name, options in FLAGS.get(verb, {}).items():
+    for name, options in (FLAGS.get(verb, {}) | PROCESSES).items():
         flags.add_argument(f"--{name}", **options)
     args, rest = flags.parse_known_args(argv[1:])
     overrides = {}
@@ -150,7 +199,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         if not match:
             raise ValueError(
                 f"unknown argument {item!r}; agfsync {verb} takes --config=FILE, --workdir=DIR,"
-                " --round=N, --repair and --config.key=value"
+                " --round=N, --repair, --config.key=value and what --help lists"
             )
         overrides[match[1]] = match[2]
     if args.help:
@@ -192,12 +241,8 @@ def print_help(
         print(f"\nkeys, with their values in {spec}:\n" + "\n".join(rows))
 
 
-def start_jax() -> bool:
-    """Joins the other processes, if any; turns on the cache of compiled programs.
-
-    Returns:
-        Whether this is the main process.
-    """
+def start_jax(*processes: Any) -> None:
+    """Joins the other processes, if any; turns on the cache of compiled programs."""
     import jax
 
     from agfsync_jax.parallel import multihost
@@ -211,8 +256,7 @@ def start_jax() -> bool:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if os.environ.get("AGFSYNC_TRACEBACK") != "1":
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises anyway
-    multihost.initialize()
-    return multihost.is_main()
+    multihost.initialize(*processes)
 
 
 def _terminate(*_) -> None:

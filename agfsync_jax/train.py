@@ -238,13 +238,13 @@ def fit(spec: Any, ready: Prepared, start: int, stage: Stage, checkpoints: Check
             writer.write(index, values)
             progress.update(spec.batch_size, note=note)
 
-        state, unread = ready.state, None
+        state, unread, stop_together = ready.state, None, multihost.StopTogether()
         for index in range(start + 1, spec.num_steps + 1):
             state, metrics = ready.step(state, index - 1)
             if unread:
                 report(*unread)  # while the step just dispatched runs
             unread, scores = (index, metrics), None
-            stop, last = bool(held), index == spec.num_steps
+            stop, last = stop_together(index, bool(held)), index == spec.num_steps
             if ready.validate and (last or index % spec.validate_every == 0) and not stop:
                 jax.block_until_ready(metrics)  # else its time would count as the validation's
                 with stage.pause():
@@ -263,7 +263,9 @@ def fit(spec: Any, ready: Prepared, start: int, stage: Stage, checkpoints: Check
                 with stage.pause():
                     kept = ready.final(state) if last else state
                     checkpoints.save(index, kept, wait=stop, metrics=scores)
-            if stop:
+            if stop and not last:
+                if not held:  # another process was told to
+                    raise KeyboardInterrupt("SIGTERM")
                 break
 
 

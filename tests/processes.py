@@ -10,10 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_processes(program, *arguments, count=2):
-    """Runs a program in each of `count` processes that find each other; the JSON that each prints
-    last. The program calls `multihost.initialize()` before it touches a device.
-    """
+def grouped(count=2):
+    """The environments of `count` processes that find each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -23,15 +21,22 @@ def run_processes(program, *arguments, count=2):
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
     }
+    return [env | {"JAX_PROCESS_ID": str(index)} for index in range(count)]
+
+
+def run_processes(program, *arguments, count=2):
+    """Runs a program in each of `count` processes that find each other; the JSON that each prints
+    last. The program calls `multihost.initialize()` before it touches a device.
+    """
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=ROOT,
-            env=env | {"JAX_PROCESS_ID": str(index)},
+            env=env,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for index in range(count)
+        for env in grouped(count)
     ]
     try:
         outputs = [process.communicate(timeout=240)[0].splitlines() for process in processes]

@@ -1,12 +1,27 @@
-"""Several processes: start them together, know which one this is, wait for one another.
+"""Several processes: start them together, know which one this is, wait for and watch one another.
 
-Everything here also holds for a single process, so that callers need no second case.
+Everything here also holds for a single process, so that callers need no second case. Processes talk
+through the key-value store of JAX's coordination service, which lives in process 0.
 """
 
+import itertools
+import json
 import os
+import re
+import socket
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+
+from agfsync_jax.parallel import watch
+
+START_SECONDS = 300  # for all processes to start
+BARRIER_SECONDS = 6 * 3600  # more than any process works while another one waits
+_STORE = "agfsync/start"
+_barriers, _stops = itertools.count(), itertools.count()
 
 
 def initialize(
@@ -33,25 +48,76 @@ def initialize(
     }
     values = {k: os.environ.get(k) or None if v is None else v for k, v in values.items()}
     missing = [name for name, value in values.items() if value is None]
+    asked = os.environ.get("AGFSYNC_DISTRIBUTED", "0") not in ("", "0")
     if len(missing) == len(values):
-        if os.environ.get("AGFSYNC_DISTRIBUTED", "0") not in ("", "0"):
-            jax.distributed.initialize()
-        return
-    if missing:
+        if not asked:
+            return
+        values = {}
+    elif missing:
         raise ValueError(
             f"Several processes need all of {', '.join(values)}; missing: {', '.join(missing)}. "
             "Set them all, or none for a single process."
         )
-    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    for name in values.keys() - {"JAX_COORDINATOR_ADDRESS"}:
         if not str(values[name]).isdecimal():
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
-    # XLA's CPU backend has no cross-process collectives of its own.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        str(values["JAX_COORDINATOR_ADDRESS"]),
-        int(values["JAX_NUM_PROCESSES"]),
-        int(values["JAX_PROCESS_ID"]),
+    if values:
+        # XLA's CPU backend has no cross-process collectives of its own.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM from whoever saves the work.
+    jax.config.update("jax_enable_preemption_service", False)
+    address, count, index = values.values() or (None, None, None)
+    which = f"process {index} of {count} joins {address}" if values else "joins the cluster's group"
+    print(f"agfsync: {which}", file=sys.stderr, flush=True)
+    watch.leave_last_words(
+        f"not all processes came together within {START_SECONDS} s. One that has started has a line"
+        " with `joins` in its log: look for those that have none, and whether they reach process 0."
     )
+    jax.distributed.initialize(
+        address,
+        count if count is None else int(count),
+        index if index is None else int(index),
+        initialization_timeout=START_SECONDS,
+    )
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Compares what must be the same in all processes, then watches over them (watch.py).
+
+    Raises:
+      ValueError: in every process, where facts differ; names the processes and the facts.
+      TimeoutError: a process did not come.
+    """
+    if jax.process_count() == 1:
+        return
+    store, me = _client(), jax.process_index()
+    mine = {"host": socket.gethostname()} | dict(facts)
+    store.key_value_set(f"{_STORE}/{me}", json.dumps(mine, default=str))
+    barrier("start", START_SECONDS)
+    told = {
+        int(key.rpartition("/")[2]): json.loads(value)
+        for key, value in store.key_value_dir_get(f"{_STORE}/")
+    }
+    names = [f"process {i} of {len(told)} ({told[i]['host']})" for i in sorted(told)]
+    if differences := _differences(told, names):
+        raise ValueError(
+            "\n".join(["the processes were not started alike:", *differences])
+            + "\nStart the same command, with the same code, on all of them."
+        )
+    watch.start(store, names)
+
+
+def _differences(told: Mapping[int, Mapping[str, Any]], names: list[str]) -> list[str]:
+    """A line for every process and fact unlike what most processes say."""
+    lines = []
+    for fact in sorted({fact for each in told.values() for fact in each} - {"host"}):
+        said = {i: json.dumps(each.get(fact)) for i, each in told.items()}
+        # Of equally many the one of process 0, which comes first.
+        usual = Counter(said[i] for i in sorted(said)).most_common(1)[0][0]
+        for i, value in sorted(said.items()):
+            if value != usual:
+                lines.append(f"  {names[i]}: {fact} is {value}, elsewhere {usual}")
+    return lines
 
 
 def is_main() -> bool:
@@ -59,10 +125,55 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Returns once every process has called it with the same name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
+    """Returns once every process has called it with the same name.
+
+    Raises:
+      TimeoutError: some did not in time; names them.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(f"agfsync {name} {next(_barriers)}", int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        late = re.search(r"timed out task names:\n((?:.+\n)+)", str(error))
+        late = re.findall(r"(\d+)$", late[1], re.MULTILINE) if late else ["?"]
+        raise TimeoutError(
+            f"process {', '.join(late)} of {jax.process_count()} did not come to {name!r} within"
+            f" {seconds:.0f} s: look at its log, then start the same command on all of them."
+        ) from error
+
+
+class StopTogether:
+    """Tells every process to stop after the same step, once any of them wants to.
+
+        stop = StopTogether()
+        for step in ...:
+            ...  # dispatches a step, and has read what the step before gave, on all devices
+            if stop(step, wanted):
+                break
+
+    No process is more than a step ahead of another: a step's result takes all of them.
+    """
+
+    def __init__(self):
+        self._key, self._told = f"agfsync/stop/{next(_stops)}/step", False
+
+    def __call__(self, step: int, wanted: bool) -> bool:
+        if jax.process_count() == 1:
+            return wanted
+        store = _client()
+        if wanted and not self._told:
+            self._told = True
+            try:
+                store.key_value_set(self._key, str(step + 2))
+            except jax.errors.JaxRuntimeError as error:
+                if "ALREADY_EXISTS" not in str(error):
+                    raise
+        found = store.key_value_dir_get(self._key.rpartition("/")[0] + "/")
+        return bool(found) and step >= int(found[0][1])
 
 
 def process_slice(num_items: int) -> slice:
@@ -74,3 +185,9 @@ def process_slice(num_items: int) -> slice:
 def shards_of_process(num_shards: int) -> range:
     """The shards that this process makes, interleaved so that work ends evenly."""
     return range(jax.process_index(), num_shards, jax.process_count())
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX has no public name for it
+
+    return distributed.global_state.client

@@ -110,7 +110,7 @@ def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
     path = workdir / "config.json"
-    text = json.dumps(_public(config.to_dict()), indent=2)
+    text = json.dumps(public(config.to_dict()), indent=2)
     now = flatten(ConfigDict(json.loads(text)))  # tuples are lists in JSON
     before = flatten(ConfigDict(json.loads(path.read_text()))) if path.exists() else now
     differ, stale = [], set()
@@ -147,10 +147,10 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _public(block: dict[str, Any]) -> dict[str, Any]:
+def public(block: dict[str, Any]) -> dict[str, Any]:
     """The block without secrets."""
     return {
-        key: _public(value) if isinstance(value, dict) else value
+        key: public(value) if isinstance(value, dict) else value
         for key, value in block.items()
         if not re.fullmatch(SECRET, key)
     }
