@@ -1,4 +1,4 @@
-"""pip install -e . ; extras: tpu, cuda, torch (export and its check), wandb, test."""
+"""pip install -e . ; extras: tpu, cuda, gcs, torch (export and its check), wandb, test."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "agfsync_jax/__init__.py").
 README = ROOT / "README.md"
 
 TORCH = ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft"]
+# A workdir on gs://, where Orbax takes them to list and to remove checkpoints.
+GCS = ["google-cloud-storage", "google-cloud-storage-control"]
 LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -35,7 +37,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "jaxtyping",
         "ml_dtypes",  # bfloat16 for numpy
-        "etils[epath]",  # gs:// paths
+        "etils[epath]",  # gs:// paths, by way of TensorFlow
         "huggingface_hub",
         "ml-collections>=1.0",
         "numpy>=2",
@@ -54,10 +56,11 @@ setup(
         "filelock",  # jax takes it to share its compilation cache between processes
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *GCS],  # the workdir of a pod is on gs://
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
         "wandb": ["wandb"],
+        "gcs": GCS,
         # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
         "test": TORCH
         + [

@@ -15,6 +15,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,19 @@ FLAGS = {
         "json": _JSON,
     },
     "plan": {
-        "topology": {
+        "topology|topologies": {
             "default": "",
             "metavar": "NAME[,NAME]",
             "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
         },
         "verb": {
-            "choices": ("sample", "score", "train"),
+            "choices": ("sample", "score", "train", "all"),
             "default": "sample",
             "help": "whose program is compiled",
+        },
+        "largest": {
+            "action": "store_true",
+            "help": "look for the largest batch that fits: some more compilations",
         },
         "json": _JSON,
     },
@@ -128,15 +133,22 @@ def _run(argv: list[str]) -> None:
     configs.check(config, verb)
     start_jax(*(getattr(args, name) for name in PROCESSES))
     from agfsync_jax.parallel import multihost, watch
+    from agfsync_jax.utils.files import to_path
 
-    own = {name: getattr(args, name) for name in FLAGS.get(verb, ())}
+    own = {name: getattr(args, name) for name in _names(FLAGS.get(verb, ()))}
     multihost.agree(_facts(verb, args, config))
-    workdir = Path(args.workdir) if args.workdir else None
+    workdir = to_path(args.workdir) if args.workdir else None
     if workdir:
         configs.claim(workdir, config, write=multihost.is_main())
     module = importlib.import_module(f"agfsync_jax.{verb}")
     with watch.explained():
-        module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
+        module.main(
+            config,
+            workdir,
+            round_index=args.round,
+            repair=args.repair,
+            **{name: getattr(args, name) for name in own},
+        )
 
 
 def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -157,6 +169,11 @@ def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:
         **{f"--{key}": value for key, value in flags.items()},
         **{f"config.{key}": value for key, value in configs.flatten(public).items()},
     }
+
+
+def _names(flags: Iterable[str]) -> list[str]:
+    """Of flags that may have other spellings, as in "topology|topologies"."""
+    return [name.partition("|")[0] for name in flags]
 
 
 def _tell_others(why: str, status: int) -> None:
@@ -191,7 +208,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     flags.add_argument("--repair", action="store_true", help="make damaged shards anew")
     flags.add_argument("--round", type=int, default=0, metavar="N", help="of the loop, from 0")
     for name, options in (FLAGS.get(verb, {}) | PROCESSES).items():
-        flags.add_argument(f"--{name}", **options)
+        flags.add_argument(*(f"--{each}" for each in name.split("|")), **options)
     args, rest = flags.parse_known_args(argv[1:])
     overrides = {}
     for item in rest:

@@ -23,6 +23,7 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 
 
 class Shard(NamedTuple):
@@ -49,7 +50,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         RecordError: a damaged shard; `repair` drops it first.
         ValueError: prompts or scores that do not allow a comparison.
     """
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     round_dir = workdir / f"round_{round_index:03d}"
     folders = {"base": workdir / "round_000" / "evals", "tuned": round_dir / "evals"}
     prompts, questions = evaluators.held_out(config)

@@ -26,6 +26,7 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser, restore_end
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import copy_tree, local_folder, to_path
 from agfsync_jax.utils.lora_files import LAYOUTS, write_lora
 from agfsync_jax.utils.tensor_files import FLOATING
 
@@ -44,6 +45,8 @@ def main(
 ) -> None:
     """Writes `config.export.output`, or round_NNN/export/.
 
+    For a URL the files are made in a local folder for temporary files and copied from there.
+
     Raises:
         FileNotFoundError: the round has no checkpoint.
         FileExistsError: the output is there already.
@@ -51,8 +54,8 @@ def main(
         OSError: no space left.
     """
     spec = config.export
-    round_dir = Path(workdir) / f"round_{round_index:03d}"
-    output = Path(spec.output).expanduser() if spec.output else round_dir / "export"
+    round_dir = to_path(workdir) / f"round_{round_index:03d}"
+    output = to_path(spec.output).expanduser() if spec.output else round_dir / "export"
     if spec.dtype not in FLOATING:
         raise ValueError(f"config.export.dtype={spec.dtype}: expected one of {', '.join(FLOATING)}")
     if spec.lora not in ("", *LAYOUTS):
@@ -72,14 +75,16 @@ def main(
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
     multihost.barrier("export plan")  # every process has looked before the main one writes
-    with Stage(round_dir, "export", unit="files") as stage:
+    with Stage(round_dir, "export", unit="files") as stage, local_folder(output) as folder:
         write = _write_lora if spec.lora else _write_pipeline
-        write(config, round_dir / "checkpoints", output)
-        files = [path for path in output.rglob("*") if path.is_file()]
+        write(config, round_dir / "checkpoints", folder)
+        files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
+        copy_tree(folder, output, last="model_index.json")
         stage.print(f"wrote {tqdm.format_sizeof(size, 'B')} to {output}")
         if verify and multihost.is_main():
-            difference = _verify(config, _first_prompt(round_dir), output)
+            difference, picture = _verify(config, _first_prompt(round_dir), folder)
+            records.write_file(output / "verify.png", [picture])
             told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
             if difference > _TOLERANCE:
                 raise ValueError(
@@ -131,8 +136,8 @@ def _import_diffusers() -> Any:
     return diffusers
 
 
-def _verify(config: Any, prompt: str, output: Path) -> float:
-    """Draws one image with each, writes both side by side; their mean difference in gray levels."""
+def _verify(config: Any, prompt: str, output: Path) -> tuple[float, bytes]:
+    """Draws one image with each; their mean difference in gray levels, and both side by side."""
     with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
         folder, file = output, None
         if config.export.lora:  # beside the model that it adapts
@@ -141,8 +146,8 @@ def _verify(config: Any, prompt: str, output: Path) -> float:
             base.save(folder, base.params)
         ours, noise = _draw(config, prompt, folder, file)
         theirs = _draw_diffusers(config, prompt, noise, folder, file)
-    (output / "verify.png").write_bytes(encode_png(np.concatenate([ours, theirs], axis=1)))
-    return float(np.abs(ours.astype(np.float64) - theirs).mean())
+    difference = float(np.abs(ours.astype(np.float64) - theirs).mean())
+    return difference, encode_png(np.concatenate([ours, theirs], axis=1))
 
 
 def _draw(

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.sharding import batch_shards
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import remove_tree, to_path
 
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
@@ -49,12 +49,12 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         RecordError: a damaged shard; `repair` drops damaged pairs.
         ValueError: bad settings, or no pair is left.
     """
-    round_dir = Path(workdir) / f"round_{round_index:03d}"
+    round_dir = to_path(workdir) / f"round_{round_index:03d}"
     if multihost.is_main():
         preferences.check_settings(config.pair)
         make, unit = (_import, "rows") if config.pair.path else (_pair, "pairs")
         with Stage(round_dir, "pair", unit=unit) as stage:
-            if repair and (round_dir / "pairs").exists():
+            if repair and (round_dir / "pairs" / "dataset_info.json").exists():
                 repair_pairs(round_dir / "pairs")
             make(config, round_dir, round_index, stage)
     multihost.barrier("pair")
@@ -178,7 +178,8 @@ class _Output:
 
     def is_there(self) -> bool:
         """Whether the very same is there; it is told then."""
-        if not (self.folder.exists() and self.summary.exists()):
+        whole = self.folder / "dataset_info.json"  # a stopped removal may leave the folder
+        if not (whole.exists() and self.summary.exists()):
             return False
         if json.loads(self.summary.read_text())["made_from"] != self.made_from:
             return False
@@ -205,7 +206,7 @@ class _Output:
             card["counts"] = {text: counts[name] for name, text in preferences.COUNTS.items()}
 
         self.summary.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
         write_pairs(self.folder, counted(), card, features)
         result = {**counts, "settings": self.settings, "made_from": self.made_from}
         records.write_file(self.summary, [json.dumps(result, indent=2).encode(), b"\n"])

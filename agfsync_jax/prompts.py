@@ -10,6 +10,7 @@ from agfsync_jax.data import records
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 
 FIELDS = ("id", "prompt", "category", "source")
 
@@ -21,7 +22,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: the source does not exist, or cannot give that many prompts.
     """
     del repair  # one small file, whole or absent
-    round_dir = Path(workdir) / f"round_{round_index:03d}"
+    round_dir = to_path(workdir) / f"round_{round_index:03d}"
     path = round_dir / "prompts.jsonl"
     if multihost.is_main():
         with Stage(round_dir, "prompts", unit="prompts") as stage:

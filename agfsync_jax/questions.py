@@ -12,6 +12,7 @@ from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 
 FIELDS = ("id", "caption", "question", "choices", "answer", "element_type", "element")
 
@@ -24,7 +25,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: the source does not exist, gives a bad row, or leaves a prompt without one.
     """
     del repair  # one small file, whole or absent
-    round_dir = Path(workdir) / f"round_{round_index:03d}"
+    round_dir = to_path(workdir) / f"round_{round_index:03d}"
     path = round_dir / "questions.jsonl"
     if multihost.is_main():
         with Stage(round_dir, "questions", unit="questions") as stage:

@@ -22,6 +22,7 @@ from agfsync_jax.data import rounds as past
 from agfsync_jax.data.gallery import read_gallery
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import findings, gallery, pages, panels
+from agfsync_jax.utils.files import absolute, to_path
 
 PACKAGES = ("agfsync_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SHEET = {"A random sample": 8, "Most improved": 4}  # what before_after.png shows
@@ -38,7 +39,7 @@ def main(
     del repair
     if not multihost.is_main():
         return
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     if stage == "pair":
         write_gallery(config, workdir, workdir / f"round_{round_index:03d}")
     else:
@@ -50,7 +51,7 @@ def write_gallery(config, workdir: Path, round_dir: Path) -> None:
     source = read_gallery(round_dir, config.report.num_examples, config.seed)
     told = findings.tally(source)
     sections = [
-        gallery.title(workdir.absolute().name, f"round {int(round_dir.name[-3:])}"),
+        gallery.title(absolute(workdir).name, f"round {int(round_dir.name[-3:])}"),
         gallery.headline(source, told),
         gallery.dropped(source, told),
         gallery.distributions(source, told),
@@ -87,7 +88,7 @@ def write_report(config, workdir: Path) -> None:
     missing = {r.label: r.missing for r in rounds if r.missing}
     settings = workdir / "config.json"  # unlike `config` without secrets
     sections = [
-        panels.title(workdir.absolute().name, len(rounds), summary["device"]),
+        panels.title(absolute(workdir).name, len(rounds), summary["device"]),
         panels.verdict_card(*verdict(last, len(judged))),
         panels.headline(last.base, last.tuned, last.delta, last.win_rate, last.rows["tuned"]),
         panels.missing(missing),

@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import evaluate, pair, prompts, questions, report, sample, score, train
+from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.metrics import format_interval
 
 ROUND = (prompts, questions, sample, score, pair, train, evaluate)
@@ -30,7 +31,7 @@ def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: boo
             gc.collect()
     if jax.process_index() == 0:
         report.main(config, workdir)  # prints where it is
-        print(table(json.loads((workdir / "summary.json").read_text())))
+        print(table(json.loads((to_path(workdir) / "summary.json").read_text())))
 
 
 def table(summary: dict[str, Any]) -> str:

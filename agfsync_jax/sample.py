@@ -19,6 +19,7 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 
 Shard = tuple[Path, list[dict]]
 
@@ -31,7 +32,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: settings that the backbone or the mesh cannot do.
         OSError: no space left.
     """
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     round_dir = workdir / f"round_{round_index:03d}"
     if not (round_dir / "prompts.jsonl").exists():
         raise FileNotFoundError(f"{round_dir} has no prompts.jsonl: run `agfsync prompts` first.")

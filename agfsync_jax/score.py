@@ -21,6 +21,7 @@ from agfsync_jax.data.scores import answered
 from agfsync_jax.data.shards import read_rows, shard_paths
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 
 
 def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
@@ -31,7 +32,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: too much that cannot be scored; a weight of `config.pair.weights` for a column
             that no scorer makes; with `repair`, damaged candidates, which were dropped.
     """
-    round_dir = Path(workdir) / f"round_{round_index:03d}"
+    round_dir = to_path(workdir) / f"round_{round_index:03d}"
     specs = config.scorers.to_dict()
     prompts, questions, unasked = read_inputs(round_dir, specs)
     scorers.check_weights(config.pair.weights, specs)

@@ -39,6 +39,7 @@ from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.metrics import MetricWriter
 from agfsync_jax.utils.signals import hold_signals
 
@@ -56,7 +57,7 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: settings that do not fit each other, the mesh, the model or the pairs.
         FloatingPointError: a loss or gradient that is not finite; names the step.
     """
-    folders = [Path(workdir) / f"round_{index:03d}" for index in range(round_index + 1)]
+    folders = [to_path(workdir) / f"round_{index:03d}" for index in range(round_index + 1)]
     with (
         Stage(folders[-1], "train", unit="pairs") as stage,
         Checkpoints(
@@ -261,6 +262,7 @@ def fit(spec: Any, ready: Prepared, start: int, stage: Stage, checkpoints: Check
                 unread = None
             if stop or last or index % spec.save_every == 0:
                 with stage.pause():
+                    writer.flush()
                     kept = ready.final(state) if last else state
                     checkpoints.save(index, kept, wait=stop, metrics=scores)
             if stop and not last:

@@ -180,7 +180,7 @@ def _read_answers(
     counted: dict = defaultdict(lambda: defaultdict(lambda: {side: np.zeros(2) for side in times}))
     rows = defaultdict(list)
     paths = [scores / f"answers-{name}.parquet" for name in sorted(set(scored.shards.values()))]
-    for path in filter(Path.exists, paths):
+    for path in (path for path in paths if path.exists()):
         table = records.read_table(path, _ANSWERS)
         kept = table.filter(pc.is_in(table["prompt_id"], pa.array(wanted, pa.string())))
         for row in kept.to_pylist():

@@ -6,7 +6,6 @@ dataset stores besides is up to config.pair, so the table of its fields lies wit
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from agfsync_jax.data.records import (
     rename,
     write_file,
 )
+from agfsync_jax.utils.files import copy_tree, is_url, local_folder, remove_tree, to_path
 
 _IDS: Features = {
     "pair_id": ("str", ()),
@@ -69,7 +69,7 @@ _STORED_BY = {
 # TFDS wants shards of 64 MiB to 1 GiB. At 256 MiB a hundred thousand pairs are some hundred files:
 # enough to read many side by side, few enough to upload, and one lies in memory as it is written.
 _SHARD_BYTES = 256 << 20
-_FIELDS_FILE = "fields.json"
+_FIELDS_FILE, _INFO_FILE = "fields.json", "dataset_info.json"
 
 
 def pair_features(
@@ -109,6 +109,9 @@ def write_pairs(
 ) -> int:
     """Writes preference pairs as a TFDS dataset with a dataset card, whole or not at all.
 
+    In a bucket, where no folder can be renamed, shards take their place one by one, and
+    dataset_info.json, without which there are no pairs, comes last.
+
     `tfds.builder_from_directory(folder).as_dataset(split="train")` reads it. Shards have about
     256 MiB, of which one is in memory.
 
@@ -127,23 +130,31 @@ def write_pairs(
       ValueError: no rows, or a row that does not fit the table.
       OSError: no space left; see `write_file`.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already. Remove it to make the pairs anew.")
-    aside = folder.with_name(folder.name + ".aside")
-    shutil.rmtree(aside, ignore_errors=True)
+    shards = folder if is_url(folder) else folder.with_name(folder.name + ".aside")
+    remove_tree(shards)
     try:
-        lengths, num_bytes = _write_shards(aside, rows, features)
+        lengths, num_bytes = _write_shards(shards, rows, features)
         if not lengths:
             raise ValueError(f"There are no pairs to write to {folder}.")
-        with explain_no_space(folder, num_bytes):
-            _write_tfds_metadata(aside, lengths, num_bytes, metadata, features)
-        write_file(aside / _FIELDS_FILE, [json.dumps(features, indent=1).encode(), b"\n"])
-        card = _dataset_card(sum(lengths), num_bytes, metadata, features)
-        write_file(aside / "README.md", [card.encode()])
-        rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with local_folder(shards) as aside:
+            with explain_no_space(aside.with_name(folder.name), num_bytes):
+                if aside != shards:
+                    (aside / _shard(0)).touch()  # TFDS looks for the name of one
+                _write_tfds_metadata(aside, lengths, num_bytes, metadata, features)
+                if aside != shards:
+                    (aside / _shard(0)).unlink()
+            write_file(aside / _FIELDS_FILE, [json.dumps(features, indent=1).encode(), b"\n"])
+            card = _dataset_card(sum(lengths), num_bytes, metadata, features)
+            write_file(aside / "README.md", [card.encode()])
+            copy_tree(aside, shards, last=_INFO_FILE)
+        if shards != folder:
+            rename(shards, folder)
+    except BaseException:
+        remove_tree(shards)
+        raise
     return sum(lengths)
 
 
@@ -283,8 +294,9 @@ def read_features(folder: str | Path) -> Features:
       FileNotFoundError: no pairs there.
       RecordError: a damaged table.
     """
-    path = Path(folder) / _FIELDS_FILE
-    if not (Path(folder) / "dataset_info.json").is_file():
+    folder = to_path(folder)
+    path = folder / _FIELDS_FILE
+    if not (folder / _INFO_FILE).is_file():
         raise FileNotFoundError(
             f"No pairs in {folder}: dataset_info.json is missing. Run `agfsync pair`."
         )
@@ -317,7 +329,7 @@ def read_pairs(
       RecordError: a damaged or missing shard.
       ValueError: a field that this dataset lacks; pairs whose latents or token ids differ in shape.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     features = read_features(folder)
     names = [n for n in (features if fields is None else fields) if n not in once]
     for name in (*names, *once):
@@ -341,7 +353,7 @@ def read_pairs(
 
 
 def _read_rows(folder: Path, features: Features, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    info = folder / "dataset_info.json"
+    info = folder / _INFO_FILE
     try:
         lengths = json.loads(info.read_bytes())["splits"][0]["shardLengths"]
     except (ValueError, LookupError) as error:
@@ -380,6 +392,6 @@ def repair_pairs(folder: str | Path) -> bool:
     try:
         read_pairs(folder, ["pair_id"])
     except RecordError:
-        shutil.rmtree(folder)
+        remove_tree(to_path(folder))
         return True
     return False

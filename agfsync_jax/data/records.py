@@ -8,7 +8,6 @@ https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 
 import contextlib
 import errno
-import glob
 import io
 import itertools
 import json
@@ -21,6 +20,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+
+from agfsync_jax.utils.files import is_url, size_of, to_path
 
 # name -> (dtype, shape). "str" is text, "png" an encoded image (a list of them where the shape is
 # (None,)); a None dimension varies. A float16 array is stored as its bytes, and with several
@@ -40,7 +41,7 @@ class RecordError(ValueError):
     """A damaged file, with its `path` and the byte `offset` of the record (None: not known)."""
 
     def __init__(self, path: str | Path, offset: int | None, problem: str):
-        self.path, self.offset = Path(path), offset
+        self.path, self.offset = to_path(path), offset
         where = "" if offset is None else f" at byte {offset}"
         super().__init__(
             f"{path} is damaged{where}: {problem}. "
@@ -59,10 +60,15 @@ def shard_name(index: int, num_shards: int) -> str:
 def write_file(path: str | Path, chunks: Sequence[bytes]) -> None:
     """Writes a file aside, flushes it to the disk, then gives it its final name.
 
+    In a bucket it has that from the start: a file is whole there or absent.
+
     Raises:
       OSError: no space left, with the path and the bytes needed; nothing half-written stays.
     """
-    path = Path(path)
+    path = to_path(path)
+    if is_url(path):
+        path.write_bytes(b"".join(chunks))
+        return
     aside = path.with_name(path.name + ".aside")
     with explain_no_space(path, sum(len(chunk) for chunk in chunks)):
         try:
@@ -174,7 +180,7 @@ def read_shard(
         yield row
         count += 1
     if num_rows is not None and count != num_rows:
-        size = os.path.getsize(path)
+        size = size_of(to_path(path))
         raise RecordError(path, size, f"the file has {count} rows, expected {num_rows}")
 
 
@@ -184,7 +190,7 @@ def repair_shard(path: str | Path) -> bool:
     Returns:
       Whether it was dropped.
     """
-    path = Path(path)
+    path = to_path(path)
     readers = {".tfrecord": _check_frames, ".parquet": read_parquet, ".jsonl": read_jsonl}
     if path.suffix not in readers:
         raise ValueError(f"Cannot check {path}: expected one of {', '.join(readers)}.")
@@ -212,8 +218,9 @@ def _frame(data: bytes) -> bytes:
 def _read_frames(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, payload) of every record; RecordError at the first damaged one."""
     offset = 0
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    path = to_path(path)
+    with path.open("rb") as file:
+        size = size_of(path)
         if not size:
             raise RecordError(path, 0, "the file is empty")
         while offset < size:
@@ -345,7 +352,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Reads one JSON object a line; blank lines are left out. RecordError for a broken line."""
     rows, offset = [], 0
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
+    for number, line in enumerate(to_path(path).read_bytes().splitlines(keepends=True), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -376,7 +383,8 @@ def read_parquet(path: str | Path) -> list[dict[str, Any]]:
       FileNotFoundError: no such file.
       RecordError: a file that is cut off or corrupt.
     """
-    paths = [str(path)] if os.path.exists(path) else sorted(glob.glob(str(path)))
+    path = to_path(path)
+    paths = [path] if path.exists() else sorted(path.parent.glob(path.name))
     if not paths:
         raise FileNotFoundError(f"No Parquet file at {path}.")
     return list(itertools.chain.from_iterable(read_table(name).to_pylist() for name in paths))
@@ -393,7 +401,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = io.BytesIO(Path(path).read_bytes())
+    data = io.BytesIO(to_path(path).read_bytes())
     try:
         file = pq.ParquetFile(data, page_checksum_verification=True)
         there = file.schema_arrow.names

@@ -66,7 +66,7 @@ def parsed(path: Path) -> dict:
 
 def _read_pairs(folder: Path) -> list[dict]:
     """Pairs without arrays and images, the largest margin first."""
-    if not (folder / "pairs").is_dir():
+    if not (folder / "pairs" / "dataset_info.json").exists():
         return []
     columns = pair_columns(folder / "pairs")
     pairs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

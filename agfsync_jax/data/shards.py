@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agfsync_jax.data.records import read_jsonl, shard_name
+from agfsync_jax.utils.files import to_path
 
 
 def read_rows(path: Path, made_by: str) -> list[dict]:
@@ -31,7 +32,8 @@ def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:
         FileNotFoundError: no shard, or not all of them.
         ValueError: shards of two different counts.
     """
-    found = sorted(Path(folder).glob(f"[0-9]*-of-[0-9]*{ending}"))
+    folder = to_path(folder)
+    found = sorted(folder.glob(f"[0-9]*-of-[0-9]*{ending}"))
     if not found:
         raise FileNotFoundError(f"No shard in {folder}: run `agfsync {made_by}` first.")
     counts = sorted({int(path.stem.split("-of-")[1]) for path in found})
@@ -39,7 +41,7 @@ def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:
         raise ValueError(
             f"{folder} mixes shards of {' and of '.join(map(str, counts))}: remove the stale ones."
         )
-    wanted = [Path(folder) / f"{shard_name(i, counts[0])}{ending}" for i in range(counts[0])]
+    wanted = [folder / f"{shard_name(i, counts[0])}{ending}" for i in range(counts[0])]
     missing = [path.stem for path in wanted if path not in found]
     if missing:
         raise FileNotFoundError(

@@ -6,6 +6,7 @@ one prompt a line. questions: rows with "question", "answer", "choices" (yes and
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from agfsync_jax.prompt_sources import prompt_id
+from agfsync_jax.utils.files import to_path
 
 YES_NO = ["yes", "no"]
 
@@ -84,10 +86,10 @@ def _rows(path: str) -> Iterator[tuple[str, dict]]:
             'The source "jsonl" reads a file of yours: set `path` in each block of the config that '
             "names it (config.prompts.path, config.questions.path, config.evaluate.path)."
         )
-    file = Path(path).expanduser()
+    file = to_path(path).expanduser()
     if not file.exists():
         raise FileNotFoundError(f"No file {file}: expected prompts or questions in it.")
-    text = file.read_text(encoding="utf-8-sig")
+    text = io.TextIOWrapper(io.BytesIO(file.read_bytes()), "utf-8-sig").read()
     if file.suffix == ".json":
         try:
             rows = json.loads(text)

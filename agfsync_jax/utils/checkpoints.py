@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from agfsync_jax.utils.files import absolute, to_path
+
 PyTree = Any
 
 
@@ -34,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, best: str = ""):
-        self.folder = Path(folder).absolute()
+        self.folder = absolute(to_path(folder))
         policies = [managers.LatestN(keep)]
         if best:
             policies.append(
@@ -165,7 +167,7 @@ def restore_end(folder: Path, abstract: dict[str, PyTree], num_steps: int) -> di
         ValueError: the training is not over, as half-trained images would stay when it is; or the
             checkpoint is of another model: lists every parameter that does not fit.
     """
-    if not Path(folder).is_dir():
+    if not to_path(folder).is_dir():
         raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step()

@@ -1,7 +1,6 @@
 """What a stage costs: progress and rate while it runs, seconds and items when it is done."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import jax
 from tqdm import tqdm
+
+from agfsync_jax.utils.files import to_path, write_text
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal
 ESTIMATE_AFTER_SECONDS = 3.0  # of steady work; the first step compiles and says nothing
@@ -37,7 +38,7 @@ class Stage:
     """
 
     def __init__(self, round_dir: Path, verb: str, unit: str = "images"):
-        self.path = Path(round_dir) / "stages.json"
+        self.path = to_path(round_dir) / "stages.json"
         self.verb = verb
         self.unit = unit
         self.items = 0
@@ -110,10 +111,7 @@ class Stage:
             "items": items,
             "items_per_second": round(items / max(seconds, 1e-9), 4),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f"{self.path.name}.tmp")
-        aside.write_text(json.dumps(stages, indent=2) + "\n")
-        os.replace(aside, self.path)
+        write_text(self.path, json.dumps(stages, indent=2) + "\n")
 
 
 class Progress:
@@ -184,7 +182,8 @@ class Progress:
 
 def read_stages(path: Path) -> dict[str, dict[str, float]]:
     """The contents of a stages.json; {} when there is none."""
-    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    path = to_path(path)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _duration(seconds: float) -> str:

@@ -4,12 +4,13 @@ import ast
 import difflib
 import importlib.util
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from agfsync_jax.utils import files
 
 BESIDE_PACKAGE = Path(__file__).parents[2]  # the repository, or where the package is installed
 # What each verb leaves in a round, in the order of the loop.
@@ -106,7 +107,10 @@ def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
     Raises:
         ValueError: keys differ; lists them, and what would have to go.
         NotADirectoryError: `workdir` is a file.
+        OSError: the URL `workdir` cannot be reached.
     """
+    workdir = files.to_path(workdir)
+    files.check_reachable(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
     path = workdir / "config.json"
@@ -130,10 +134,7 @@ def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
             + f"\nTake another --workdir, set these keys back, or remove from its rounds: {remove}"
         )
     if write:
-        workdir.mkdir(parents=True, exist_ok=True)
-        aside = workdir / "config.json.tmp"
-        aside.write_text(text + "\n")
-        os.replace(aside, path)
+        files.write_text(path, text + "\n")
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

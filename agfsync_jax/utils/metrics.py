@@ -1,9 +1,10 @@
 """Metrics on disk, one JSON object a line, and the bootstrap behind every error bar."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from agfsync_jax.utils.files import absolute, copy_tree, is_url, local_folder, to_path, write_text
+
 
 class MetricWriter:
     """Appends {"step": n, name: number, ...} lines to a file.
 
     A restarted run passes the step it restored: lines past it, and a half-written last line,
-    are dropped, so the file reads as if the run had never stopped.
+    are dropped, so the file reads as if the run had never stopped. A local file has each line at
+    once; one in a bucket, to which nothing can be appended, is written anew by `flush`.
 
     Args:
         path: the file; its folder is made.
@@ -38,8 +42,9 @@ class MetricWriter:
         tensorboard: Path | None = None,
         wandb: str = "",
     ):
-        self.path = Path(path)
+        self.path = to_path(path)
         self._file = self._board = self._run = None
+        self._folders = contextlib.ExitStack()
         if not enabled:
             return
         if wandb:
@@ -47,14 +52,18 @@ class MetricWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
+            self._events = to_path(tensorboard)
+            self._local_events = self._folders.enter_context(local_folder(self._events))
             # What a killed run wrote beyond its checkpoint is taken back.
-            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._board = SummaryWriter(str(self._local_events), purge_step=step + 1)
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        aside = self.path.with_name(f"{self.path.name}.tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(aside, self.path)
-        self._file = self.path.open("a")
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_text(self.path, text)
+        if is_url(self.path):
+            self._file = io.StringIO()
+            self._file.write(text)
+        else:
+            self._file = self.path.open("a")
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -85,12 +94,22 @@ class MetricWriter:
 
             self._run.log({name: wandb.Image(image)}, step=step)
 
+    def flush(self) -> None:
+        """Lets a bucket have all that was written so far: before a checkpoint, and at the end."""
+        if self._file is not None and is_url(self.path):
+            write_text(self.path, self._file.getvalue())
+        if self._board and is_url(self._events):
+            self._board.flush()
+            copy_tree(self._local_events, self._events)
+
     def close(self) -> None:
+        if self._board:
+            self._board.close()  # only now all events lie in the file
+        self.flush()
+        self._folders.close()
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._board:
-            self._board.close()
         if self._run:
             self._run.finish()
 
@@ -104,16 +123,18 @@ def _start_wandb(project: str, folder: Path) -> Any:
             f"config.train.wandb={project!r} needs wandb: `pip install wandb`, then `wandb login`;"
             " or leave it empty."
         ) from error
-    name = "-".join(folder.absolute().parts[-3:-1])
-    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))
+    name = "-".join(absolute(folder).parts[-3:-1])
+    identity = hashlib.sha256(str(absolute(folder)).encode()).hexdigest()[:16]
+    own = None if is_url(folder) else str(folder)  # what it keeps on this machine: by default here
+    return wandb.init(project=project, name=name, id=identity, resume="allow", dir=own)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics file, without a half-written last line; [] when there is no file."""
-    if not Path(path).exists():
+    path = to_path(path)
+    if not path.exists():
         return []
-    lines = Path(path).read_text().splitlines(keepends=True)
+    lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
 

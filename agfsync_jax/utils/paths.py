@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from agfsync_jax.utils.files import is_url, to_path
 from agfsync_jax.utils.tensor_files import PICKLES, SAFETENSORS
 
 _SHIPPED = Path(__file__).parent.parent / "micro" / "weights"
@@ -31,15 +30,14 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
 
     Raises:
       FileNotFoundError: nothing is there; the message says what was looked for.
+      ValueError: a URL of another kind; see `to_path`.
       OSError: the Hub was not reached, or wants a login.
     """
     text = str(path)
     if text.startswith("micro:"):
         found = _SHIPPED / text.removeprefix("micro:")
-    elif re.match(r"\w+:/", text):  # a Path turns gs://a into gs:/a
-        found = epath.Path(re.sub(r":/+", "://", text, count=1))
     else:
-        found = Path(text).expanduser()
+        found = to_path(text).expanduser()
     if found.exists():
         return found
     if match := re.fullmatch(_REPOSITORY, text):
@@ -59,7 +57,7 @@ def local_files(source: Path) -> Path:
 
     Those of a URL are copied, to one that goes when the process does.
     """
-    return source if isinstance(source, Path) else _copied(source)
+    return _copied(source) if is_url(source) else source
 
 
 @functools.cache

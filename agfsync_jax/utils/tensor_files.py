@@ -5,8 +5,10 @@ splitting and transposing act on `Tensor`s and move no byte; reading a part of a
 bytes of the rows that it lies in.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -18,6 +20,8 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+
+from agfsync_jax.utils.files import is_url, size_of
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -158,7 +162,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     read_into = _reader(path)
-    size = path.stat().st_size if isinstance(path, Path) else path.stat().length
+    size = size_of(path)
     start = bytearray(min(size, 8))
     read_into(0, memoryview(start))
     length = int.from_bytes(start, "little")
@@ -214,14 +218,15 @@ def _fetch(read_into: Callable, offset: int, shape: tuple, dtype: np.dtype, inde
 
 def _reader(path: Path) -> Callable[[int, memoryview], None]:
     """read_into(offset, buffer) of a file, for any thread."""
-    if isinstance(path, Path):
+    if not is_url(path):
         descriptor = _Descriptor(path)
         return descriptor.read_into
     local = threading.local()
 
     def read_into(offset: int, buffer: memoryview) -> None:
         if not hasattr(local, "file"):
-            local.file = path.open("rb")
+            local.opened = contextlib.ExitStack()  # TensorFlow's files open in a `with` alone
+            local.file = local.opened.enter_context(path.open("rb"))
         local.file.seek(offset)
         data = local.file.read(len(buffer))
         if len(data) != len(buffer):
@@ -263,8 +268,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 
     try:
         # A file of torch >= 1.6 is a zip archive, which can be mapped; an older one is read whole.
-        mapped = isinstance(path, Path) and zipfile.is_zipfile(path)
-        source = path if isinstance(path, Path) else path.open("rb")
+        mapped = not is_url(path) and zipfile.is_zipfile(path)
+        source = io.BytesIO(path.read_bytes()) if is_url(path) else path
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped or None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__

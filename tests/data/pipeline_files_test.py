@@ -117,7 +117,7 @@ def test_a_url_is_streamed(original, monkeypatch):
     def path(text):
         return real(text.replace("gs://bucket", str(original.parent)))
 
-    monkeypatch.setattr(paths.epath, "Path", path)
+    monkeypatch.setattr(epath, "Path", path)
     backbone = load("gs://bucket/model")
     same(backbone, load(original))
     copied = [file.name for file in paths.local_files(path("gs://bucket/model")).rglob("*.*")]

@@ -1,0 +1,119 @@
+"""Paths in a local folder, or in a bucket by a URL such as gs://bucket/run.
+
+What differs between the two is here, and in how records.py and pairs.py give things their final
+name. In a bucket a file appears whole when it is closed; nothing can be renamed or appended to, and
+a folder is no more than names that begin alike.
+"""
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+_SCHEMES = ("gs", "s3", "az", "hf")  # that etils.epath knows
+
+
+def to_path(path: str | os.PathLike) -> Path:
+    """A pathlib.Path of a local path, an etils.epath.Path of a URL, which has the same methods.
+
+    Raises:
+      ValueError: a URL of another kind.
+    """
+    text = os.fspath(path)
+    match = re.match(r"(\w+):/+", text)  # a Path turns gs://a into gs:/a
+    if not match:
+        return Path(text)
+    if match[1] not in _SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise ValueError(f"{text}: expected a local path, or a URL that begins with one of {known}")
+    return epath.Path(f"{match[1]}://{text[match.end() :]}")
+
+
+def is_url(path: Path) -> bool:
+    """Whether `to_path` gave the path of a URL."""
+    return not isinstance(path, Path)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root; that of a URL is one."""
+    return path if is_url(path) else path.absolute()
+
+
+def check_reachable(path: Path) -> None:
+    """Raises OSError, with what to do, for a URL that cannot be a workdir."""
+    if not is_url(path):
+        return
+    if str(path).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")
+        except ImportError as error:
+            raise OSError(
+                f"{path} needs google-cloud-storage, by which Orbax lists checkpoints:"
+                " pip install 'agfsync_jax[gcs]'"
+            ) from error
+    try:
+        path.exists()
+    except Exception as error:  # each library has its own
+        raise OSError(
+            f"{path} cannot be reached ({' '.join(str(error).split())}). gs:// takes the machine's"
+            " account, or that of `gcloud auth application-default login`; TensorFlow reads no"
+            " other URL: set EPATH_USE_TF=0 for the libraries of fsspec, such as s3fs."
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; in a bucket there is nothing to make."""
+    if not is_url(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder and all in it, if it is there."""
+    if is_url(path):
+        path.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, whole or not at all; its folder is made."""
+    if is_url(path):
+        path.write_bytes(text.encode())
+        return
+    make_folder(path.parent)
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file."""
+    return path.stat().length if is_url(path) else path.stat().st_size
+
+
+def copy_tree(source: Path, target: Path, last: str = "") -> None:
+    """Copies the files of a local folder elsewhere, where that is not itself; `last` is a name."""
+    if source == target:
+        return
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == last):
+        place = target / path.relative_to(source).as_posix()
+        make_folder(place.parent)
+        with path.open("rb") as file, place.open("wb") as out:
+            shutil.copyfileobj(file, out, 2**24)
+
+
+@contextlib.contextmanager
+def local_folder(path: Path) -> Iterator[Path]:
+    """The folder itself, or for a URL one that takes its place, and goes after the `with` block."""
+    if not is_url(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="agfsync-") as folder:
+        yield Path(folder)
