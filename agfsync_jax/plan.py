@@ -1,13 +1,16 @@
 """Plan: does a stage fit these chips, and how long would it take? Compiled ahead of time.
 
-    agfsync plan --config=configs/sd15.py --topology=v5e:4x4,v5p:2x2x4,v6e:4x4 [--json]
+    agfsync plan --config=configs/sd15.py --topologies=v5e:4x4,v5p:2x2x4,v6e:4x4 [--json]
 
-compiles what `agfsync sample` (or --verb=score, --verb=train) would run for chips that need not be
-here: a host with libtpu (`pip install jax[tpu]`) is enough, and `JAX_PLATFORMS=cpu` leaves a TPU
-that is here alone. Without --topology it is for the devices that are here. Weights are not read:
-where config.backbone.path is not on this disk, config.backbone.kind says the sizes, and of a BLIP-2
-its name does. `config.sample.batch_size` and `config.train.batch_size` are of all chips together,
-`config.score.batch_size` is of those of a process. A large model takes minutes a topology.
+compiles what `agfsync sample` (or --verb=score, train, or all three) would run for chips that need
+not be here: a host with libtpu (`pip install jax[tpu]`) is enough, and `JAX_PLATFORMS=cpu` leaves a
+TPU that is here alone. Without a topology it is for the devices that are here. --largest looks for
+the largest batch that fits, and compiles some more programs for it. Weights are not read: where
+config.backbone.path is not on this disk, config.backbone.kind says the sizes, and of a BLIP-2 its
+name does. `config.sample.batch_size` and `config.train.batch_size` are of all chips together,
+`config.score.batch_size` is of those of a process. A large model takes minutes a topology; with
+JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 in the environment it takes less, and the program may be
+a little larger and slower than the one that will run.
 
 Memory, FLOP and collectives are read from the compiled program; time is the most that the chips'
 published numbers allow, so hours are a lower bound and MFU is an upper one: arithmetic, memory and
@@ -38,6 +41,7 @@ def main(
     repair: bool = False,
     topology: str = "",
     verb: str = "sample",
+    largest: bool = False,
     json: bool = False,
 ) -> None:
     """Compiles for each topology and prints a row each.
@@ -51,10 +55,22 @@ def main(
     if not names:
         here = jax.devices()
         chips = {f"{len(here)} x {here[0].device_kind} here": here}
-    rows = [plan(config, name, devices, verb) for name, devices in chips.items()]
+    verbs = ("sample", "score", "train") if verb == "all" else (verb,)
+    rows = [
+        plan(config, name, devices, each, largest)
+        for name, devices in chips.items()
+        for each in verbs
+    ]
     if not multihost.is_main():
         return
     print(table(rows))
+    for name in chips if verb == "all" else ():
+        own = [row for row in rows if row["topology"] == name]
+        if None not in [row["hours"] for row in own]:
+            hours = ", ".join(f"{row['verb']} {row['hours']:.3g}" for row in own)
+            total = sum(row["hours"] for row in own)
+            chip_hours = total * own[0]["chips"]
+            print(f"{name}: a round of {total:.3g} hours ({hours}), {chip_hours:.3g} chip-hours.")
     for row in rows:
         for note in row["notes"]:
             print(f"{row['topology']}: {note}")
@@ -64,18 +80,71 @@ def main(
 
 
 KEYS = (
-    *("topology", "verb", "batch_per_chip", "fits", "bytes_per_chip", "hbm_bytes"),
-    *("flops_per_step", "analytic_flops_per_step", "collective_bytes", "step_seconds"),
-    *("bound", "mfu"),
+    *("topology", "verb", "chips", "batch_per_chip", "largest_batch_per_chip", "fits"),
+    *("param_bytes", "optimizer_bytes", "bytes_per_chip", "hbm_bytes"),
+    *("flops_per_step", "analytic_flops_per_step", "collective_bytes", "collective_bytes_by_axes"),
+    *("step_seconds", "bound", "mfu", "hours"),
 )
 
 
-def plan(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[str, Any]:
-    """The row of one topology: `KEYS`, and what the table tells besides."""
-    say = _progress(name)
+def plan(
+    config: Any, name: str, devices: list[jax.Device], verb: str, largest: bool = False
+) -> dict[str, Any]:
+    """The row of one topology and verb: `KEYS`, and what the table tells besides."""
+    room = modules.load("plans", verb)
+    row = _compile(config, name, devices, verb)
+    if not largest or not row["bytes_per_chip"] or not row["hbm_bytes"]:
+        return row
+    block, key = room.BATCH.split(".")
+    one = max(1, config[block][key] // max(1, row["batch_per_chip"]))  # of the batch, one a chip
+
+    def peak(size: int) -> int | None:
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed[block][key] = size * one
+        return _compile(changed, name, devices, verb)["bytes_per_chip"]
+
+    found = {row["batch_per_chip"]: row["bytes_per_chip"]}
+    row["largest_batch_per_chip"] = largest_batch(peak, found, row["hbm_bytes"], row["unit"])
+    return row
+
+
+def largest_batch(
+    peak: Callable[[int], int | None], found: dict[int, int], limit: int, unit: int = 1
+) -> int:
+    """The largest batch that takes no more than `limit` bytes, or one an eighth smaller at most.
+
+    Args:
+        peak: batch -> bytes; costs minutes. None where that is not known: too many.
+        found: what is known already, one at least.
+        unit: batches are its multiples.
+    """
+    fits = max((size for size, needed in found.items() if needed <= limit), default=0)
+    fails = min((size for size, needed in found.items() if needed > limit), default=0)
+    while not fails or fails - fits > max(unit, fits // 8):
+        # Memory grows by about as much for each: what two sizes take tells of all.
+        (size, needed), *more = sorted(found.items(), key=lambda item: abs(item[1] - limit))
+        guess = 2 * fits if not fails else (fits + fails) // 2
+        if more and more[0][1] != needed:
+            each = (more[0][1] - needed) / (more[0][0] - size)
+            guess = size + int((limit - needed) / each)
+        guess = max(guess, fits + unit) // unit * unit
+        guess = min(guess, fails - unit) if fails else guess
+        needed = peak(guess)
+        if needed is not None:
+            found[guess] = needed
+        if needed is not None and needed <= limit:
+            fits = guess
+        else:
+            fails = guess
+    return fits
+
+
+def _compile(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[str, Any]:
+    say = _progress(f"{name}, {verb}")
     work = modules.load("plans", verb).work(config, devices, name)
     mesh = work.mesh
-    say("compiling")
+    say(f"compiling, {work.images * mesh.shape['tensor'] // mesh.size} a chip")
     chip, kind = topologies.chip(devices[0]), devices[0].device_kind
     row = dict.fromkeys(KEYS) | {
         "topology": name,
@@ -84,10 +153,12 @@ def plan(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[s
         "hbm_bytes": _memory(devices[0], chip),
         "analytic_flops_per_step": round(work.step_flops / mesh.size),
         "chips": mesh.size * work.copies,
-        "param_bytes": param_bytes(work.params),
+        "param_bytes": param_bytes(work.params) - param_bytes(work.optimizer),
+        "optimizer_bytes": param_bytes(work.optimizer),
         "hours": None,
         "rate": None,
         "notes": list(work.notes),
+        "unit": work.unit,
     }
     try:
         compiled, *beside = [lowered.compile() for lowered in (work.lowered, *work.beside)]
@@ -106,8 +177,16 @@ def plan(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[s
         row["fits"] = row["bytes_per_chip"] <= row["hbm_bytes"]
         if not row["fits"]:
             row["notes"] += too_large(row, work)
-    step = step_cost(topologies.Program(compiled.as_text()), work, mesh.size)
-    row |= {"flops_per_step": step.flops, "collective_bytes": dict(step.collectives)}
+    step = step_cost(topologies.Program(compiled.as_text(), mesh.shape), work, mesh.size)
+    kinds: dict[str, int] = {}
+    for kind, size in step.collectives.items():
+        kind = kind.partition(" ")[0]
+        kinds[kind] = kinds.get(kind, 0) + size
+    row |= {
+        "flops_per_step": step.flops,
+        "collective_bytes": kinds,
+        "collective_bytes_by_axes": dict(step.collectives),
+    }
     for target, count in step.uncounted.items():
         row["notes"].append(
             f"{count} calls of {target} do not tell their FLOP: they are missing in what is "
@@ -197,16 +276,16 @@ def too_large(row: dict, work: Work) -> list[str]:
         groups[name] = groups.get(name, 0) + param_bytes(leaf)
     largest = sorted(groups.items(), key=lambda item: -item[1])[:4]
     told = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
-    rest = ""
+    rest, held = "", row["param_bytes"] + row["optimizer_bytes"]
     if row["bytes_per_chip"]:
         rest = (
             f"; activations and the rest, of a batch of {row['batch_per_chip']} a chip: "
-            f"{_gib(row['bytes_per_chip'] - row['param_bytes'])}"
+            f"{_gib(row['bytes_per_chip'] - held)}"
         )
     needed = f"needs {_gib(row['bytes_per_chip'])} a chip" if row["bytes_per_chip"] else "too large"
     return [
         f"does not fit: {needed}, there are {_gib(row['hbm_bytes'])}. "
-        f"Parameters: {_gib(row['param_bytes'])} ({told}){rest}.",
+        f"Parameters and optimizer: {_gib(held)} ({told}){rest}.",
         f"would help: {'; '.join(work.help)}.",
     ]
 
@@ -215,9 +294,12 @@ def table(rows: list[dict]) -> str:
     """Markdown."""
     columns = {
         "topology": lambda r: r["topology"],
+        "verb": lambda r: r["verb"],
         "chips": lambda r: str(r["chips"]),
         "batch a chip": lambda r: str(r["batch_per_chip"]),
+        "largest": lambda r: str(r["largest_batch_per_chip"]),
         "parameters": lambda r: _gib(r["param_bytes"]),
+        "optimizer": lambda r: _gib(r["optimizer_bytes"]),
         "peak a chip": lambda r: f"{_gib(r['bytes_per_chip'])} of {_gib(r['hbm_bytes'])}",
         "fits": lambda r: {True: "yes", False: "NO", None: "?"}[r["fits"]],
         "TFLOP a step": lambda r: _number(r["flops_per_step"], 1e12),
@@ -229,13 +311,16 @@ def table(rows: list[dict]) -> str:
         "hours": lambda r: _number(r["hours"], 1),
         "a second": lambda r: "?" if r["rate"] is None else f"{r['rate'][1]:.3g} {r['rate'][0]}",
     }
+    for column, key in (("largest", "largest_batch_per_chip"), ("optimizer", "optimizer_bytes")):
+        if not any(row[key] for row in rows):
+            del columns[column]
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[cell(row) for cell in columns.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _collectives(row: dict) -> str:
-    found = row["collective_bytes"]
+    found = row["collective_bytes_by_axes"]
     if found is None:
         return "?"
     return ", ".join(f"{kind} {size / 1e6:.3g} MB" for kind, size in found.items()) or "none"

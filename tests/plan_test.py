@@ -24,9 +24,10 @@ from tests.twins import tiny_stable_diffusion
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
-    *("topology", "verb", "batch_per_chip", "fits", "bytes_per_chip", "hbm_bytes"),
-    *("flops_per_step", "analytic_flops_per_step", "collective_bytes", "step_seconds"),
-    *("bound", "mfu"),
+    *("topology", "verb", "chips", "batch_per_chip", "largest_batch_per_chip", "fits"),
+    *("param_bytes", "optimizer_bytes", "bytes_per_chip", "hbm_bytes"),
+    *("flops_per_step", "analytic_flops_per_step", "collective_bytes", "collective_bytes_by_axes"),
+    *("step_seconds", "bound", "mfu", "hours"),
 }
 
 
@@ -64,6 +65,31 @@ def test_collectives_inside_and_outside_of_a_loop():
         "collective-permute": 5 * 128,
         "all-reduce": 64,
     }
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", "fsdp"),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("replica_groups=[2,4]<=[8]", "fsdp"),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", "data"),
+        ("replica_groups={}", "data, fsdp"),
+        ("source_target_pairs={{0,1},{1,0},{4,5},{5,4}}", "fsdp"),
+        ("replica_groups=[8,1]<=[8]", None),
+        ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", None),
+    ],
+)
+def test_the_axes_that_a_collective_crosses(groups, axes):
+    text = f"""
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %r = f32[4]{{0}} all-gather(%x), channel_id=1, {groups}, use_global_device_ids=true
+}}
+"""
+    found = topologies.Program(text, {"data": 2, "fsdp": 4, "tensor": 1}).cost.collectives
+    assert found == ({f"all-gather over {axes}": 16} if axes else {})
+    assert topologies.Program(text).cost.collectives == ({"all-gather": 16} if axes else {})
 
 
 def test_a_sharded_weight_is_gathered_in_the_loop_and_a_whole_one_is_not():
@@ -225,7 +251,8 @@ def test_the_devices_that_are_here(config, capsys):
     assert set(row) == KEYS
     assert (row["topology"], row["verb"]) == ("8 x cpu here", "sample")
     assert row["batch_per_chip"] == 2
-    assert row["collective_bytes"] == {}
+    assert row["collective_bytes"] == row["collective_bytes_by_axes"] == {}
+    assert (row["chips"], row["optimizer_bytes"], row["largest_batch_per_chip"]) == (8, 0, None)
     # Products with padding are not done; nothing else is missing, and nothing is done twice.
     assert 0.8 < row["flops_per_step"] / row["analytic_flops_per_step"] <= 1
     # A host's processor has no published numbers.
@@ -273,6 +300,24 @@ def test_what_the_compiler_refuses_is_told(config, monkeypatch):
     text = "\n".join(row["notes"])
     assert "unet.big 1.00 GiB" in text and "16.00 GiB" in text and "would help: less" in text
     assert "| NO |" in plan.table([row])
+
+
+@pytest.mark.parametrize("known, largest", [(1, 21), (8, 21), (40, 21)])
+def test_the_largest_batch_is_found_in_few_compilations(known, largest):
+    tried = []
+
+    def peak(size):  # bytes; like a compiler's, which has an odd share for itself
+        return 300 + 32 * size + size % 3
+
+    def compiled(size):
+        tried.append(size)
+        return peak(size) if size < 100 else None  # where it says nothing
+
+    found = plan.largest_batch(compiled, {known: peak(known)}, 1000)
+    assert largest - largest // 8 <= found <= largest and peak(found) <= 1000
+    assert len(tried) == len(set(tried)) <= 4
+    assert plan.largest_batch(compiled, {1: peak(1)}, 301) == 0
+    assert plan.largest_batch(compiled, {4: peak(4)}, 1000, unit=4) == 20
 
 
 def test_time_is_that_of_the_slowest():
@@ -333,7 +378,7 @@ def test_without_libtpu_one_error_says_what_to_install():
 
 
 def test_the_command_line_knows_every_verb():
-    assert cli.FLAGS["plan"]["verb"]["choices"] == tuple(modules.names("plans"))
+    assert cli.FLAGS["plan"]["verb"]["choices"] == (*modules.names("plans"), "all")
 
 
 def test_scoring(tmp_path, capsys):
@@ -365,8 +410,12 @@ def test_training(config, capsys):
     assert (row["verb"], row["batch_per_chip"]) == ("train", 2)
     # Gradients have products that the formula counts as twice a forward pass.
     assert 0.6 < row["flops_per_step"] / row["analytic_flops_per_step"] < 1.4
-    assert sum(row["collective_bytes"].values()) > 0
-    assert "8 passes of an image each by formula" in out
+    by_axes = row["collective_bytes_by_axes"]
+    assert {name.partition(" over ")[2] for name in by_axes} == {"fsdp"}
+    assert sum(row["collective_bytes"].values()) == sum(by_axes.values()) > 0
+    # Two moments, split as the parameters are.
+    assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
+    assert "8 passes of an image each by formula" in out and "| optimizer |" in out
     config.train.lora_rank = 2
     assert step_program.passes(step_program.settings_of(config, None, 0)) == 6
     config.loss.name = "sft"

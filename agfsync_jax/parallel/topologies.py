@@ -12,9 +12,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 NAMES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x2")  # of those that libtpu knows
 _COLLECTIVES = (
@@ -132,7 +133,7 @@ class Cost:
         flops: of matrix products and convolutions; a multiply-add is two.
         bytes_accessed: of its memory, between fusions: each reads its operands and writes its
             result, once. What stays on the chip (memory space 1 of a TPU) is not counted.
-        collectives: kind -> bytes of the results.
+        collectives: kind, or kind and axes such as "all-gather over fsdp" -> bytes of the results.
         uncounted: kernel -> how often: calls whose FLOP the program does not tell.
     """
 
@@ -156,12 +157,17 @@ class Cost:
 class Program:
     """The text of a compiled program, `Compiled.as_text()`, taken apart.
 
+    Args:
+        text: of the program.
+        axes: the axes of its mesh and their sizes, in order; by them collectives are told apart.
+
     Attributes:
         cost: of the whole program. A loop whose length the text does not tell counts once.
         loops: the cost of one pass of every loop, inner ones included.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, axes: Mapping[str, int] | None = None):
+        self._axes = axes or {}
         self._computations, entry = _parse(text)
         self._cost = functools.cache(self._cost_of)
         self.cost = self._cost(entry)
@@ -185,7 +191,7 @@ class Program:
         own = Cost(
             flops=_flops(line, lines),
             bytes_accessed=0 if inside else _bytes_accessed(line, lines),
-            collectives=_collective(line),
+            collectives=_collective(line, self._axes),
             uncounted=_uncounted(line),
         )
         called = _called(line.attributes)
@@ -292,10 +298,42 @@ def _results(line: _Line, memory_only: bool = False) -> list[int]:
     return sizes[count : 2 * count]
 
 
-def _collective(line: _Line) -> Counter:
-    """{kind: bytes of the result}; those that run aside count where they start."""
+def _collective(line: _Line, axes: Mapping[str, int]) -> Counter:
+    """{kind over axes: bytes of the result}; those that run aside count where they start."""
     kind = line.opcode.removesuffix("-start")
-    return Counter({kind: sum(_results(line))} if kind in _COLLECTIVES else {})
+    if kind not in _COLLECTIVES:
+        return Counter()
+    groups = _groups(line.attributes)
+    if groups and max(map(len, groups)) == 1:
+        return Counter()  # each device by itself: nothing is sent
+    if axes:
+        shape = tuple(axes.values())
+        groups = groups or [range(math.prod(shape))]
+        crossed = {
+            axis
+            for group in groups
+            for axis, places in zip(axes, np.unravel_index(list(group), shape), strict=True)
+            if len(set(places.tolist())) > 1
+        }
+        kind += f" over {', '.join(axis for axis in axes if axis in crossed)}"
+    return Counter({kind: sum(_results(line))})
+
+
+def _groups(attributes: str) -> list[list[int]]:
+    """The devices that talk to one another, by their places in the mesh; [] where all do."""
+    lists = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes)
+    if lists:
+        found = re.findall(r"\{([\d,]*)\}", lists[1])
+        return [[int(number) for number in group.split(",") if number] for group in found]
+    # [groups,size]<=[dimensions]T(order): all numbers, transposed and cut into groups
+    pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if match := re.search(pattern, attributes):
+        dimensions = [int(number) for number in match[3].split(",")]
+        numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
+        if match[4]:
+            numbers = numbers.transpose([int(number) for number in match[4].split(",")])
+        return numbers.reshape(int(match[1]), int(match[2])).tolist()
+    return []
 
 
 _FREE = (

@@ -1,7 +1,8 @@
 """What `agfsync plan --verb=NAME` compiles: a verb a file.
 
-A file has `work(config, devices, name) -> Work`, for the devices of a topology of that name, which
-reads no weights and raises ValueError or FileNotFoundError for a config that the verb cannot run.
+A file has BATCH, the key of the config that says how large a batch is, and `work(config, devices,
+name) -> Work`, for the devices of a topology of that name, which reads no weights and raises
+ValueError or FileNotFoundError for a config that the verb cannot run.
 """
 
 import re
@@ -33,6 +34,8 @@ class Work(NamedTuple):
         notes: what a reader must know of it.
         looped: see `lowered`.
         beside: other programs with the same first argument that must fit too.
+        optimizer: what of params is the optimizer's.
+        unit: a chip's batch is a multiple of it.
     """
 
     lowered: jax.stages.Lowered
@@ -49,6 +52,8 @@ class Work(NamedTuple):
     notes: tuple[str, ...] = ()
     looped: bool = True
     beside: tuple[jax.stages.Lowered, ...] = ()
+    optimizer: Any = None
+    unit: int = 1
 
 
 def placed(leaf: Any, sharding: Any, dtype: str) -> jax.ShapeDtypeStruct:

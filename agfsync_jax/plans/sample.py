@@ -18,6 +18,8 @@ from agfsync_jax.plans import Work, is_here, placed
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.weights import abstract_model
 
+BATCH = "sample.batch_size"
+
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     """One run of the program draws a batch of images on all devices."""
@@ -72,9 +74,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     )
 
 
-def abstract_backbone(
-    config: Any, mesh: Mesh, path: str, kind: str, param_dtype: str = ""
-) -> Any:
+def abstract_backbone(config: Any, mesh: Mesh, path: str, kind: str, param_dtype: str = "") -> Any:
     """A backbone whose parameters are `jax.ShapeDtypeStruct`s with shardings.
 
     Args:

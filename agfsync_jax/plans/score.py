@@ -32,6 +32,7 @@ from agfsync_jax.utils import flops
 from agfsync_jax.utils.paths import local_files, resolve_path
 from agfsync_jax.utils.weights import abstract_model, read_json
 
+BATCH = "score.batch_size"
 QUESTIONS = 15  # an image; AGFSync's have about as many
 TOKENS = 32  # of a question with AGFSync's prompt, padded
 

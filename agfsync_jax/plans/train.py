@@ -18,6 +18,8 @@ from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
 
+BATCH = "train.batch_size"
+
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     """One run of the program is a step on a batch of pairs.
@@ -89,6 +91,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
             *(["--config.train.lora_rank=8"] if not spec.lora_rank else []),
         ],
         looped=spec.accumulate > 1,
+        optimizer=(state.opt_state, state.ema),
+        unit=spec.accumulate,
         notes=(
             f"a step is of {size} pairs, {program.passes(settings)} passes of an image each by"
             " formula.",
