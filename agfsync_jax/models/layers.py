@@ -5,7 +5,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -278,3 +278,26 @@ def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
     if policy == "none":
         return module(*args)
     return jax.checkpoint(lambda *args: module(*args), policy=REMAT[policy])(*args)
+
+
+def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
+    """`x` through modules that are alike, each `module(x, *args)`, as `checkpointed`.
+
+    Where blocks are rematerialized it is a loop over their stacked parameters: a program of one
+    block instead of ten, and sharded parameters are gathered when it is their turn. The stack is a
+    copy, for which sampling, that keeps nothing for a gradient, would have no use.
+    """
+    policy = _REMAT.value
+    if policy == "none" or len(modules) == 1:
+        for module in modules:
+            x = checkpointed(module, x, *args)
+        return x
+    graph, _ = nnx.split(modules[0])
+    states = [nnx.split(module)[1] for module in modules]
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    @functools.partial(jax.checkpoint, policy=REMAT[policy], prevent_cse=False)
+    def block(x, state):
+        return nnx.merge(graph, state)(x, *args), None
+
+    return jax.lax.scan(block, x, states)[0]

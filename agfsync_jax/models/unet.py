@@ -23,6 +23,7 @@ from agfsync_jax.models.layers import (
     ModelConfig,
     Upsample2D,
     checkpointed,
+    stacked,
 )
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # block type -> has attention
@@ -264,8 +265,7 @@ class Transformer2DModel(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for each in self.transformer_blocks:
-            tokens = checkpointed(each, tokens, context)
+        tokens = stacked(self.transformer_blocks, tokens, context)
         return x + self.proj_out(tokens.reshape(b, h, w, c))
 
 

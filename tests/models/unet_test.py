@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
+from agfsync_jax.models.layers import rematerialized
 from agfsync_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from agfsync_jax.utils.weights import abstract_model, load_model, read_json, save_model
 from tests.twins import assert_same_gradients, relative_error, unit_gain
@@ -104,6 +105,22 @@ def test_forward_gradient_and_weights(tmp_path, variant):
     back = TorchUNet.from_pretrained(tmp_path / "ours")
     for name, value in twin.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_rematerialized_it_is_the_same(tmp_path, policy):
+    """With transformers of 1, 2 and 3 blocks, which become loops."""
+    twin, batch = make_twin("sdxl", tmp_path), make_batch("sdxl")
+    graph, params = load_model(UNet2DConditionModel, tmp_path)
+    expected = run_torch(twin, *batch)
+    weights = np.random.default_rng(1).standard_normal(expected.shape, np.float32)
+    with rematerialized(policy):
+        actual, grads = forward_and_gradient(graph, params, batch, weights)
+        text = jax.jit(lambda p: nnx.merge(graph, p)(*batch)).lower(params).as_text()
+    assert relative_error(actual, expected) <= 1e-5
+    (expected * torch.from_numpy(weights)).sum().backward()
+    assert_same_gradients(grads, twin)
+    assert "stablehlo.while" in text
 
 
 def forward_and_gradient(graph, params, batch, weights):
