@@ -37,6 +37,7 @@ from agfsync_jax.data import records
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils import flops, modules
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import is_url, to_path
 
 
 def main(
@@ -80,8 +81,12 @@ def main(
         jax.extend.backend.clear_backends()
         jax.config.update("jax_platforms", "cpu")
     with contextlib.ExitStack() as stack:
-        parent = workdir or stack.enter_context(tempfile.TemporaryDirectory(prefix="agfsync-"))
-        home = Path(parent) / "bench"
+        parent = to_path(workdir) if workdir else None
+        if parent is None or is_url(parent):  # models with random weights are made on this disk
+            temporary = tempfile.TemporaryDirectory(prefix="agfsync-")
+            home = Path(stack.enter_context(temporary)) / "bench"
+        else:
+            home = parent / "bench"
         clock = stack.enter_context(Stage(home, "bench", unit=bench.UNIT))
         measured = bench.measure(config, home, against, clock)
         sides = ["agfsync", *([against] if against else [])]
@@ -95,7 +100,8 @@ def main(
             turns = {t.name: t.rows for t in measured.tasks}
             kept = {"settings": measured.settings, "turns": turns.get("", turns), "result": result}
             text = dumps(kept, indent=2) + "\n"
-            records.write_file(home / f"{stage}-{measured.label}.json", [text.encode()])
+            name = f"{stage}-{measured.label}.json"
+            records.write_file(to_path(workdir) / "bench" / name, [text.encode()])
     for task in measured.tasks:
         print(table(task, results[task.name], device, against))
     if json:

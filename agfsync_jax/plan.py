@@ -178,13 +178,13 @@ def _compile(config: Any, name: str, devices: list[jax.Device], verb: str) -> di
         if not row["fits"]:
             row["notes"] += too_large(row, work)
     step = step_cost(topologies.Program(compiled.as_text(), mesh.shape), work, mesh.size)
-    kinds: dict[str, int] = {}
-    for kind, size in step.collectives.items():
-        kind = kind.partition(" ")[0]
-        kinds[kind] = kinds.get(kind, 0) + size
+    by_kind: dict[str, int] = {}
+    for crossing, size in step.collectives.items():
+        collective = crossing.partition(" ")[0]
+        by_kind[collective] = by_kind.get(collective, 0) + size
     row |= {
         "flops_per_step": step.flops,
-        "collective_bytes": kinds,
+        "collective_bytes": by_kind,
         "collective_bytes_by_axes": dict(step.collectives),
     }
     for target, count in step.uncounted.items():

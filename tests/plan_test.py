@@ -133,6 +133,23 @@ def test_flops_are_those_of_the_formulas(function, shapes):
     assert not found.uncounted
 
 
+def test_a_loop_reads_and_writes_slices():
+    """Of what a scan goes over and stacks, a pass takes its own part."""
+
+    def function(x, weights):
+        def layer(x, weight):
+            x = jnp.sin(x * weight)
+            return x, jnp.cos(x)
+
+        return jax.lax.scan(layer, x, weights)
+
+    size, layers = 4 * 512 * 512, 16
+    found = program(function, (512, 512), (layers, 512, 512))
+    (loop,) = found.loops
+    # x and a weight are read, x and a row of the stack written; copies are the compiler's own.
+    assert 4 * size <= loop.bytes_accessed <= 12 * size
+
+
 @pytest.mark.parametrize("pad, stride, dilation", [(1, 1, 1), (0, 2, 3), (3, 2, 1), (7, 7, 8)])
 def test_products_with_padding_are_left_out(pad, stride, dilation):
     """A convolution of ones by ones counts its products."""
@@ -399,7 +416,10 @@ def test_scoring(tmp_path, capsys):
         plan.main(config, None, verb="score")
 
 
-def test_training(config, capsys):
+def test_training(config, capsys, monkeypatch):
+    monkeypatch.setattr(flops, "peak", lambda kind: {"cpu": 1e12}[kind])
+    chip = topologies.Chip(memory=2**30, memory_bandwidth=1e11, network_bandwidth=1e10)
+    monkeypatch.setattr(topologies, "chip", lambda device: chip)
     config.backbone.dtype = "bfloat16"
     config.train.batch_size, config.train.accumulate = 16, 2
     config.mesh = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -413,6 +433,7 @@ def test_training(config, capsys):
     by_axes = row["collective_bytes_by_axes"]
     assert {name.partition(" over ")[2] for name in by_axes} == {"fsdp"}
     assert sum(row["collective_bytes"].values()) == sum(by_axes.values()) > 0
+    assert row["step_seconds"] > 0 and row["hours"] > 0 and row["bound"] and row["fits"]
     # Two moments, split as the parameters are.
     assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
     assert "8 passes of an image each by formula" in out and "| optimizer |" in out

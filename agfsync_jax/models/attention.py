@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 KERNELS = {
@@ -280,6 +280,20 @@ def sharded(function: Callable, mesh: Mesh, q, k, v) -> Float[Array, "b s h d"]:
     # Without check_vma: a Pallas kernel does not say over which axes its results vary.
     split = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return split(q, k, v)
+
+
+def by_example(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """`x` with its examples split over the mesh of `using`, where that divides them.
+
+    A layer says so of what goes in and comes out: where the same axis splits its weights, the
+    partitioner has to gather those, and may not split the features of the activations instead.
+    """
+    _, mesh = _CONTEXT.value
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES) if mesh else 1
+    if parts == 1 or x.shape[0] % parts:
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *rest)))
 
 
 def split_heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s h d"]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from agfsync_jax.models.attention import by_example
+
 # What of a block is kept for its gradient; the rest is computed again (arXiv:1604.06174).
 REMAT = {
     "none": None,  # everything is kept
@@ -171,7 +173,12 @@ def Linear(  # noqa: N802 - reads as the layer it makes, as the next two
     """A linear layer over the last axis."""
     kernel_init = initializer(kernel_init)
     return nnx.Linear(
-        features_in, features_out, kernel_init=kernel_init, bias_init=_ZEROS, **kwargs
+        features_in,
+        features_out,
+        kernel_init=kernel_init,
+        bias_init=_ZEROS,
+        dot_general=_dot_general,
+        **kwargs,
     )
 
 
@@ -206,8 +213,17 @@ def Conv(  # noqa: N802
         use_bias=use_bias,
         kernel_init=initializer(_FAN_IN),
         bias_init=_ZEROS,
+        conv_general_dilated=_conv_general_dilated,
         **kwargs,
     )
+
+
+def _dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+    return by_example(jax.lax.dot_general(by_example(x), kernel, *args, **kwargs))
+
+
+def _conv_general_dilated(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+    return by_example(jax.lax.conv_general_dilated(by_example(x), kernel, *args, **kwargs))
 
 
 class GroupNorm(nnx.Module):

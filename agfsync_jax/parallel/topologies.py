@@ -190,7 +190,7 @@ class Program:
     def _line_cost(self, line: "_Line", lines: dict[str, "_Line"], inside: bool) -> Cost:
         own = Cost(
             flops=_flops(line, lines),
-            bytes_accessed=0 if inside else _bytes_accessed(line, lines),
+            bytes_accessed=0 if inside else self._bytes_accessed(line, lines),
             collectives=_collective(line, self._axes),
             uncounted=_uncounted(line),
         )
@@ -203,6 +203,33 @@ class Program:
             return own + max(branches, key=lambda cost: cost.flops, default=Cost())
         fused = line.opcode not in ("call", "async-start")
         return own + sum((self._cost(name, inside or fused) for name in called), Cost())
+
+    def _bytes_accessed(self, line: "_Line", lines: dict[str, "_Line"]) -> int:
+        """Of a fusion that reads or writes but a slice of an array, as loops do: of the slice."""
+        total = _bytes_accessed(line, lines)
+        if line.opcode != "fusion":
+            return total
+        fused = self._computations[_named(line.attributes, "calls")]
+        readers: dict[str, list[_Line]] = {}
+        for each in fused.values():
+            for name in each.names:
+                readers.setdefault(name, []).append(each)
+        for name, parameter in fused.items():
+            uses = readers.get(name, [])
+            if parameter.opcode != "parameter" or not uses:
+                continue
+            whole = sum(_sizes(parameter.shape))
+            outside = lines.get(line.names[int(parameter.operands)])
+            if outside is None or not sum(_sizes(outside.shape, memory_only=True)):
+                continue  # it is not in memory, and was not counted
+            if all(use.opcode == "dynamic-slice" for use in uses):
+                total -= whole - sum(sum(_sizes(use.shape)) for use in uses)
+            elif all(
+                use.opcode == "dynamic-update-slice" and use.names[0] == name for use in uses
+            ):  # in place: neither read nor written but for the update
+                updates = sum(sum(_sizes(fused[use.names[1]].shape)) for use in uses)
+                total -= 2 * (whole - updates)
+        return max(total, 0)
 
     def _trips(self, line: "_Line") -> int:
         """How often a loop runs; 1 where it is not told."""
