@@ -296,6 +296,18 @@ def by_example(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *rest)))
 
 
+def gathered(kernel: Array) -> Array:
+    """A layer's weights, whole on every device, and so their gradient, before it is split again.
+
+    Left to itself, the partitioner passes parts of products around instead. With tensor parallelism
+    weights stay split as they are.
+    """
+    _, mesh = _CONTEXT.value
+    if mesh is None or mesh.size == 1 or mesh.shape.get("tensor", 1) > 1:
+        return kernel
+    return lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec()))
+
+
 def split_heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s h d"]:
     """Splits the channels into attention heads."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agfsync_jax.models.attention import by_example
+from agfsync_jax.models.attention import by_example, gathered
 
 # What of a block is kept for its gradient; the rest is computed again (arXiv:1604.06174).
 REMAT = {
@@ -219,11 +219,12 @@ def Conv(  # noqa: N802
 
 
 def _dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return by_example(jax.lax.dot_general(by_example(x), kernel, *args, **kwargs))
+    return by_example(jax.lax.dot_general(by_example(x), gathered(kernel), *args, **kwargs))
 
 
 def _conv_general_dilated(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return by_example(jax.lax.conv_general_dilated(by_example(x), kernel, *args, **kwargs))
+    x, kernel = by_example(x), gathered(kernel)
+    return by_example(jax.lax.conv_general_dilated(x, kernel, *args, **kwargs))
 
 
 class GroupNorm(nnx.Module):
