@@ -22,8 +22,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # only what goes into a block
 }
-# The policy of `rematerialized`; as in attention.py, a part of JAX's caches' keys.
-_REMAT = jax.make_user_context("none")
+# The policy of `rematerialized`, empty outside; as in attention.py, a part of JAX's caches' keys.
+_REMAT = jax.make_user_context("")
 
 # Bookkeeping and generation settings that save_pretrained writes into every config.json, nested
 # ones included, and that change no computation. Dropout too: these networks drop nothing.
@@ -219,12 +219,21 @@ def Conv(  # noqa: N802
 
 
 def _dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return by_example(jax.lax.dot_general(by_example(x), gathered(kernel), *args, **kwargs))
+    return _by_example(jax.lax.dot_general, x, kernel, *args, **kwargs)
 
 
 def _conv_general_dilated(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    x, kernel = by_example(x), gathered(kernel)
-    return by_example(jax.lax.conv_general_dilated(x, kernel, *args, **kwargs))
+    return _by_example(jax.lax.conv_general_dilated, x, kernel, *args, **kwargs)
+
+
+def _by_example(product: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+    """In training activations stay split by examples, and a layer's weights are gathered for it.
+
+    In the loop of sampling XLA would gather all weights at once, before it.
+    """
+    if not _REMAT.value:
+        return product(x, kernel, *args, **kwargs)
+    return by_example(product(by_example(x), gathered(kernel), *args, **kwargs))
 
 
 class GroupNorm(nnx.Module):
@@ -292,7 +301,7 @@ def rematerialized(policy: str) -> AbstractContextManager:
 def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
     """`module(*args)`; for its gradient it is run again as far as `rematerialized` says."""
     policy = _REMAT.value
-    if policy == "none":
+    if policy in ("", "none"):
         return module(*args)
     return jax.checkpoint(lambda *args: module(*args), policy=REMAT[policy])(*args)
 
@@ -305,7 +314,7 @@ def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
     copy, for which sampling, that keeps nothing for a gradient, would have no use.
     """
     policy = _REMAT.value
-    if policy == "none" or len(modules) == 1:
+    if policy in ("", "none") or len(modules) == 1:
         for module in modules:
             x = checkpointed(module, x, *args)
         return x
