@@ -120,7 +120,13 @@ attempt() {
   [[ $status -eq 0 ]] || return "$status"
   tpu ssh "$name" --worker=all --command="$worker $(quote start "${flags[@]}")" || return
   phase=run
-  tpu ssh "$name" --worker=0 --command="$worker follow"
+  tpu ssh "$name" --worker=0 --command="$worker follow" || status=$?
+  if [[ $status -eq 75 ]]; then # it stopped because another worker did, which knows why
+    status=0
+    tpu ssh "$name" --worker=all --command="$worker cause" || status=$?
+    [[ $status -ne 0 ]] || status=143 # none does: they lost sight of one another
+  fi
+  return "$status"
 }
 
 # worth_another STATUS: agfsync was stopped from outside, or the TPU is gone.

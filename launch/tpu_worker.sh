@@ -3,6 +3,7 @@
 #   start FLAG...   unpacks the repository, installs it, and starts agfsync run FLAG..., which
 #                   outlives the connection; if that very run is under way, it goes on
 #   follow          shows the run's output until it ends; its exit status
+#   cause           waits for its end; its exit status, but 0 if it only followed another worker's
 #   stop            lets the run save and end
 # Beside this file: log, what the run says; lock, held while it lives; status, once it has ended.
 set -euo pipefail
@@ -67,8 +68,19 @@ follow() {
   flock --shared lock true
   sleep 1 # for the last lines
   kill "$viewer" 2>/dev/null || true
-  # Without a status, the machine went down under the run.
-  return "$(cat status 2>/dev/null || echo 143)"
+  return "$(ended)"
+}
+
+cause() {
+  local status
+  flock --shared lock true
+  status="$(ended)"
+  [[ "$status" -eq 75 ]] || return "$status" # agfsync's, when another process is gone
+}
+
+# Without a status, the machine went down under the run.
+ended() {
+  cat status 2>/dev/null || echo 143
 }
 
 stop() {
@@ -89,9 +101,10 @@ case "${1:-}" in
   start) start "${@:2}" ;;
   work) work "${@:2}" ;;
   follow) follow ;;
+  cause) cause ;;
   stop) stop ;;
   *)
-    echo "usage: tpu_worker.sh start FLAG... | follow | stop" >&2
+    echo "usage: tpu_worker.sh start FLAG... | follow | cause | stop" >&2
     exit 2
     ;;
 esac; exit # in one line: a newer copy may be laid over this file meanwhile

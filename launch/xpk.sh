@@ -42,9 +42,11 @@ if [[ ${#present[@]} -gt 0 ]]; then # names alone: xpk takes the values from its
   # shellcheck disable=SC2016
   run sh -c 'printf "%s\n" "$@" >"$0"' "$environment" "${present[@]}"
 fi
-# exec, so that SIGTERM comes to agfsync; the pod is given time to save.
+# exec, so that SIGTERM comes to agfsync; the pod is given time to save. 75 is the status of a
+# process whose companion is gone: with it the others start anew, but with 2 none does.
 run xpk workload create --workload="$name" --cluster="$cluster" --tpu-type="$type" \
   --num-slices="$slices" ${zone:+--zone="$zone"} ${project:+--project="$project"} \
   --docker-image="$image" ${environment:+--env-file="$environment"} \
-  --max-restarts="$max_restarts" --termination-grace-period-seconds=300 \
+  --max-restarts="$max_restarts" --restart-on-exit-codes=75 \
+  --termination-grace-period-seconds=300 \
   --command="$(quote exec env AGFSYNC_DISTRIBUTED=1 agfsync run "${flags[@]}")"

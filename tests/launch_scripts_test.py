@@ -23,7 +23,7 @@ SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbat
 TOOL = (
     f"#!{sys.executable} -SE\n"
     + '''
-import json, os, shutil, signal, subprocess, sys
+import json, os, sys  # the others take longer than all else that most calls do
 
 place, words = os.environ["FAKE"], [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 names = "AGFSYNC_DISTRIBUTED", "JAX_LOCAL_DEVICE_IDS", "WANDB_API_KEY"
@@ -53,11 +53,17 @@ def gcloud(verb, name, *flags):
     elif verb == "create":
         sys.exit(int(next_of("creations")))
     elif verb == "scp":
+        import shutil
+
         shutil.copytree(flags[0], f"{place}/vm/agfsync_launch", dirs_exist_ok=True)
     elif verb == "ssh":
+        import subprocess
+
         command = next(f.removeprefix("--command=") for f in flags if f.startswith("--command="))
         env = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "HF_TOKEN")}
         vm = f"{place}/vm"
+        if command.endswith(" cause") and os.path.exists(f"{place}/cause"):
+            sys.exit(int(next_of("cause")))
         sys.exit(subprocess.run(["bash", "-c", command], cwd=vm, env=env | {"HOME": vm}).returncode)
 
 
@@ -65,6 +71,8 @@ def agfsync():
     print("agfsync at work", flush=True)
     status = next_of("statuses")
     if status == "wait":
+        import signal
+
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         open(f"{place}/waiting", "w").close()
         signal.pause()
@@ -76,13 +84,15 @@ match words:
         gcloud(*rest)
     case ["sbatch", *rest]:
         at = next(i for i, word in enumerate(rest) if not word.startswith("--"))
+        import shutil, subprocess
+
         shutil.copy(rest[at], f"{place}/slurm_script")
         job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_GPUS_ON_NODE": "4"}
         command = ["bash", f"{place}/slurm_script", *rest[at + 1 :]]
         sys.exit(subprocess.run(command, env=os.environ | job).returncode)
     case ["srun", *rest]:
         if os.path.exists(f"{place}/cancel"):
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getppid(), 15)
         at = next(i for i, word in enumerate(rest) if not word.startswith("--"))
         os.execvp(rest[at], rest[at:])
     case ["nvidia-smi", *_]:
@@ -90,6 +100,8 @@ match words:
     case ["agfsync", *_] | ["python", "-m", "agfsync_jax", *_]:
         agfsync()
     case ["python3" | "python", "-m", "venv", _, folder]:
+        import shutil
+
         os.makedirs(f"{folder}/bin")
         shutil.copy(sys.argv[0], f"{folder}/bin/python")
 '''
@@ -296,6 +308,8 @@ def test_tpu_from_nothing(bench):
         ("READY TERMINATED TERMINATED", "134 0", "describe describe describe delete create", 2, 0),
         # A signal to agfsync alone.
         ("READY", "143 0", "describe describe describe", 2, 0),
+        # The processes lost sight of one another.
+        ("READY", "75 0", "describe describe describe", 2, 0),
         # Not worth another attempt: an error of the user's, and a crash on a TPU that is there.
         ("READY", "2 0", "describe", 1, 2),
         ("READY", "1 0", "describe describe", 1, 1),
@@ -315,6 +329,18 @@ def test_tpu_states(bench, states, statuses, verbs, starts, ends):
     assert done.returncode == ends, done.stderr
     assert bench.verbs() == verbs
     assert [run["words"][4:] for run in bench.runs()] == [FLAGS] * starts
+
+
+@pytest.mark.parametrize(("cause", "starts", "ends"), [("2", 1, 2), ("137", 1, 137), ("255", 2, 0)])
+def test_another_worker_knows_why(bench, cause, starts, ends):
+    """Worker 0 stopped because another one did: by an error, killed, or not to be reached."""
+    bench.play(statuses="75 0")
+    (bench.fake / "cause").write_text(cause)
+    done = bench.start("tpu_pod.sh", *POD, *FLAGS)
+    assert done.returncode == ends, done.stderr
+    assert len(bench.runs()) == starts
+    (asked,) = [words for words in bench.asked("gcloud") if words[-2].endswith(" cause")]
+    assert asked[5:-2] == ["pod", "--worker=all"]
 
 
 def test_tpu_that_cannot_be_had(bench):
@@ -409,7 +435,8 @@ def test_xpk(bench):
             *("xpk", "workload", "create", "--workload=sdxl", "--cluster=tpus"),
             *("--tpu-type=v6e-16", "--num-slices=2", "--zone=z", "--project=p"),
             *("--docker-image=an/image:1", f"--env-file={names}", "--max-restarts=3"),
-            *("--termination-grace-period-seconds=300", real[2][-1]),
+            *("--restart-on-exit-codes=75", "--termination-grace-period-seconds=300"),
+            real[2][-1],
         ],
     ]
     # xpk sets a name without a value from its own environment.
@@ -419,6 +446,8 @@ def test_xpk(bench):
     # xpk puts the command into a block of YAML, Kubernetes expands $(...) and $$ in it.
     command = real[2][-1].removeprefix("--command=")
     assert command.isprintable()
+    # xpk hands SIGTERM to what it started: without exec a shell in between, which would not.
+    assert command.startswith("exec env AGFSYNC_DISTRIBUTED=1 agfsync run --config=")
     seen = re.sub(r"\$\$|\$\(\w+\)", lambda m: "$" if m[0] == "$$" else "expanded", command)
     bench.play()
     bench.run(["bash", "-c", f"({seen}) & wait $!"])
@@ -435,7 +464,7 @@ def test_xpk_without_keys_and_build(bench):
     assert done.returncode == 0, done.stderr
     ((*words, _),) = bench.asked("docker", "xpk")
     assert words[7:] == [
-        *("--docker-image=an/image:1", "--max-restarts=20"),
+        *("--docker-image=an/image:1", "--max-restarts=20", "--restart-on-exit-codes=75"),
         "--termination-grace-period-seconds=300",
     ]
 
