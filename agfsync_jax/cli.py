@@ -15,6 +15,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
-            raise
+            traceback.print_exc()
         print(f"agfsync: error: {error}", file=sys.stderr)
         _tell_others(f"stopped with an error: {error}", 2)
         return 2
@@ -135,20 +136,15 @@ def _run(argv: list[str]) -> None:
     from agfsync_jax.parallel import multihost, watch
     from agfsync_jax.utils.files import to_path
 
-    own = {name: getattr(args, name) for name in _names(FLAGS.get(verb, ()))}
-    multihost.agree(_facts(verb, args, config))
-    workdir = to_path(args.workdir) if args.workdir else None
-    if workdir:
-        configs.claim(workdir, config, write=multihost.is_main())
-    module = importlib.import_module(f"agfsync_jax.{verb}")
+    if multihost.several():
+        multihost.agree(_facts(verb, args, config))
     with watch.explained():
-        module.main(
-            config,
-            workdir,
-            round_index=args.round,
-            repair=args.repair,
-            **{name: getattr(args, name) for name in own},
-        )
+        workdir = to_path(args.workdir) if args.workdir else None
+        if workdir:
+            configs.claim(workdir, config, write=multihost.is_main())
+        module = importlib.import_module(f"agfsync_jax.{verb}")
+        own = {name: getattr(args, name) for name in _names(FLAGS.get(verb, ()))}
+        module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
 
 
 def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:

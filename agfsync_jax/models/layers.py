@@ -290,6 +290,8 @@ ACTIVATIONS = {
 def rematerialized(policy: str) -> AbstractContextManager:
     """Makes every `checkpointed` block that is traced inside, in this thread, keep less.
 
+    Training traces inside it, with "none" too: layers then split their work as its gradient wants.
+
     Raises:
       ValueError: no key of `REMAT`.
     """

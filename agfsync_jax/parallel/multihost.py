@@ -82,14 +82,12 @@ def initialize(
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Compares what must be the same in all processes, then watches over them (watch.py).
+    """Compares what must be the same in several processes, then watches over them (watch.py).
 
     Raises:
       ValueError: in every process, where facts differ; names the processes and the facts.
       TimeoutError: a process did not come.
     """
-    if jax.process_count() == 1:
-        return
     store, me = _client(), jax.process_index()
     mine = {"host": socket.gethostname()} | dict(facts)
     store.key_value_set(f"{_STORE}/{me}", json.dumps(mine, default=str))
@@ -120,6 +118,11 @@ def _differences(told: Mapping[int, Mapping[str, Any]], names: list[str]) -> lis
     return lines
 
 
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return jax.process_count() > 1
+
+
 def is_main() -> bool:
     """Whether this is the process that writes what is written once."""
     return jax.process_index() == 0
@@ -131,7 +134,7 @@ def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
     Raises:
       TimeoutError: some did not in time; names them.
     """
-    if jax.process_count() == 1:
+    if not several():
         return
     try:
         _client().wait_at_barrier(f"agfsync {name} {next(_barriers)}", int(seconds * 1000))
@@ -162,7 +165,7 @@ class StopTogether:
         self._key, self._told = f"agfsync/stop/{next(_stops)}/step", False
 
     def __call__(self, step: int, wanted: bool) -> bool:
-        if jax.process_count() == 1:
+        if not several():
             return wanted
         store = _client()
         if wanted and not self._told:
