@@ -434,6 +434,8 @@ def test_training(config, capsys, monkeypatch):
     assert {name.partition(" over ")[2] for name in by_axes} == {"fsdp"}
     assert sum(row["collective_bytes"].values()) == sum(by_axes.values()) > 0
     assert row["step_seconds"] > 0 and row["hours"] > 0 and row["bound"] and row["fits"]
+    # Weights are gathered and gradients summed; activations stay where their examples are.
+    assert row["collective_bytes"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
     # Two moments, split as the parameters are.
     assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
     assert "8 passes of an image each by formula" in out and "| optimizer |" in out

@@ -297,17 +297,20 @@ def test_steps_equal_a_torch_reference(tmp_path, model):
 
 def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
     results = []
-    for devices in (1, 8):
-        mesh = create_mesh({"data": devices}, devices=jax.devices()[:devices])
-        backbone = StableDiffusion.load("micro:stable-diffusion", mesh=mesh)
+    rules = ((r"kernel$", "fsdp"),)
+    for devices, axes in ((1, {"data": 1}), (8, {"data": 2, "fsdp": 4})):
+        mesh = create_mesh(axes, devices=jax.devices()[:devices])
+        backbone = StableDiffusion.load("micro:stable-diffusion", mesh=mesh, rules=rules)
         tokens = backbone.tokenize(["a large red circle on a white background"] * 8)
         batch = jax.device_put(make_batch(backbone, tokens, 16), batch_sharding(mesh))
-        init, step = make_step(
-            backbone, learning_rate=1e-5, warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0
-        )
+        settings = {"mesh": mesh, "rules": rules, "changes": {"remat": "full"}}
+        optimizer = {"learning_rate": 1e-5, "warmup_steps": 1, "max_grad_norm": 1.0}
+        init, step = make_step(backbone, **settings, weight_decay=0.01, **optimizer)
         base = backbone.params["unet"]
         state, values = step(init(base), base, batch)
-        assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == devices
+        largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
+        assert len(largest.sharding.device_set) == devices
+        assert largest.is_fully_replicated == (devices == 1)
         results.append(jax.device_get((state, values)))
     (one, one_values), (eight, eight_values) = results
     assert one_values["grad_norm"] > 0

@@ -40,6 +40,7 @@ from agfsync_jax.utils.files import to_path
 from tests import evaluate_test
 from tests.evaluate_test import Brightness
 
+pytestmark = pytest.mark.usefixtures("compile_once")
 RUN = "gs://bucket/folder/run"
 DIFFER = ("stages.json", "metrics.jsonl")  # seconds
 
@@ -109,18 +110,6 @@ class Backbone(evaluate_test.Backbone):
     def save(self, folder, params, *, dtype):
         for name in ("model_index.json", "unet/big.safetensors"):
             records.write_file(folder / name, [str(params["unet"]["weight"]).encode()])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """As the command line does: a program is compiled once and kept for later runs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.1), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -302,10 +302,10 @@ def rematerialized(policy: str) -> AbstractContextManager:
 
 def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
     """`module(*args)`; for its gradient it is run again as far as `rematerialized` says."""
-    policy = _REMAT.value
-    if policy in ("", "none"):
+    policy = REMAT.get(_REMAT.value)
+    if policy is None:
         return module(*args)
-    return jax.checkpoint(lambda *args: module(*args), policy=REMAT[policy])(*args)
+    return jax.checkpoint(lambda *args: module(*args), policy=policy)(*args)
 
 
 def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
@@ -315,8 +315,8 @@ def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
     block instead of ten, and sharded parameters are gathered when it is their turn. The stack is a
     copy, for which sampling, that keeps nothing for a gradient, would have no use.
     """
-    policy = _REMAT.value
-    if policy in ("", "none") or len(modules) == 1:
+    policy = REMAT.get(_REMAT.value)
+    if policy is None or len(modules) == 1:
         for module in modules:
             x = checkpointed(module, x, *args)
         return x
@@ -324,7 +324,7 @@ def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
     states = [nnx.split(module)[1] for module in modules]
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
-    @functools.partial(jax.checkpoint, policy=REMAT[policy], prevent_cse=False)
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def block(x, state):
         return nnx.merge(graph, state)(x, *args), None
 
