@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from agfsync_jax import cli, plan
-from agfsync_jax.parallel import topologies
+from agfsync_jax.parallel import sharding, topologies
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import Work, sample, score
 from agfsync_jax.training import program as step_program
@@ -420,6 +420,7 @@ def test_training(config, capsys, monkeypatch):
     monkeypatch.setattr(flops, "peak", lambda kind: {"cpu": 1e12}[kind])
     chip = topologies.Chip(memory=2**30, memory_bandwidth=1e11, network_bandwidth=1e10)
     monkeypatch.setattr(topologies, "chip", lambda device: chip)
+    monkeypatch.setattr(sharding, "_SMALL", 0)  # so that this model's weights are split, too
     config.backbone.dtype = "bfloat16"
     config.train.batch_size, config.train.accumulate = 16, 2
     config.mesh = {"data": 1, "fsdp": 8, "tensor": 1}
