@@ -1,6 +1,7 @@
 """Every test runs on 8 fake CPU devices and fails on implicit rank promotion."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -13,6 +14,8 @@ import jax  # noqa: E402  (the flags above must be set before)
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell's background jobs inherit an interrupt that is ignored, and so would all they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
