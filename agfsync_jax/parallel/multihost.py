@@ -4,6 +4,8 @@ Everything here also holds for a single process, so that callers need no second 
 through the key-value store of JAX's coordination service, which lives in process 0.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -11,7 +13,7 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -70,15 +72,35 @@ def initialize(
     which = f"process {index} of {count} joins {address}" if values else "joins the cluster's group"
     print(f"agfsync: {which}", file=sys.stderr, flush=True)
     watch.leave_last_words(
-        f"not all processes came together within {START_SECONDS} s. One that has started has a line"
-        " with `joins` in its log: look for those that have none, and whether they reach process 0."
+        f"not all processes came together within {START_SECONDS} s. Those that did not are the"
+        " `timed out task names` above: look at their logs. Where no name stands, process 0 was not"
+        " reached."
     )
-    jax.distributed.initialize(
-        address,
-        count if count is None else int(count),
-        index if index is None else int(index),
-        initialization_timeout=START_SECONDS,
+    with _registration_limit(START_SECONDS):
+        jax.distributed.initialize(
+            address,
+            count if count is None else int(count),
+            index if index is None else int(index),
+            initialization_timeout=START_SECONDS + 30,  # the service speaks first
+        )
+
+
+@contextlib.contextmanager
+def _registration_limit(seconds: int) -> Iterator[None]:
+    """Inside, JAX's coordination service waits so long for all, and names those who did not come.
+
+    Its own limit is longer than that of the processes, who know no names; JAX does not hand it on.
+    """
+    from jax._src.lib import _jax
+
+    create = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = functools.partial(
+        create, cluster_register_timeout=seconds
     )
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = create
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -15,17 +15,19 @@ HEAD = """
 import json, sys, time
 from agfsync_jax.parallel import multihost, watch
 watch.BEAT_SECONDS, watch.LOST_SECONDS = 0.2, 3.0
+multihost.START_SECONDS = {seconds}
 multihost.initialize()
 import jax
 me = jax.process_index()
 """
 
 
-def start(program, count=2):
-    """The processes, which print to files of their own."""
+def start(program, count=2, seconds=300):
+    """The processes, which print to files of their own; `seconds` for all to start."""
+    program = HEAD.format(seconds=seconds) + program
     return [
         subprocess.Popen(
-            [sys.executable, "-c", HEAD + program],
+            [sys.executable, "-c", program],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
@@ -80,6 +82,18 @@ watch._leave(0)
 """)
     )
     assert "process 1 of 2 did not come to 'sample' within 1 s" in found[0][1]
+
+
+def test_the_start_says_who_is_missing():
+    processes = start("", count=4, seconds=15)
+    for late in processes[1], processes[3]:
+        late.kill()
+    for status, _, error in ends([processes[0], processes[2]]):
+        assert status != 0
+        names = error.partition("Some timed out task names:\n")[2]
+        assert sorted(names.splitlines()[:2]) == ["1", "3"]
+        last = error.splitlines()[-1]
+        assert last.startswith("agfsync: error: not all processes came together within 15 s")
 
 
 WAIT = """
