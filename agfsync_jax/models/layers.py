@@ -22,8 +22,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # only what goes into a block
 }
-# The policy of `rematerialized`, empty outside; as in attention.py, a part of JAX's caches' keys.
-_REMAT = jax.make_user_context("")
+# The policy of `rematerialized`; as in attention.py, a part of JAX's caches' keys.
+_REMAT = jax.make_user_context("none")
 
 # Bookkeeping and generation settings that save_pretrained writes into every config.json, nested
 # ones included, and that change no computation. Dropout too: these networks drop nothing.
@@ -227,12 +227,7 @@ def _conv_general_dilated(x: Array, kernel: Array, *args: Any, **kwargs: Any) ->
 
 
 def _by_example(product: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    """In training activations stay split by examples, and a layer's weights are gathered for it.
-
-    In the loop of sampling XLA would gather all weights at once, before it.
-    """
-    if not _REMAT.value:
-        return product(x, kernel, *args, **kwargs)
+    """A layer's product; activations stay split by examples, its weights are gathered for it."""
     return by_example(product(by_example(x), gathered(kernel), *args, **kwargs))
 
 
@@ -290,8 +285,6 @@ ACTIVATIONS = {
 def rematerialized(policy: str) -> AbstractContextManager:
     """Makes every `checkpointed` block that is traced inside, in this thread, keep less.
 
-    Training traces inside it, with "none" too: layers then split their work as its gradient wants.
-
     Raises:
       ValueError: no key of `REMAT`.
     """
@@ -302,7 +295,7 @@ def rematerialized(policy: str) -> AbstractContextManager:
 
 def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
     """`module(*args)`; for its gradient it is run again as far as `rematerialized` says."""
-    policy = REMAT.get(_REMAT.value)
+    policy = REMAT[_REMAT.value]
     if policy is None:
         return module(*args)
     return jax.checkpoint(lambda *args: module(*args), policy=policy)(*args)
@@ -315,7 +308,7 @@ def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
     block instead of ten, and sharded parameters are gathered when it is their turn. The stack is a
     copy, for which sampling, that keeps nothing for a gradient, would have no use.
     """
-    policy = REMAT.get(_REMAT.value)
+    policy = REMAT[_REMAT.value]
     if policy is None or len(modules) == 1:
         for module in modules:
             x = checkpointed(module, x, *args)
