@@ -147,6 +147,11 @@ def agfsync() -> ConfigDict:
     CLIP ViT-L/14 and LAION's aesthetic head on it; all three have equal say in a pair.
     """
     c = get_config()
+    # Weights and moments are split over all devices; where a device holds all of them, data=-1 and
+    # fsdp=1 pass nothing around.
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    c.score.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    c.sharding = ((r"kernel$", "fsdp"),)
     c.backbone.dtype = "bfloat16"
     c.prompts.source = "jsonl"
     c.prompts.path = ""
@@ -163,7 +168,6 @@ def agfsync() -> ConfigDict:
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac+logos+ava1-l14-linearMSE.pth"
     )
-    # 24 GB of weights: where a device holds less, config.score.mesh.fsdp splits them
     c.scorers.vqa = ConfigDict(
         dict(name="vqa", path="Salesforce/blip2-flan-t5-xxl", dtype="bfloat16")
     )
@@ -177,7 +181,6 @@ def agfsync() -> ConfigDict:
     c.pair.weights = ConfigDict(dict(vqa=1.0, clip=1.0, aesthetic=1.0))
     c.pair.min_questions = 5
 
-    c.sharding = ((r"kernel$", "fsdp"),)  # as far as config.mesh.fsdp splits anything
     c.train.batch_size = 64  # 2 pairs, 4 times accumulated, on 8 GPUs
     c.train.num_steps = 1000
     c.train.learning_rate = 1e-6
@@ -223,6 +226,7 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
     c.loss.beta = 5000.0
     c.train.lora_rank = 8
     c.train.batch_size = batch_size
+    c.train.accumulate = 1
     c.train.num_steps = num_steps
     c.train.learning_rate = 1e-5
     c.train.schedule = "constant"

@@ -28,6 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.width = 1024
     c.sample.batch_size = 64
     c.loss.beta = 5000.0
+    c.train.accumulate = 4
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
     if arg.dpo:

@@ -171,7 +171,9 @@ from pathlib import Path
 from agfsync_jax.parallel import multihost
 multihost.initialize()
 from agfsync_jax import sample
+from agfsync_jax.parallel import sharding
 from ml_collections import ConfigDict
+sharding._SMALL = 0
 config, workdir = ConfigDict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
 sample.main(config, workdir)
 print(json.dumps({"process": multihost.is_main()}))
@@ -179,6 +181,8 @@ print(json.dumps({"process": multihost.is_main()}))
 
 
 def test_two_processes_draw_what_one_draws(workdir, config, tmp_path):
+    """With weights that are split over the devices of both."""
+    config.mesh, config.sharding = {"data": 1, "fsdp": -1, "tensor": 1}, (("kernel$", "fsdp"),)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     start(tmp_path)
     outs = run_processes(TOGETHER, tmp_path / "config.json", tmp_path)
