@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -34,7 +35,7 @@ SECRET = r".*(api_key|password|secret|token)"
 
 
 def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
-    """Runs get_config(arg) of the file in "FILE[:arg]" and sets the overrides.
+    """Runs get_config() or get_config(arg) of the file in "FILE[:arg]" and sets the overrides.
 
     FILE is looked for from here, then beside the package, where `configs` is installed.
 
@@ -55,8 +56,18 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
     module = importlib.util.module_from_spec(source)
     source.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config={spec}: {path} has no get_config(arg)")
-    config = module.get_config(match[2])
+        raise ValueError(f"--config={spec}: {path} has no get_config()")
+    arguments = () if match[2] is None else (match[2],)
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        raise ValueError(
+            f"--config={spec}: get_config of {path} "
+            + ("takes no argument" if arguments else "wants an argument, as in FILE.py:arg")
+        ) from None
+    config = module.get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={spec}: get_config of {path} returns no ConfigDict")
     for key, text in overrides.items():
         _override(config, key, text)
     return config.lock()

@@ -29,6 +29,27 @@ def test_a_file_here_goes_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("signature", "returned", "arg", "message"),
+    [
+        ("", "common.get_config()", "", ""),
+        ("", "common.get_config()", ":tiny", "get_config of .*own.py takes no argument"),
+        ("arg", "common.get_config()", "", "wants an argument, as in FILE.py:arg"),
+        ("arg", "None", ":tiny", "returns no ConfigDict"),
+    ],
+)
+def test_a_config_of_ones_own(signature, returned, arg, message, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        f"from configs import common\ndef get_config({signature}):\n    return {returned}\n"
+    )
+    if message:
+        with pytest.raises(ValueError, match=message):
+            configs.load(f"{path}{arg}", {})
+    else:
+        assert configs.load(f"{path}{arg}", {}).rounds == 1
+
+
+@pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
         ("configs/nano.py", FileNotFoundError, "no file configs/nano.py; shipped: .*micro.py"),
