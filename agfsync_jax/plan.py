@@ -121,22 +121,26 @@ def largest_batch(
     """
     fits = max((size for size, needed in found.items() if needed <= limit), default=0)
     fails = min((size for size, needed in found.items() if needed > limit), default=0)
+    halve = False
     while not fails or fails - fits > max(unit, fits // 8):
-        # Memory grows by about as much for each: what two sizes take tells of all.
-        (size, needed), *more = sorted(found.items(), key=lambda item: abs(item[1] - limit))
-        guess = 2 * fits if not fails else (fits + fails) // 2
-        if more and more[0][1] != needed:
-            each = (more[0][1] - needed) / (more[0][0] - size)
-            guess = size + int((limit - needed) / each)
+        # Memory grows by about as much for each, so that two sizes tell of all; but not to the end,
+        # where a compiler saves: if that did not bring it near, the middle does.
+        guess = (fits + fails) // 2 if fails else 2 * fits
+        ends = [size for size in (fits, fails) if size in found] if fails else sorted(found)[-2:]
+        if len(ends) == 2 and not halve and found[ends[0]] < found[ends[1]]:
+            each = (found[ends[1]] - found[ends[0]]) / (ends[1] - ends[0])
+            guess = ends[0] + int((limit - found[ends[0]]) / each)
+            guess = guess if fails else min(guess, 4 * fits)
         guess = max(guess, fits + unit) // unit * unit
         guess = min(guess, fails - unit) if fails else guess
-        needed = peak(guess)
+        needed, gap = peak(guess), fails - fits
         if needed is not None:
             found[guess] = needed
         if needed is not None and needed <= limit:
             fits = guess
         else:
             fails = guess
+        halve = gap > 0 and fails - fits > gap // 2
     return fits
 
 

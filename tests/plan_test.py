@@ -338,6 +338,18 @@ def test_the_largest_batch_is_found_in_few_compilations(known, largest):
     assert plan.largest_batch(compiled, {4: peak(4)}, 1000, unit=4) == 20
 
 
+def test_the_largest_batch_is_found_where_the_compiler_saves():
+    """As it was seen to do near the end; a size later it has no way."""
+    tried = []
+
+    def peak(size):
+        tried.append(size)
+        return min(700 + 50 * size, 1500 + size) if size < 28 else None
+
+    assert 25 <= plan.largest_batch(peak, {4: 900}, 1575) <= 27
+    assert len(tried) == len(set(tried)) <= 9
+
+
 def test_time_is_that_of_the_slowest():
     row, mesh = {"analytic_flops_per_step": 4e12}, create_mesh(devices=jax.devices()[:4])
     chip = topologies.Chip(memory=0, memory_bandwidth=1e11, network_bandwidth=1e10)
