@@ -63,7 +63,7 @@ work() {
 
 follow() {
   local viewer
-  tail -n 100 -F log 2>/dev/null &
+  tail -n 100 -F --pid="$$" log 2>/dev/null & # which an interrupt does not end
   viewer=$!
   flock --shared lock true
   sleep 1 # for the last lines
