@@ -201,7 +201,9 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
     c.sample.guidance_scale = 1.0
 
 
-def diffusion_dpo(c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: int) -> None:
+def diffusion_dpo(
+    c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: int, accumulate: int
+) -> None:
     """Trains as arXiv:2311.12908 does, on people's choices: `config.pair.path` is a Pick-a-Pic.
 
     Its learning rate is 1e-8 a pair, times 2,048 pairs a step: 2.05e-5. (The paper has 2000 / beta
@@ -215,7 +217,7 @@ def diffusion_dpo(c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: i
     c.train.optimizer = optimizer
     c.train.schedule = "constant"
     c.train.warmup_steps = warmup_steps
-    c.train.accumulate = 16
+    c.train.accumulate = accumulate
 
 
 def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:

@@ -7,7 +7,8 @@
 Eight candidates a prompt at 512x512, 15 steps of the checkpoint's own sampler, guidance 4.5;
 `configs/sd14.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
-`agfsync plan --config=configs/sd14.py --topology=v5e:4x4` says whether it fits, and the hours.
+`agfsync plan --config=configs/sd14.py --verb=all --topology=v5e:4x4` says whether it fits, and the
+hours.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,8 @@ Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO d
 2,048 pairs), `:lora` adapters of rank 8 (10,000 steps of 32 pairs); configs/common.py says where
 the numbers come from.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
-`agfsync plan --config=configs/sd15.py --topology=v5e:4x4` says whether it fits, and the hours.
+`agfsync plan --config=configs/sd15.py --verb=all --topology=v5e:4x4` says whether it fits, and the
+hours.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdv1-5")
     if arg.dpo:
-        common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500)
+        common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500, accumulate=16)
     if arg.lora:
         common.lora(c, batch_size=32, num_steps=10_000)
     return c
