@@ -1,12 +1,15 @@
-"""What training holds at SDXL's size, counted without memory: LoRA has no second copy."""
+"""What training holds at full size, counted and (slow) measured: LoRA has no second copy."""
 
 import jax
+import numpy as np
+import pytest
 
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
-from configs import sdxl
+from agfsync_jax.utils.processes import HostMemory
+from configs import sd15, sdxl
 
 
 def num_bytes(tree):
@@ -22,11 +25,15 @@ def held(config, backbone):
     return num_bytes(base), num_bytes(state), num_bytes(frozen), num_bytes(state.params)
 
 
-def test_lora_holds_the_base_once_and_its_adapters():
-    config = sdxl.get_config("lora")
+def abstract(config):
     mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
     source = config.backbone.path, config.backbone.kind
-    backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
+    return abstract_backbone(config, mesh, *source, param_dtype="float32")
+
+
+def test_lora_holds_the_base_once_and_its_adapters():
+    config = sdxl.get_config("lora")
+    backbone = abstract(config)
     base, state, frozen, adapters = held(config, backbone)
     assert round(base / 1e9, 1) == 10.3 and frozen == base
     assert 3 * adapters <= state < 3.01 * adapters  # and two moments each
@@ -35,3 +42,22 @@ def test_lora_holds_the_base_once_and_its_adapters():
     base, state, frozen, params = held(config, backbone)
     assert params == base and 3 * base <= state < 3.001 * base
     assert 0.5 * base < frozen < 0.51 * base  # the reference, in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [sdxl.get_config("lora"), sd15.get_config()])
+def test_memory_is_what_was_counted(config):
+    """Of random weights. All of SDXL would take 46 GB, so that is Stable Diffusion 1.5."""
+    backbone = abstract(config)
+    settings = program.settings_of(config, backbone, 0)
+    base, state, frozen, _ = held(config, backbone)
+    counted = state + frozen + (0 if settings.lora_rank else base)
+    rng = np.random.default_rng(0)
+    memory = HostMemory()
+    base = jax.tree.map(
+        lambda x: jax.device_put(rng.standard_normal(x.shape, np.float32)), backbone.params["unet"]
+    )
+    _ = jax.block_until_ready((init_state(base, settings), frozen_base(base, settings)))
+    measured = memory.peak()
+    print(f"{config.backbone.kind}: {measured / 1e9:.2f} GB measured, {counted / 1e9:.2f} counted")
+    assert 0.95 * counted < measured < 1.1 * counted
