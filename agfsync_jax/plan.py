@@ -276,7 +276,8 @@ def too_large(row: dict, work: Work) -> list[str]:
     """What takes the memory, and what would help."""
     groups: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(work.params):
-        name = ".".join(path_string(path).split(".")[1:3])
+        names = [part for part in path_string(path).split(".") if not part.isdecimal()]
+        name = ".".join(names[:2])
         groups[name] = groups.get(name, 0) + param_bytes(leaf)
     largest = sorted(groups.items(), key=lambda item: -item[1])[:4]
     told = ", ".join(f"{name} {_gib(size)}" for name, size in largest)

@@ -17,6 +17,7 @@ from agfsync_jax import cli, plan
 from agfsync_jax.parallel import sharding, topologies
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import Work, sample, score
+from agfsync_jax.plans import train as train_plan
 from agfsync_jax.training import program as step_program
 from agfsync_jax.utils import flops, modules
 from configs import micro, sd15, sdxl
@@ -450,6 +451,10 @@ def test_training(config, capsys, monkeypatch):
     assert row["step_seconds"] > 0 and row["hours"] > 0 and row["bound"] and row["fits"]
     # Weights are gathered and gradients summed; activations stay where their examples are.
     assert row["collective_bytes"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    row["hbm_bytes"] = 2**19
+    work = train_plan.work(config, jax.devices(), "here")
+    (text, _) = plan.too_large(row, work)
+    assert "params.up_blocks " in text and "opt_state.mu " in text and "opt_state.nu " in text
     # Two moments, split as the parameters are.
     assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
     assert "8 passes of an image each by formula" in out and "| optimizer |" in out
