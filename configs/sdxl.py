@@ -9,7 +9,8 @@ Eight candidates a prompt at 1024x1024, 15 steps of the checkpoint's own sampler
 Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO does (2,000 steps of
 2,048 pairs, Adafactor), `:lora` adapters of rank 8 (2,000 steps of 16 pairs); configs/common.py
 says where the numbers come from. At best, by `agfsync plan`, training takes 0.44 hours on v5e:4x4,
-0.22 on v6e:4x4 and 0.15 on v5p:2x2x4, `:dpo` 22 on v5e:4x4, `:lora` 0.9 on v5e:2x2.
+0.22 on v6e:4x4 and 0.15 on v5p:2x2x4, and `:lora` 0.57 on v5e:2x2. At the 52 pairs a second that
+v5e:4x4 may reach, `:dpo` would take 22.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sdxl.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.
