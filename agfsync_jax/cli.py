@@ -129,9 +129,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    from agfsync_jax.steps import checks  # imports jax
+
     verb, args, overrides = parse(argv)
     config = configs.load(args.config, overrides)
-    configs.check(config, verb)
+    checks.check(config, verb)
     start_jax(*(getattr(args, name) for name in PROCESSES))
     from agfsync_jax.parallel import multihost, watch
     from agfsync_jax.utils.files import to_path

@@ -21,7 +21,7 @@ from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils.checkpoints import restore_denoiser
+from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import to_path
 

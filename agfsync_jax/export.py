@@ -19,16 +19,17 @@ from tqdm import tqdm
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
-from agfsync_jax.diffusion import lora, samplers
+from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.trajectories import SAMPLERS
+from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils.checkpoints import restore_denoiser, restore_end
+from agfsync_jax.training.checkpoints import restore_denoiser, restore_end
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import copy_tree, local_folder, to_path
-from agfsync_jax.utils.lora_files import LAYOUTS, write_lora
-from agfsync_jax.utils.tensor_files import FLOATING
+from agfsync_jax.weights.lora_files import LAYOUTS, write_lora
+from agfsync_jax.weights.tensor_files import FLOATING
 
 _STOCHASTIC = ("euler_ancestral", "lcm")  # their noise is not torch's
 _PROMPT = "a photograph of an astronaut riding a horse"

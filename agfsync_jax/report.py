@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import jax
 
 from agfsync_jax.data import records
-from agfsync_jax.data import rounds as past
-from agfsync_jax.data.gallery import read_gallery
 from agfsync_jax.parallel import multihost
-from agfsync_jax.utils import findings, gallery, pages, panels
+from agfsync_jax.reports import findings, gallery, pages, panels
+from agfsync_jax.reports import rounds as past
+from agfsync_jax.reports.candidates import read_gallery
 from agfsync_jax.utils.files import absolute, to_path
 
 PACKAGES = ("agfsync_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

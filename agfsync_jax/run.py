@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import evaluate, pair, prompts, questions, report, sample, score, train
 from agfsync_jax.utils.files import to_path
-from agfsync_jax.utils.metrics import format_interval
+from agfsync_jax.utils.statistics import format_interval
 
 ROUND = (prompts, questions, sample, score, pair, train, evaluate)
 

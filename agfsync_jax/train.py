@@ -29,15 +29,15 @@ from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
 from agfsync_jax.data.records import write_file
-from agfsync_jax.diffusion import lora
-from agfsync_jax.diffusion.preference import NUM_BINS
+from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.training import program
+from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
+from agfsync_jax.training.objective import NUM_BINS
 from agfsync_jax.training.step import TrainState, frozen_base, init_state
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils import flops
-from agfsync_jax.utils.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.metrics import MetricWriter

@@ -15,8 +15,8 @@ from agfsync_jax.data.images import decode_png
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.checkpoints import Checkpoints
 from configs import common
 
 METRICS = ["clip", "vqa", "referee", "referee_strict"]

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from agfsync_jax import backbones, export
-from agfsync_jax.diffusion import lora
-from agfsync_jax.utils.checkpoints import Checkpoints
+from agfsync_jax.models import lora
+from agfsync_jax.training.checkpoints import Checkpoints
 from configs import micro
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 

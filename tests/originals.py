@@ -6,7 +6,7 @@ single file; and `Tensor`s made of such lists.
 
 import numpy as np
 
-from agfsync_jax.utils.tensor_files import Tensor, from_array
+from agfsync_jax.weights.tensor_files import Tensor, from_array
 
 
 def affine(name, features_out, *inner):

@@ -12,7 +12,7 @@ import pytest
 from agfsync_jax import backbones
 from agfsync_jax.data.pairs import read_pairs
 from agfsync_jax.parallel import watch
-from agfsync_jax.utils.checkpoints import restore_denoiser
+from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.utils.metrics import read_metrics
 from configs import micro
 from tests.processes import ROOT, grouped

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from agfsync_jax import evaluators, report
-from agfsync_jax.data import records, rounds
+from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.pairs import write_pairs
 from agfsync_jax.evaluators.referee import Evaluator
 from agfsync_jax.micro import world
+from agfsync_jax.reports import rounds
 
 METRICS = ["vqa", "clip", "aesthetic", "referee", "referee_strict"]
 EVIL = 'a <script>alert(1)</script> & "cat"'

@@ -15,7 +15,7 @@ from agfsync_jax.backbones.stable_diffusion import Backbone
 from agfsync_jax.data import records
 from agfsync_jax.data.images import decode_png
 from agfsync_jax.diffusion.generation import row_seed
-from agfsync_jax.utils.checkpoints import Checkpoints
+from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import read_stages
 from configs import micro
 from tests.processes import ROOT, run_processes

@@ -19,7 +19,6 @@ from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
-from agfsync_jax.diffusion.preference import Loss, draw_noise
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models.unet import UNet2DConditionModel
@@ -27,12 +26,13 @@ from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
 from agfsync_jax.training import program
+from agfsync_jax.training.checkpoints import restore_denoiser
+from agfsync_jax.training.objective import Loss, draw_noise
+from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import Settings, init_state, train_step
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.checkpoints import restore_denoiser
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
-from agfsync_jax.utils.optimizer import make_optimizer
-from agfsync_jax.utils.weights import load_model
+from agfsync_jax.weights.networks import load_model
 from configs import common
 from tests.processes import ROOT, run_processes
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl

@@ -311,7 +311,7 @@ def assert_same_gradients(grads, twin, prefix="", tolerance=1e-4):
     import numpy as np
     from flax import nnx
 
-    from agfsync_jax.utils.weights import checkpoint_key
+    from agfsync_jax.weights.networks import checkpoint_key
 
     theirs = {prefix + name: value.grad for name, value in twin.named_parameters()}
     compared = 0

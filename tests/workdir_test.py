@@ -34,9 +34,11 @@ from agfsync_jax import (
 from agfsync_jax.data import records
 from agfsync_jax.data.pairs import read_features
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.utils import checkpoints, configs, files, metrics, modules, tensor_files
+from agfsync_jax.training import checkpoints
+from agfsync_jax.utils import configs, files, metrics, modules
 from agfsync_jax.utils.clock import read_stages
 from agfsync_jax.utils.files import to_path
+from agfsync_jax.weights import tensor_files
 from tests import evaluate_test
 from tests.evaluate_test import Brightness
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.weights import Fitted
+from agfsync_jax.weights.networks import Fitted
 
 # Keys of config.sample that are not the Generator's.
 _OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype")

@@ -18,19 +18,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.data.tokenizers import ClipTokenizer
-from agfsync_jax.diffusion.lora import merge
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.models import attention as kernels
 from agfsync_jax.models.clip import CLIPTextModel
+from agfsync_jax.models.lora import merge
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.utils.lora_files import load_lora
-from agfsync_jax.utils.weights import Fitted, apply, fit, read_json, save_model
+from agfsync_jax.weights.lora_files import load_lora
+from agfsync_jax.weights.networks import Fitted, apply, fit, read_json, save_model
+from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 
 class StableDiffusion:
@@ -92,12 +92,12 @@ class StableDiffusion:
 
         Args:
             path: a diffusers folder, a repository of the Hub, gs://, a single file, or "micro:NAME"
-                (utils/paths.py).
+                (weights/places.py).
             dtype: of the computation.
             param_dtype: the one that parameters are kept in.
             mesh, rules: where parameters go (parallel/sharding.py); one device without a mesh.
             variant: of the files in a folder: "fp16" for model.fp16.safetensors.
-            kind: of a single file that does not tell: one of data/skeletons.py.
+            kind: of a single file that does not tell: one of weights/skeletons.py.
             lora: (path, scale) of LoRA files, whose products are added to the weights.
             attention: one of models/attention.py's KERNELS.
             only: the networks whose parameters are read, where not all are needed.

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
-from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.models.clip import CLIPTextModelWithProjection
+from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # What the refiner is told of the image it shall make and of what it shall avoid, as in diffusers.

@@ -1,7 +1,7 @@
 """What `agfsync bench --stage=NAME` measures: a stage a file.
 
 A file has `UNIT`, what its progress counts; `PEERS`, name -> class that does the same work
-(utils/peers.py), and `LIBRARIES`, which that needs; `check(config, against, platform)`, which
+(benches/_peers.py), and `LIBRARIES`, which that needs; `check(config, against, platform)`, which
 raises ValueError for settings that cannot be; and `measure(config, home, against, clock) ->
 Measured`, which keeps its files in the folder `home`. Each side lives in a process of its own, so
 that memory and libraries do not mix.

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.benches import Measured, Task, joined
-from agfsync_jax.data import skeletons
+from agfsync_jax.benches._peers import Diffusers
+from agfsync_jax.benches._processes import HostMemory, Process, processor_name
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.peers import Diffusers
-from agfsync_jax.utils.processes import HostMemory, Process, processor_name
-from agfsync_jax.utils.tensor_files import FLOATING, Tensor, write_tensors
-from agfsync_jax.utils.weights import abstract_model, checkpoint_table, read_json
+from agfsync_jax.weights import skeletons
+from agfsync_jax.weights.networks import abstract_model, checkpoint_table, read_json
+from agfsync_jax.weights.tensor_files import FLOATING, Tensor, write_tensors
 
 PEERS = {"diffusers": Diffusers}
 LIBRARIES = ("torch", "diffusers")

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from agfsync_jax.benches import Measured, Task, joined, load
+from agfsync_jax.benches._peers import Diffusers
+from agfsync_jax.benches._processes import Process
 from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.generation import Generator
@@ -22,9 +24,7 @@ from agfsync_jax.diffusion.trajectories import SAMPLERS
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import flops, modules
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.peers import Diffusers
-from agfsync_jax.utils.processes import Process
-from agfsync_jax.utils.weights import read_json
+from agfsync_jax.weights.networks import read_json
 
 PEERS = {"diffusers": Diffusers}
 LIBRARIES = ("torch", "diffusers")

@@ -19,13 +19,13 @@ from PIL import Image
 
 from agfsync_jax import scorers
 from agfsync_jax.benches import Measured, Task, joined
+from agfsync_jax.benches._peers import Reference
+from agfsync_jax.benches._processes import HostMemory, Process, processor_name
 from agfsync_jax.micro import world
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.paths import local_files, resolve_path
-from agfsync_jax.utils.peers import Reference
-from agfsync_jax.utils.processes import HostMemory, Process, processor_name
+from agfsync_jax.weights.places import local_files, resolve_path
 
 PEERS = {"reference": Reference}
 LIBRARIES = ("torch", "transformers")

@@ -18,14 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from agfsync_jax.benches import Measured, Task, joined, load
+from agfsync_jax.benches._peers import SIDES, TorchTraining, random_batch
+from agfsync_jax.benches._processes import HostMemory, Process
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.peers import SIDES, TorchTraining, random_batch
-from agfsync_jax.utils.processes import HostMemory, Process
 
 PEERS = {"diffusers": TorchTraining}
 LIBRARIES = ("torch", "diffusers", "peft")

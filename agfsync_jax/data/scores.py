@@ -8,7 +8,7 @@ import numpy as np
 
 from agfsync_jax.data.preferences import Scored
 from agfsync_jax.data.records import read_table
-from agfsync_jax.utils.metrics import tifa
+from agfsync_jax.utils.statistics import tifa
 
 _KEYS = ["prompt_id", "candidate"]
 
@@ -50,7 +50,7 @@ def read_scores(path: Path, scorers: Collection[str]) -> Scored:
 
 
 def answered(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """A scorer's answers as TIFA sums them up; see `utils.metrics.tifa`. An image is a caption.
+    """A scorer's answers as TIFA sums them up; see `utils.statistics.tifa`. An image is a caption.
 
     Args:
         paths: scores/answers-<shard>.parquet; those that are not there are left out.

@@ -14,7 +14,7 @@ import numpy as np
 
 from agfsync_jax import scorers
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.metrics import bootstrap
+from agfsync_jax.utils.statistics import bootstrap
 
 KEYS = ("prompt_id", "candidate")
 

@@ -23,7 +23,7 @@ from agfsync_jax.micro.painter import Painter
 from agfsync_jax.micro.training import clip_pixels, fit, in_batches, renders
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.utils import weights
+from agfsync_jax.weights import networks as weights
 
 START = 0  # the decoder starts with T5's padding token
 

@@ -12,7 +12,7 @@ from flax import nnx
 from agfsync_jax.data.tokenizers import ClipTokenizer, TextTokenizer
 from agfsync_jax.micro import world
 from agfsync_jax.models.clip import CLIPTextModel
-from agfsync_jax.utils import weights
+from agfsync_jax.weights import networks as weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -17,7 +17,7 @@ from agfsync_jax.micro.training import in_batches, pixels, uint8
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
-from agfsync_jax.utils import weights
+from agfsync_jax.weights import networks as weights
 
 
 class Painter:

@@ -37,7 +37,7 @@ from agfsync_jax.models.aesthetic import AestheticPredictor
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
-from agfsync_jax.utils import weights
+from agfsync_jax.weights import networks as weights
 
 CARELESS_CAPTIONS = 0.5  # of those in the last steps of the UNet
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from agfsync_jax.micro import folders, world
-from agfsync_jax.utils.checkpoints import Checkpoints
+from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import Stage
 
 PyTree = Any

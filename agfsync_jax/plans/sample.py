@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from agfsync_jax import backbones
-from agfsync_jax.data import skeletons
-from agfsync_jax.data.pipeline_files import PipelineFiles
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.plans import Work, is_here, placed
 from agfsync_jax.utils import flops
-from agfsync_jax.utils.weights import abstract_model
+from agfsync_jax.weights import skeletons
+from agfsync_jax.weights.networks import abstract_model
+from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 BATCH = "sample.batch_size"
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from agfsync_jax.data import skeletons
 from agfsync_jax.data.images import preprocessing
 from agfsync_jax.models.blip2 import Blip2Config, Blip2ForConditionalGeneration
 from agfsync_jax.parallel import topologies
@@ -29,8 +28,9 @@ from agfsync_jax.parallel.sharding import (
 from agfsync_jax.plans import Work, is_here, placed
 from agfsync_jax.scorers import _blip2
 from agfsync_jax.utils import flops
-from agfsync_jax.utils.paths import local_files, resolve_path
-from agfsync_jax.utils.weights import abstract_model, read_json
+from agfsync_jax.weights import skeletons
+from agfsync_jax.weights.networks import abstract_model, read_json
+from agfsync_jax.weights.places import local_files, resolve_path
 
 BATCH = "score.batch_size"
 QUESTIONS = 15  # an image; AGFSync's have about as many

@@ -25,8 +25,8 @@ from agfsync_jax.parallel.sharding import (
     infer_shardings,
     replicated,
 )
-from agfsync_jax.utils.paths import local_files, resolve_path
-from agfsync_jax.utils.weights import load_model
+from agfsync_jax.weights.networks import load_model
+from agfsync_jax.weights.places import local_files, resolve_path
 
 LENGTH_MULTIPLE = 8  # of the tokens of a batch's questions: how many shapes are compiled
 _DECODED = 16  # tokens of all choices of a question, up to which a batch is whole

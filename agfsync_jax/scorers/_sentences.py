@@ -17,8 +17,8 @@ from agfsync_jax.data.tokenizers import TextTokenizer
 from agfsync_jax.models.mpnet import MPNetModel
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
 from agfsync_jax.scorers.clip import unit
-from agfsync_jax.utils.paths import local_files, resolve_path
-from agfsync_jax.utils.weights import load_model, read_json
+from agfsync_jax.weights.networks import load_model, read_json
+from agfsync_jax.weights.places import local_files, resolve_path
 
 _MULTIPLE = 16  # of padded lengths, so that few shapes are compiled
 

@@ -16,9 +16,9 @@ from jaxtyping import Float, UInt8
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from agfsync_jax.scorers._shared import shared
 from agfsync_jax.scorers.clip import ClipEncoder
-from agfsync_jax.utils import weights
-from agfsync_jax.utils.paths import resolve_path
-from agfsync_jax.utils.tensor_files import open_tensors
+from agfsync_jax.weights import networks as weights
+from agfsync_jax.weights.places import resolve_path
+from agfsync_jax.weights.tensor_files import open_tensors
 
 _FIRST = "layers.0.weight"
 

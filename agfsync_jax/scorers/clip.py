@@ -14,11 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from agfsync_jax.data.clip_files import ClipFiles
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
 from agfsync_jax.scorers._shared import shared
-from agfsync_jax.utils.weights import fit
+from agfsync_jax.weights.clip_files import ClipFiles
+from agfsync_jax.weights.networks import fit
 
 _TEXT_BATCH = 16  # distinct prompts are few beside images
 
@@ -30,7 +30,7 @@ class ClipEncoder:
 
     Args:
         mesh: batches are split over its data and fsdp axes, weights are whole on every device.
-        path, architecture, pad, antialias: see data/clip_files.py.
+        path, architecture, pad, antialias: see weights/clip_files.py.
         batch_size: images at a time, rounded up to what the mesh divides.
         dtype: of the computation.
 

@@ -21,7 +21,7 @@ class Scorer:
     Args:
         mesh: see `ClipEncoder`.
         path: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (which need torch to be read), or the
-            same weights in another file or folder that data/clip_files.py knows.
+            same weights in another file or folder that weights/clip_files.py knows.
         architecture: of a file.
         antialias: as torchvision resizes since 0.17. False is what it did when the tables of the
             paper were made.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from agfsync_jax.data.images import encode_pngs
-from agfsync_jax.data.saved_models import load_image_model
+from agfsync_jax.weights.saved_models import load_image_model
 
 
 class Scorer:

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from agfsync_jax.diffusion.preference import Loss
 from agfsync_jax.models.layers import REMAT
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings, replicated
+from agfsync_jax.training.objective import Loss
+from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import Settings, init_state, train_step
 from agfsync_jax.utils import flops, modules
-from agfsync_jax.utils.optimizer import make_optimizer
 
 EMBEDDINGS = ("cached", "step")
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.diffusion import lora
-from agfsync_jax.diffusion.preference import Loss, preference_loss
+from agfsync_jax.models import lora
 from agfsync_jax.models.layers import rematerialized
+from agfsync_jax.training.objective import Loss, preference_loss
 
 
 class TrainState(NamedTuple):
@@ -28,8 +28,8 @@ class Settings(NamedTuple):
 
     Attributes:
         backbone: see backbones/; its `params` are not read.
-        loss: see diffusion/preference.py.
-        optimizer, learning_rate: see utils/optimizer.py.
+        loss: see training/objective.py.
+        optimizer, learning_rate: see training/optimizer.py.
         seed: of noise and timesteps.
         lora_rank: 0 if all of the denoiser is trained.
         accumulate: parts that a batch is taken in, one after the other.

@@ -1,11 +1,9 @@
-"""Metrics on disk, one JSON object a line, and the bootstrap behind every error bar."""
+"""Metrics on disk, one JSON object a line."""
 
 import contextlib
 import hashlib
 import io
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,87 +134,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
-
-
-def bootstrap(
-    values: np.ndarray, clusters: np.ndarray | None = None, num: int = 2000, seed: int = 0
-) -> dict[str, float]:
-    """The mean of `values` and its 95% percentile bootstrap interval.
-
-    Images of one prompt are no independent draws, so whole clusters are resampled: `num` times,
-    as many prompts as there are, with replacement, each with all its rows (Field and Welsh,
-    "Bootstrapping clustered data", 2007). For a paired comparison pass differences.
-
-    Args:
-        values: [n] numbers.
-        clusters: [n] labels, such as prompt ids; None makes every row its own cluster.
-        num: resamples.
-        seed: of the resampling; the same seed gives the same interval.
-
-    Returns:
-        {"mean", "low", "high"}.
-
-    Raises:
-        ValueError: no values, values that are not finite, or lengths that differ.
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"bootstrap needs a vector of at least one value, got {values.shape}")
-    if not np.isfinite(values).all():
-        bad = int(np.count_nonzero(~np.isfinite(values)))
-        raise ValueError(f"bootstrap got {bad} of {values.size} values that are not finite")
-    labels = np.arange(values.size) if clusters is None else np.asarray(clusters)
-    if labels.shape != values.shape:
-        raise ValueError(f"bootstrap got {values.size} values and clusters of {labels.shape}")
-    _, index = np.unique(labels, return_inverse=True)
-    sums = np.bincount(index, weights=values)
-    sizes = np.bincount(index).astype(np.float64)
-
-    # Resampling n clusters with replacement is a multinomial draw of how often each one appears.
-    n = sums.size
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // n)  # counts held at once
-    means = []
-    for start in range(0, num, chunk):
-        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=min(chunk, num - start))
-        means.append((counts @ sums) / (counts @ sizes))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def format_interval(interval: dict[str, float], digits: int = 3, signed: bool = False) -> str:
-    """ "0.512 [0.480, 0.544]"; with `signed`, "+0.031 [+0.010, +0.052]"."""
-    sign = "+" if signed else ""
-    mean, low, high = (
-        "nan" if math.isnan(interval[key]) else format(interval[key], f"{sign}.{digits}f")
-        for key in ("mean", "low", "high")
-    )
-    return f"{mean} [{low}, {high}]"
-
-
-def tifa(
-    captions: Sequence[Any], element_types: Sequence[str], correct: Sequence[bool]
-) -> dict[str, Any]:
-    """TIFA's figures of answered questions (Hu et al. 2023, tifascore/tifa_score.py).
-
-    Args:
-        captions: [n], what the question is about: the share of right answers is taken within a
-            caption (an image), then the mean over captions.
-        element_types: [n], what it asks for.
-        correct: [n].
-
-    Returns:
-        {"tifa_average", "tifa_stdev", "accuracy_by_type": {element type: share of all answers}};
-        the standard deviation is the sample's, nan of a single caption.
-    """
-    right = np.asarray(correct, np.float64)
-    _, index = np.unique(np.asarray(captions), return_inverse=True)
-    by_caption = np.bincount(index, right) / np.bincount(index)
-    types, index = np.unique(np.asarray(element_types), return_inverse=True)
-    by_type = np.bincount(index, right) / np.bincount(index)
-    stdev = by_caption.std(ddof=1) if len(by_caption) > 1 else np.nan
-    return {
-        "tifa_average": float(by_caption.mean()),
-        "tifa_stdev": float(stdev),
-        "accuracy_by_type": dict(zip(types.tolist(), by_type.tolist(), strict=True)),
-    }

@@ -181,7 +181,7 @@ def test_inpainting_models_are_refused(folder, pipeline, tmp_path):
     config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     from agfsync_jax.models.unet import UNet2DConditionModel
-    from agfsync_jax.utils.weights import init_model, save_model
+    from agfsync_jax.weights.networks import init_model, save_model
 
     _, params = init_model(
         UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(config)

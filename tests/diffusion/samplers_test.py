@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from agfsync_jax.backbones.stable_diffusion import Backbone
-from agfsync_jax.data import skeletons
 from agfsync_jax.diffusion import samplers, schedules
 from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.weights import skeletons
 from tests import twins
 
 SCHEDULERS = {

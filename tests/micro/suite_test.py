@@ -9,7 +9,8 @@ from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.micro import suite
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.utils import paths, weights
+from agfsync_jax.weights import networks as weights
+from agfsync_jax.weights import places as paths
 
 SHORT = {
     "clip": {"text_steps": 2, "steps": 2},

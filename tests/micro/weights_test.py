@@ -21,8 +21,8 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers.aesthetic import Scorer as AestheticScorer
 from agfsync_jax.scorers.clip import Scorer as ClipScorer
 from agfsync_jax.scorers.vqa import Scorer as VqaScorer
-from agfsync_jax.utils.paths import resolve_path
-from agfsync_jax.utils.weights import load_model
+from agfsync_jax.weights.networks import load_model
+from agfsync_jax.weights.places import resolve_path
 from tests.twins import transformers_answers
 
 WEIGHTS = resolve_path("micro:")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from agfsync_jax.scorers.aesthetic import load_head
-from agfsync_jax.utils.weights import init_model
+from agfsync_jax.weights.networks import init_model
 
 REAL = Path(__file__).parents[2].parent / "shared/data/sac+logos+ava1-l14-linearMSE.pth"
 

@@ -9,7 +9,7 @@ from flax import nnx
 from transformers import Blip2ForConditionalGeneration as TorchBlip2
 
 from agfsync_jax.models.blip2 import Blip2Config, Blip2ForConditionalGeneration
-from agfsync_jax.utils.weights import init_model, load_model, save_model
+from agfsync_jax.weights.networks import init_model, load_model, save_model
 from tests.twins import tiny_blip2
 
 FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dense_act_fn": "gelu"}

@@ -25,7 +25,7 @@ from agfsync_jax.models.clip import (
     CLIPTextModelWithProjection,
     CLIPVisionModel,
 )
-from agfsync_jax.utils.weights import init_model, load_model, read_json, save_model
+from agfsync_jax.weights.networks import init_model, load_model, read_json, save_model
 from tests.twins import assert_same_gradients, relative_error, spread
 
 SHARED = {"intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -22,7 +22,7 @@ from flax import nnx
 
 from agfsync_jax.models.__main__ import page
 from agfsync_jax.models.clip import CLIPVisionModel
-from agfsync_jax.utils.weights import abstract_model, checkpoint_key
+from agfsync_jax.weights.networks import abstract_model, checkpoint_key
 from tests.released import CHECKPOINTS, NETWORKS, Part
 from tests.twins import relative_error, unit_gain
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from agfsync_jax.models.mpnet import MPNetConfig, MPNetModel
 from agfsync_jax.models.t5 import relative_position_buckets
-from agfsync_jax.utils.weights import abstract_model, checkpoint_table, load_model, save_model
+from agfsync_jax.weights.networks import abstract_model, checkpoint_table, load_model, save_model
 from tests.twins import relative_error, unit_gain
 
 LENGTH = 140  # beyond the largest distance that has a bucket of its own

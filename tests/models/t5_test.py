@@ -9,7 +9,7 @@ from flax import nnx
 from transformers import T5ForConditionalGeneration as TorchT5
 
 from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
-from agfsync_jax.utils.weights import abstract_model, init_model, load_model, save_model
+from agfsync_jax.weights.networks import abstract_model, init_model, load_model, save_model
 from tests.twins import tiny_t5
 
 CLASSIC = {}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from agfsync_jax.models.layers import rematerialized
 from agfsync_jax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-from agfsync_jax.utils.weights import abstract_model, load_model, read_json, save_model
+from agfsync_jax.weights.networks import abstract_model, load_model, read_json, save_model
 from tests.twins import assert_same_gradients, relative_error, unit_gain
 
 SIZES = {

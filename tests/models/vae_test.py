@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from agfsync_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from agfsync_jax.utils.weights import load_model, read_json, save_model
+from agfsync_jax.weights.networks import load_model, read_json, save_model
 from tests.twins import assert_same_gradients, relative_error, spread
 
 SIZES = {

@@ -1,6 +1,6 @@
 """The VILA score of images: each goes through PNG unharmed, in batches, times 100.
 
-A SavedModel in place of the function below is in tests/data/saved_models_test.py.
+A SavedModel in place of the function below is in tests/weights/saved_models_test.py.
 """
 
 import numpy as np

@@ -15,7 +15,7 @@ from agfsync_jax.micro import world
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa, vqascore
-from agfsync_jax.utils.weights import load_model
+from agfsync_jax.weights.networks import load_model
 from tests.twins import blip2_folder, transformers_answers
 
 SHIPPED = Path(world.__file__).parent / "weights" / "blip2"

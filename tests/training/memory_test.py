@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from agfsync_jax.benches._processes import HostMemory
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
-from agfsync_jax.utils.processes import HostMemory
 from configs import sd15, sdxl
 
 

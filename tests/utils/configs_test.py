@@ -99,24 +99,6 @@ def test_bad_overrides(key, text, message):
         configs.load(MICRO, {key: text})
 
 
-def test_check_names_what_is_wrong(tmp_path):
-    here = dict.fromkeys(
-        ("backbone.path", "scorers.vqa.path", "scorers.aesthetic.path", "scorers.aesthetic.head"),
-        str(tmp_path),
-    )
-    nothing = str(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="'dpo' is not in agfsync_jax/losses"):
-        configs.check(configs.load(MICRO, {"loss.name": "dpo"}), "prompts")
-    missing = configs.load(MICRO, here | {"backbone.path": nothing})
-    configs.check(missing, "prompts")  # reads no weights
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        configs.check(missing, "sample")
-    missing = configs.load(MICRO, here | {"scorers.clip.path": nothing})
-    configs.check(missing, "sample")
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        configs.check(missing, "score")
-
-
 def _claim(workdir, **overrides):
     configs.claim(workdir, configs.load(MICRO, overrides))
 
@@ -168,11 +150,3 @@ def test_a_file_is_no_workdir(tmp_path):
 def test_only_the_main_process_writes(tmp_path):
     configs.claim(tmp_path / "new", configs.load(MICRO, {}), write=False)
     assert os.listdir(tmp_path) == []
-
-
-def test_lora_files_are_looked_for(tmp_path):
-    missing = str(tmp_path / "lora.safetensors")
-    with pytest.raises(FileNotFoundError, match="lora.safetensors"):
-        configs.check(configs.load(MICRO, {"backbone.lora": f"(({missing!r}, 1.0),)"}), "sample")
-    with pytest.raises(ValueError, match=r"backbone.lora has .* expected \(path, scale\)"):
-        configs.check(configs.load(MICRO, {"backbone.lora": f"({missing!r}, 1.0)"}), "sample")

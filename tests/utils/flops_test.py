@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from agfsync_jax.data import skeletons
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import flops
-from agfsync_jax.utils.weights import abstract_model, apply, read_json
+from agfsync_jax.weights import skeletons
+from agfsync_jax.weights.networks import abstract_model, apply, read_json
 
 
 def floats(*shape):

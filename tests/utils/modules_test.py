@@ -8,7 +8,7 @@ def test_loads_by_name():
 
 
 def test_names_lists_the_files_of_a_room():
-    assert {"checkpoints", "clock", "metrics", "modules"} <= set(modules.names("utils"))
+    assert {"clock", "metrics", "modules"} <= set(modules.names("utils"))
 
 
 def test_an_unknown_name_lists_the_room():

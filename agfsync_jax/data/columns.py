@@ -1,0 +1,17 @@
+"""What a column of scores is, for those who read it."""
+
+from typing import NamedTuple
+
+
+class Column(NamedTuple):
+    """What a scorer or an evaluator says of a column that it makes.
+
+    Attributes:
+        about: what the number is, a part of a sentence without a full stop.
+        format: of a value, such as ".3f"; "%" for a share between 0 and 1.
+        higher_is_better: false where a low number is what one wants.
+    """
+
+    about: str = ""
+    format: str = ".3f"
+    higher_is_better: bool = True

@@ -1,0 +1,113 @@
+"""Low-rank adapters of a network's kernels (LoRA, arXiv 2106.09685, equation 3).
+
+Adapters are a plain dictionary from a module's name in its checkpoint, such as
+"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", to its two factors, "A" [in, rank] and
+"B" [rank, out], beside parameters that stay as they are: the adapted kernel is `W + scale * A @ B`.
+The paper's alpha / rank is 1 here; a file that has another one has it in its B
+(weights/lora_files.py).
+
+A convolution's A is [height, width, in, rank]: its convolution by A, then one of 1x1 by B, is one
+convolution by `A @ B` [height, width, in, out].
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+# The kernels that diffusers' own LoRA scripts adapt.
+TARGETS = r"(^|\.)(to_q|to_k|to_v|to_out\.0)\.kernel$"
+
+Adapters = dict[str, dict[str, Float[Array, "..."]]]
+
+
+def init_adapters(
+    key: Array, params: PyTree[Array], *, rank: int, targets: str = TARGETS
+) -> Adapters:
+    """Makes the adapters of every kernel of `params` whose path matches `targets`.
+
+    Kernels are matrices [in, out] and those of convolutions [height, width, in, out]. A is drawn
+    from a normal distribution of standard deviation 1 / rank and B is zero, so that an adapted
+    network starts as the network itself. Each A depends on `key` and on its place among the targets
+    only.
+
+    Raises:
+        ValueError: the rank is not positive, no parameter matches, or a match is no kernel that the
+            rank fits in.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of LoRA adapters must be at least 1, not {rank}")
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    kernels = {_path(keys): leaf for keys, leaf in leaves if re.search(targets, _path(keys))}
+    if not kernels:
+        raise ValueError(
+            f"no parameter matches the LoRA targets {targets!r}; "
+            f"the first of the {len(leaves)} parameters is {_path(leaves[0][0])!r}"
+        )
+    unfit = [
+        f"{path} {kernel.shape}"
+        for path, kernel in kernels.items()
+        if not path.endswith(".kernel")
+        or kernel.ndim not in (2, 4)
+        or rank > min(math.prod(kernel.shape[:-1]), kernel.shape[-1])
+    ]
+    if unfit:
+        raise ValueError(
+            f"LoRA of rank {rank} needs kernels with inputs and outputs of at least {rank}, not "
+            + ", ".join(unfit)
+        )
+    adapters = {}
+    for index, (path, kernel) in enumerate(sorted(kernels.items())):
+        *inputs, outputs = kernel.shape
+        noise = jax.random.normal(jax.random.fold_in(key, index), (*inputs, rank), jnp.float32)
+        adapters[path.removesuffix(".kernel")] = {
+            "A": noise / rank,
+            "B": jnp.zeros((rank, outputs), jnp.float32),
+        }
+    return adapters
+
+
+def merge(
+    params: PyTree[Array], adapters: Adapters, *, scale: float | Float[Array, ""] = 1.0
+) -> PyTree[Array]:
+    """Returns `params` with `scale * A @ B` added to every adapted kernel.
+
+    The sum is taken in float32 and cast to the kernel's dtype. Called once, it fuses the adapters;
+    called in a compiled step, it keeps them apart from parameters that do not change. Several
+    adapters of one network are merged one after the other, each with its scale.
+
+    Raises:
+        ValueError: adapters of no kernel of `params`, or of another shape than theirs; all listed.
+    """
+    unused, unfit = set(adapters), []
+
+    def adapted(keys, leaf):
+        path = _path(keys)
+        name = path.removesuffix(".kernel")
+        if name == path or name not in adapters:
+            return leaf
+        unused.discard(name)
+        a, b = (jnp.asarray(adapters[name][factor], jnp.float32) for factor in "AB")
+        if (*a.shape[:-1], *b.shape[1:]) != leaf.shape or a.shape[-1] != b.shape[0]:
+            unfit.append(f"{name} A {a.shape} B {b.shape}, the kernel is {leaf.shape}")
+            return leaf
+        # Not in an accelerator's default precision, whose error would stay in a fused kernel.
+        product = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return (leaf.astype(jnp.float32) + scale * product).astype(leaf.dtype)
+
+    merged = jax.tree_util.tree_map_with_path(adapted, params)
+    if unused or unfit:
+        raise ValueError(
+            "; ".join(
+                [f"LoRA adapters of unknown kernels: {', '.join(sorted(unused))}"] * bool(unused)
+                + [f"LoRA adapters of another shape: {', '.join(unfit)}"] * bool(unfit)
+            )
+        )
+    return merged
+
+
+def _path(keys) -> str:
+    # A flax variable adds ".value" below the name that its module gave it.
+    return jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")

@@ -1,0 +1,1 @@
+"""A workdir, read back as plain data and shown to a person."""

@@ -1,0 +1,151 @@
+"""Where weights lie: with the package, in a local folder, on the Hugging Face Hub, on gs://."""
+
+import functools
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from agfsync_jax.utils.files import is_url, to_path
+from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS
+
+_SHIPPED = Path(__file__).parent.parent / "micro" / "weights"
+_SMALL = (".json", ".txt", ".model")  # configs and tokenizers
+_KEPT: list[tempfile.TemporaryDirectory] = []
+_REPOSITORY = r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?"  # org/name, org/name@revision
+
+
+def resolve_path(path: str | Path, *, variant: str = "") -> Path:
+    """A folder or file of weights, downloaded first where it must be.
+
+    Args:
+      path: "micro:NAME", one that ships with the package; a local path; "org/name" or
+        "org/name@revision", a repository of the Hugging Face Hub, or "org/name/file" in it; or a
+        URL such as gs://bucket/folder, whose tensors are streamed and not copied.
+      variant: of the weights, such as "fp16": a repository's other ones are not downloaded.
+
+    Returns:
+      A local path, or an etils.epath.Path of a URL.
+
+    Raises:
+      FileNotFoundError: nothing is there; the message says what was looked for.
+      ValueError: a URL of another kind; see `to_path`.
+      OSError: the Hub was not reached, or wants a login.
+    """
+    text = str(path)
+    if text.startswith("micro:"):
+        found = _SHIPPED / text.removeprefix("micro:")
+    else:
+        found = to_path(text).expanduser()
+    if found.exists():
+        return found
+    if match := re.fullmatch(_REPOSITORY, text):
+        return _download(match[1], match[2], variant=variant)
+    if match := re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+)", text):
+        if text.endswith(SAFETENSORS + PICKLES):
+            return _download(match[1], None, file=match[2])
+    shipped = ", ".join(f"micro:{child.name}" for child in sorted(_SHIPPED.glob("*"))) or "none"
+    raise FileNotFoundError(
+        f"No weights at {found} (from {text!r}). Give a local folder in the Hugging Face "
+        f"layout, a repository of the Hub (org/name), or one of the shipped ones: {shipped}."
+    )
+
+
+def local_files(source: Path) -> Path:
+    """A local folder with the configs and tokenizers of a folder.
+
+    Those of a URL are copied, to one that goes when the process does.
+    """
+    return _copied(source) if is_url(source) else source
+
+
+@functools.cache
+def _copied(source: Any) -> Path:
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="agfsync-"))
+    folder = Path(_KEPT[-1].name)
+    _copy_small(source, folder)
+    return folder
+
+
+def _copy_small(source: Any, folder: Path) -> None:
+    for entry in source.iterdir():
+        if entry.is_dir():
+            (folder / entry.name).mkdir()
+            _copy_small(entry, folder / entry.name)
+        elif entry.suffix in _SMALL and ".index." not in entry.name:
+            (folder / entry.name).write_bytes(entry.read_bytes())
+
+
+def _download(repository: str, revision: str | None, *, variant: str = "", file: str = "") -> Path:
+    """A repository's folder, or one file of it, in the local cache of huggingface_hub."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        try:
+            files = HfApi().list_repo_files(repository, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:  # noqa: BLE001 - those of HTTP libraries have no common ancestor
+            found = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+            why = f"{type(error).__name__}: {error}"
+            print(f"The Hub was not reached ({why}): using the copy in {found}.", file=sys.stderr)
+            return found
+        wanted = choose_files(files, variant)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise OSError(
+            f"{repository} wants a login: accept its terms on its page, then set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository!r} is neither a local folder nor a repository of the Hugging Face Hub "
+            "that you may read (a private one needs HF_TOKEN)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no revision {revision!r}.") from error
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{repository!r} is no local folder, and the Hugging Face Hub was not reached: give a "
+            "local folder, or download it once where there is a network, with "
+            f"`hf download {repository}`."
+        ) from error
+
+
+def choose_files(files: list[str], variant: str = "") -> list[str]:
+    """Of a repository's files, those that loading one variant of it reads.
+
+    Configs and tokenizers, and of the weights of each folder the safetensors, or the pickles where
+    there are none; no other framework's files, and no single-file copies beside a whole pipeline.
+    """
+    pipeline = "model_index.json" in files
+    small, by_folder = [], {}
+    for name in files:
+        folder, _, base = name.rpartition("/")
+        if pipeline and folder.partition("/")[0] in ("safety_checker", "feature_extractor"):
+            continue
+        if base.endswith(_SMALL):
+            if not re.search(r"\.index(\.\w+)?\.json$|flax|tf_model", base):
+                small.append(name)
+                continue
+        stem = (
+            r"(diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model)"
+        )
+        infix = rf"\.{re.escape(variant)}" if variant else ""
+        part = r"(-\d+-of-\d+)?"
+        for suffix in ("safetensors", "bin"):
+            weights = rf"{stem}{infix}{part}\.{suffix}"
+            index = rf"{stem}(\.{suffix}\.index{infix}|{infix}\.{suffix}\.index)\.json"
+            if re.fullmatch(rf"{weights}|{index}", base) and (folder or not pipeline):
+                by_folder.setdefault(folder, {}).setdefault(suffix, []).append(name)
+    weights = [kinds.get("safetensors") or kinds["bin"] for kinds in by_folder.values()]
+    lora = [name for name in files if re.search(r"lora.*\.safetensors$", name) and not pipeline]
+    return small + sum(weights, []) + (lora if not weights else [])

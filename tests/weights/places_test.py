@@ -1,0 +1,145 @@
+"""Where weights lie. The Hub is played by functions, as no test may need a network."""
+
+import types
+
+import huggingface_hub
+import pytest
+from etils import epath
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from agfsync_jax.weights.places import choose_files, resolve_path
+
+PIPELINE = """model_index.json README.md .gitattributes v1-5-pruned.safetensors v1-5-pruned.ckpt
+    safety_checker/config.json safety_checker/model.safetensors feature_extractor/config.json
+    scheduler/scheduler_config.json tokenizer/merges.txt tokenizer/vocab.json
+    text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors
+    text_encoder/pytorch_model.bin text_encoder/flax_model.msgpack text_encoder/model.onnx
+    unet/config.json unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.bin
+    unet/diffusion_pytorch_model-00001-of-00002.safetensors
+    unet/diffusion_pytorch_model-00002-of-00002.safetensors
+    unet/diffusion_pytorch_model.safetensors.index.json
+    unet/diffusion_pytorch_model.non_ema.safetensors
+    unet/diffusion_pytorch_model.fp16.safetensors vae/config.json
+    vae/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.bin""".split()
+SMALL = """model_index.json scheduler/scheduler_config.json tokenizer/merges.txt
+    tokenizer/vocab.json text_encoder/config.json unet/config.json vae/config.json""".split()
+
+
+def test_of_a_repository_only_what_is_read_is_downloaded():
+    assert sorted(choose_files(PIPELINE)) == sorted(
+        [
+            *SMALL,
+            "text_encoder/model.safetensors",
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "vae/diffusion_pytorch_model.bin",  # there is no other
+        ]
+    )
+    assert sorted(choose_files(PIPELINE, "fp16")) == sorted(
+        [
+            *SMALL,
+            "text_encoder/model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/diffusion_pytorch_model.fp16.bin",
+        ]
+    )
+    clip = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "vocab.json"]
+    assert sorted(choose_files(clip)) == ["config.json", "model.safetensors", "vocab.json"]
+    open_clip = ["open_clip_config.json", "open_clip_pytorch_model.bin", "vocab.json"]
+    assert sorted(choose_files(open_clip)) == open_clip
+    assert choose_files(["README.md", "pytorch_lora_weights.safetensors"]) == [
+        "pytorch_lora_weights.safetensors"
+    ]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub with one pipeline; records what is asked of it."""
+    asked = []
+
+    def list_repo_files(self, repository, *, revision=None):
+        return PIPELINE
+
+    def snapshot_download(repository, **kwargs):
+        asked.append((repository, kwargs))
+        return str(tmp_path)
+
+    def hf_hub_download(repository, file, **kwargs):
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return asked
+
+
+def test_a_repository_a_revision_and_a_file_of_the_hub(hub, tmp_path):
+    assert resolve_path("org/model", variant="fp16") == tmp_path
+    repository, kwargs = hub.pop()
+    assert repository == "org/model" and kwargs["revision"] is None
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in kwargs["allow_patterns"]
+    resolve_path("org/model@v1.0")
+    assert hub.pop()[1]["revision"] == "v1.0"
+    assert resolve_path("org/model/sub/x.safetensors") == tmp_path / "sub/x.safetensors"
+    assert hub.pop() == ("org/model", "sub/x.safetensors")
+
+
+def test_without_a_network_the_cache_will_do(hub, monkeypatch, tmp_path, capsys):
+    class Unreached(Exception):
+        """As those of the Hub's HTTP library, which are no OSError."""
+
+    def unreached(*args, **kwargs):
+        raise Unreached("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreached)
+    assert resolve_path("org/model") == tmp_path
+    assert hub.pop()[1] == {"revision": None, "local_files_only": True}
+    assert "not reached (Unreached: no route): using the copy in" in capsys.readouterr().err
+
+    def nothing(*args, **kwargs):
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    with pytest.raises(OSError, match="Hub was not reached.*hf download org/model"):
+        resolve_path("org/model")
+
+
+def test_what_the_hub_does_not_have(hub, monkeypatch):
+    response = types.SimpleNamespace(headers={}, request=None, status_code=404)
+    for error, message in (
+        (RepositoryNotFoundError, "neither a local folder nor a repository"),
+        (RevisionNotFoundError, "org/model has no revision 'v9'"),
+        (GatedRepoError, "accept its terms on its page, then set HF_TOKEN"),
+    ):
+
+        def refuse(*args, error=error, **kwargs):
+            raise error("no", response=response)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+        with pytest.raises(OSError, match=message):
+            resolve_path("org/model@v9")
+    assert not hub
+
+
+def test_local_comes_first_and_what_is_nowhere_says_what_to_give(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert resolve_path("org/model").resolve() == tmp_path / "org" / "model"
+    assert not hub
+    for text in ("no/such/folder", "/no", "micro:none", "no.safetensors"):
+        with pytest.raises(FileNotFoundError, match="repository of the Hub.*micro:blip2"):
+            resolve_path(text)
+
+
+def test_a_url_is_a_path_of_etils():
+    path = epath.Path("gs://bucket/folder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(path), "exists", lambda self: True)
+        assert resolve_path("gs://bucket/folder") == path
