@@ -129,10 +129,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    from agfsync_jax.steps import checks  # imports jax
-
     verb, args, overrides = parse(argv)
     config = configs.load(args.config, overrides)
+    from agfsync_jax.steps import checks, settings  # these import jax
+
     checks.check(config, verb)
     start_jax(*(getattr(args, name) for name in PROCESSES))
     from agfsync_jax.parallel import multihost, watch
@@ -143,10 +143,17 @@ def _run(argv: list[str]) -> None:
     with watch.explained():
         workdir = to_path(args.workdir) if args.workdir else None
         if workdir:
-            configs.claim(workdir, config, write=multihost.is_main())
+            settings.claim(workdir, config, _steps, write=multihost.is_main())
         module = importlib.import_module(f"agfsync_jax.{verb}")
         own = {name: getattr(args, name) for name in _names(FLAGS.get(verb, ()))}
         module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
+
+
+def _steps() -> list[Any]:
+    """The steps of the loop, in order."""
+    from agfsync_jax import run
+
+    return [module.main for module in run.ROUND]
 
 
 def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ The base is drawn once, in round 0, and serves every later round.
 
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,9 @@ from agfsync_jax.data import images as png
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
-from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.steps.runner import Job, Step, of_process
 from agfsync_jax.training.checkpoints import restore_denoiser
-from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
 
 
 class Shard(NamedTuple):
@@ -42,44 +39,63 @@ class Shard(NamedTuple):
         return self.images.with_name(f"answers-{self.images.stem}.parquet")
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Fills round_NNN/evals/, and round_000/evals/ with the base model's part.
+class Plan(NamedTuple):
+    """What is drawn and judged: rows of prompts and of questions by prompt id, shards by model."""
+
+    prompts: dict[str, dict]
+    questions: dict[str, list[dict]]
+    shards: dict[str, list[Shard]]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Prompt id -> text."""
+        return {key: row["prompt"] for key, row in self.prompts.items()}
+
+
+def plan(job: Job) -> Plan:
+    """The held-out prompts and the images of both models; ValueError for prompts that cannot be."""
+    prompts, questions = evaluators.held_out(job.config)
+    found = {name: shards(job.config, prompts, at, name) for name, at in _folders(job).items()}
+    return Plan(prompts, questions, found)
+
+
+def evaluate(job: Job) -> None:
+    """Draws and scores this process's shards; the processes draw together.
 
     Raises:
         FileNotFoundError: no checkpoint in this round.
-        RecordError: a damaged shard; `repair` drops it first.
-        ValueError: prompts or scores that do not allow a comparison.
+        RecordError: a damaged shard.
     """
-    workdir = to_path(workdir)
-    round_dir = workdir / f"round_{round_index:03d}"
-    folders = {"base": workdir / "round_000" / "evals", "tuned": round_dir / "evals"}
-    prompts, questions = evaluators.held_out(config)
-    plan = {name: shards(config, prompts, folder, name) for name, folder in folders.items()}
-    every = plan["base"] + plan["tuned"]
-    if repair and multihost.is_main():
-        _repair(every)
-    multihost.barrier("evaluate repair")
+    mine = [shard for found in job.plan.shards.values() for shard in of_process(found)]
+    if any(shard.images in job.missing for found in job.plan.shards.values() for shard in found):
+        _draw(job, mine)
+    if unscored := [shard for shard in mine if shard.scores in job.missing]:
+        _score(job, unscored)
 
-    mine = [shard for shards in plan.values() for shard in _of_process(shards)]
-    undrawn = {shard.images for shard in mine if not shard.images.exists()}
-    unscored = [shard for shard in mine if not shard.scores.exists()]
-    drawing = any(not shard.images.exists() for shard in every)
-    multihost.barrier("evaluate plan")
-    with Stage(round_dir, "evaluate") as stage:
-        stage.skipped(len(mine) - len(undrawn), len(mine))
-        if drawing:  # the processes draw together, those without work too
-            _draw(config, round_dir / "checkpoints", mine, undrawn, prompts, stage)
-        if unscored:
-            _score(config, unscored, prompts, questions, stage)
-        multihost.barrier("evaluate scores")
-        if multihost.is_main():
-            for folder in dict.fromkeys(folders.values()):
-                records.write_jsonl(folder / "prompts.jsonl", prompts.values())
-                records.write_jsonl(
-                    folder / "questions.jsonl", itertools.chain(*questions.values())
-                )
-            _conclude(plan, folders["tuned"])
-    multihost.barrier("evaluate")
+
+def conclude(job: Job) -> None:
+    """Writes what was asked, gathers the shards' tables and compares them.
+
+    Raises:
+        ValueError: scores that do not allow a comparison.
+    """
+    prompts, questions, plan = job.plan
+    for folder in dict.fromkeys(_folders(job).values()):
+        records.write_jsonl(folder / "prompts.jsonl", prompts.values())
+        records.write_jsonl(folder / "questions.jsonl", itertools.chain(*questions.values()))
+    _conclude(plan, job.folder / "evals")
+
+
+def repair(job: Job) -> None:
+    """Drops damaged files; scores without their answers go too, as they say that all is there."""
+    for shard in itertools.chain(*job.plan.shards.values()):
+        for path in (shard.images, shard.scores, shard.answers):
+            if path.exists() and records.repair_shard(path) and path == shard.answers:
+                shard.scores.unlink(missing_ok=True)
+
+
+def _folders(job: Job) -> dict[str, Path]:
+    return {"base": job.folder_of(0) / "evals", "tuned": job.folder / "evals"}
 
 
 def shards(config, prompts: dict[str, dict], folder: Path, model: str) -> list[Shard]:
@@ -100,55 +116,38 @@ def shards(config, prompts: dict[str, dict], folder: Path, model: str) -> list[S
     ]
 
 
-def _repair(every: list[Shard]) -> None:
-    """Drops damaged files; scores without their answers go too, as they say that all is there."""
-    for shard in every:
-        for path in (shard.images, shard.scores, shard.answers):
-            if path.exists() and records.repair_shard(path) and path == shard.answers:
-                shard.scores.unlink(missing_ok=True)
-
-
-def _of_process(found: Sequence[Shard]) -> list[Shard]:
-    return [found[index] for index in multihost.shards_of_process(len(found))]
-
-
-def _draw(
-    config,
-    checkpoints: Path,
-    mine: list[Shard],
-    undrawn: set[Path],
-    prompts: dict[str, dict],
-    stage: Stage,
-) -> None:
-    """Draws the undrawn shards, unperturbed, with the sampler's settings of `config.sample`."""
+def _draw(job: Job, mine: list[Shard]) -> None:
+    """Draws what is missing, unperturbed, with the sampler's settings of `config.sample`."""
+    config = job.config
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
     name = backbone.denoiser_name
+    checkpoints = job.folder / "checkpoints"
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
     generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
-    texts = {key: row["prompt"] for key, row in prompts.items()}
-    size = sum(len(shard.rows) for shard in mine if shard.images in undrawn)
-    with stage.progress(size) as progress:
+    size = sum(len(shard.rows) for shard in mine if shard.images in job.missing)
+    undrawn = job.missing.intersection(shard.images for shard in mine)
+    with job.stage.progress(size) as progress:
         for model, weights in params.items():
             found = [(shard.images, shard.rows) for shard in mine if shard.model == model]
             for count in draw_candidates(
-                generator, weights, found, undrawn, texts, config.evaluate.num_seeds
+                generator, weights, found, undrawn, job.plan.texts, config.evaluate.num_seeds
             ):
                 progress.update(count)
 
 
-def _score(config, unscored: list[Shard], prompts, questions, stage: Stage) -> None:
+def _score(job: Job, unscored: list[Shard]) -> None:
     """Writes scores and answers beside each shard of images."""
-    texts = {key: row["prompt"] for key, row in prompts.items()}
+    config, texts, questions = job.config, job.plan.texts, job.plan.questions
     size = config.score.batch_size
     judges = evaluators.load_evaluators(config.evaluate.evaluators)
     models = scorers.load_scorers(
         scorers.local_mesh(config.score.mesh), config.scorers.to_dict(), batch_size=size
     )
     by_path = {shard.images: shard for shard in unscored}
-    drawn = stage.items
-    with stage.progress(sum(len(shard.rows) for shard in unscored), "scores") as progress:
+    drawn = job.stage.items
+    with job.stage.progress(sum(len(shard.rows) for shard in unscored), "scores") as progress:
         for path, rows, answers, _ in scorers.score_shards(
             models, list(by_path), texts, questions, batch_size=size, scored=progress.update
         ):
@@ -158,7 +157,7 @@ def _score(config, unscored: list[Shard], prompts, questions, stage: Stage) -> N
             if answers:
                 records.write_parquet(by_path[path].answers, answers)
             records.write_parquet(by_path[path].scores, rows)
-    stage.items = drawn  # an image counts once
+    job.stage.items = drawn  # an image counts once
 
 
 def _conclude(plan: dict[str, list[Shard]], evals: Path) -> None:
@@ -175,3 +174,20 @@ def _conclude(plan: dict[str, list[Shard]], evals: Path) -> None:
     results = {"base": means["base"], "tuned": means["tuned"], "comparison": comparison}
     for name, result in results.items():
         records.write_file(evals / f"{name}.json", [json.dumps(result, indent=2).encode(), b"\n"])
+
+
+main = Step(
+    "evaluate",
+    evaluate,
+    outputs=("evals",),
+    settings=("evaluate",),
+    plan=plan,
+    files=lambda job: [
+        path
+        for found in job.plan.shards.values()
+        for shard in found
+        for path in (shard.images, shard.scores)
+    ],
+    finish=conclude,
+    repair=repair,
+)

@@ -28,10 +28,9 @@ from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
 from agfsync_jax.data.pairs import pair_features, repair_pairs, write_pairs
 from agfsync_jax.data.scores import read_scores
 from agfsync_jax.data.shards import read_rows, shard_paths
-from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.sharding import batch_shards
-from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import remove_tree, to_path
+from agfsync_jax.steps.runner import Job, Step
+from agfsync_jax.utils.files import remove_tree
 
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
@@ -39,43 +38,44 @@ _OF_SCORES = "weights normalize strategy k min_margin max_pairs min_questions".s
 _OF_IMPORTS = "path split columns max_rows max_bad".split()
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Writes round_NNN/pairs/ and pair.json, unless the same choices and settings made them.
+def make_pairs(job: Job) -> None:
+    """Writes pairs/ and pair.json, unless the same choices and settings made them.
 
     The main process does it all, on its own devices.
 
     Raises:
         FileNotFoundError: prompts, candidates or scores are not there, or nothing to import.
-        RecordError: a damaged shard; `repair` drops damaged pairs.
+        RecordError: a damaged shard.
         ValueError: bad settings, or no pair is left.
     """
-    round_dir = to_path(workdir) / f"round_{round_index:03d}"
-    if multihost.is_main():
-        preferences.check_settings(config.pair)
-        make, unit = (_import, "rows") if config.pair.path else (_pair, "pairs")
-        with Stage(round_dir, "pair", unit=unit) as stage:
-            if repair and (round_dir / "pairs" / "dataset_info.json").exists():
-                repair_pairs(round_dir / "pairs")
-            make(config, round_dir, round_index, stage)
-    multihost.barrier("pair")
+    preferences.check_settings(job.config.pair)
+    make = _import if job.config.pair.path else _pair
+    make(job)
 
 
-def _pair(config, round_dir: Path, round_index: int, stage: Stage) -> None:
+def drop_damaged(job: Job) -> None:
+    """Removes damaged pairs."""
+    if (job.folder / "pairs" / "dataset_info.json").exists():
+        repair_pairs(job.folder / "pairs")
+
+
+def _pair(job: Job) -> None:
     """Pairs of this round's scores."""
+    config, round_dir, stage = job.config, job.folder, job.stage
     spec = config.pair
     prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
     prompts = {row["id"]: row["prompt"] for row in prompt_rows}
     scores = _read_all_scores(round_dir / "scores", spec)
     choices, counts = preferences.choose(scores, prompts, spec)
     if spec.shuffle_labels:
-        choices = preferences.shuffle_labels(choices, config.seed, round_index)
+        choices = preferences.shuffle_labels(choices, config.seed, job.round_index)
     digest = hashlib.sha256()
     for choice in choices:
         digest.update(repr(choice).encode())
     for scored in scores.values():
         for name, column in scored.columns.items():
             digest.update(name.encode() + column.tobytes())
-    output = _Output(config, round_dir, stage, digest.hexdigest())
+    output = _Output(job, digest.hexdigest())
     if output.is_there():
         return
     if not choices:
@@ -115,13 +115,14 @@ def _read_all_scores(folder: Path, spec) -> dict[str, preferences.Scored]:
     return scores
 
 
-def _import(config, round_dir: Path, round_index: int, stage: Stage) -> None:
+def _import(job: Job) -> None:
     """Pairs of what people preferred."""
-    spec = config.pair
+    config, stage = job.config, job.stage
+    stage.unit, spec = "rows", config.pair
     height, width = config.sample.height, config.sample.width
     source = PreferenceSet(spec.path, spec.split, spec.columns.to_dict(), max_rows=spec.max_rows)
     made_from = repr((source.fingerprint(), height, width))
-    output = _Output(config, round_dir, stage, made_from)
+    output = _Output(job, made_from)
     if output.is_there():
         return
     encoders = _Encoders(config)
@@ -130,7 +131,7 @@ def _import(config, round_dir: Path, round_index: int, stage: Stage) -> None:
     counts = dict.fromkeys(preferences.COUNTS, 0)
 
     def is_swapped(pair_id):
-        return spec.shuffle_labels and preferences.is_swapped(pair_id, config.seed, round_index)
+        return spec.shuffle_labels and preferences.is_swapped(pair_id, config.seed, job.round_index)
 
     def rows(done):
         found = source.read(height, width, max_bad=spec.max_bad, done=done)
@@ -157,20 +158,18 @@ def _noted(rows: Iterable, done: Callable[[int], None]) -> Iterator:
 
 @dataclasses.dataclass
 class _Output:
-    """pairs/ and pair.json of a round.
+    """pairs/ and pair.json of a job.
 
     Args:
         made_from: changes when the choices do; the settings are added here.
     """
 
-    config: Any
-    round_dir: Path
-    stage: Stage
+    job: Job
     made_from: str
 
     def __post_init__(self):
-        self.folder, self.summary = self.round_dir / "pairs", self.round_dir / "pair.json"
-        config = self.config
+        self.config = config = self.job.config
+        self.folder, self.summary = self.job.folder / "pairs", self.job.folder / "pair.json"
         self.settings = config.pair.to_dict()
         self.settings |= {"backbone": config.backbone.path, "seed": config.seed}
         text = repr((self.made_from, sorted(self.settings.items())))
@@ -183,7 +182,7 @@ class _Output:
             return False
         if json.loads(self.summary.read_text())["made_from"] != self.made_from:
             return False
-        self.stage.skipped(1, 1, "sets of pairs")
+        self.job.stage.skipped(1, 1, "sets of pairs")
         return True
 
     def write(
@@ -210,7 +209,7 @@ class _Output:
         write_pairs(self.folder, counted(), card, features)
         result = {**counts, "settings": self.settings, "made_from": self.made_from}
         records.write_file(self.summary, [json.dumps(result, indent=2).encode(), b"\n"])
-        self.stage.print(told(counts))
+        self.job.stage.print(told(counts))
 
     def _card(self, ranked: bool) -> dict[str, Any]:
         """What the dataset card tells, but for the counts."""
@@ -280,3 +279,13 @@ def told(counts: Mapping[str, int]) -> str:
     dropped = ", ".join(f"{counts[name]} {text}" for name, text in texts.items() if counts[name])
     head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
     return f"{head}; dropped: {dropped or 'nothing'}"
+
+
+main = Step(
+    "pair",
+    make_pairs,
+    outputs=("pairs",),
+    repair=drop_damaged,
+    main_only=True,
+    unit="pairs",
+)

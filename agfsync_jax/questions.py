@@ -4,40 +4,28 @@
 go to it. Where no scorer of the config asks questions there is nothing to do.
 """
 
-from pathlib import Path
-
 from agfsync_jax import scorers
 from agfsync_jax.data import records
 from agfsync_jax.data.shards import read_rows
-from agfsync_jax.parallel import multihost
+from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
 
 FIELDS = ("id", "caption", "question", "choices", "answer", "element_type", "element")
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Writes round_NNN/questions.jsonl, unless it is there.
+def write_questions(job: Job) -> None:
+    """Writes questions.jsonl.
 
     Raises:
         FileNotFoundError: no prompts.jsonl.
-        ValueError: the source does not exist, gives a bad row, or leaves a prompt without one.
+        ValueError: a bad row, or a prompt without a question.
     """
-    del repair  # one small file, whole or absent
-    round_dir = to_path(workdir) / f"round_{round_index:03d}"
-    path = round_dir / "questions.jsonl"
-    if multihost.is_main():
-        with Stage(round_dir, "questions", unit="questions") as stage:
-            if path.exists():
-                stage.skipped(1, 1, "files")
-            elif not scorers.asks_questions(config.scorers):
-                stage.print("no scorer of this config asks any")
-            else:
-                rows = ask(config, read_rows(round_dir / "prompts.jsonl", "prompts"))
-                records.write_jsonl(path, rows)
-                stage.items += len(rows)
-    multihost.barrier("questions")
+    if not scorers.asks_questions(job.config.scorers):
+        job.stage.print("no scorer of this config asks any")
+        return
+    rows = ask(job.config, read_rows(job.folder / "prompts.jsonl", "prompts"))
+    records.write_jsonl(job.folder / "questions.jsonl", rows)
+    job.stage.items += len(rows)
 
 
 def ask(config, prompt_rows: list[dict]) -> list[dict]:
@@ -53,3 +41,14 @@ def ask(config, prompt_rows: list[dict]) -> list[dict]:
             )
     scorers.check_questions(prompt_rows, rows)
     return [{field: row[field] for field in FIELDS} for row in rows]
+
+
+main = Step(
+    "questions",
+    write_questions,
+    outputs=("questions.jsonl",),
+    settings=("questions",),
+    files=lambda job: [job.folder / "questions.jsonl"],
+    main_only=True,
+    unit="questions",
+)

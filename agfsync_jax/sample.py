@@ -1,63 +1,45 @@
 """Sample: prompts -> candidates/, several images a prompt by the current policy.
 
 Candidate 0 is drawn as it is; the others have Gaussian noise on their text embedding
-(`config.sample.conditioning_noise`), so that they differ in what they show. Round 0 draws with
+(`config.sample.conditioning_noise`), so that they differ in what they show. Job 0 draws with
 `config.backbone`, a later round with the denoiser that the round before trained.
 
-A candidate depends on (config.seed, round, prompt id, candidate index) alone, not on batches or
+A candidate depends on (config.seed, job, prompt id, candidate index) alone, not on batches or
 devices. Shards of `config.sample.prompts_per_shard` prompts are whole or absent; those that are
 there are not drawn again, and the others are the same bytes as if the run had not been stopped.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import draw_candidates
 from agfsync_jax.diffusion.generation import row_seed
-from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.steps.runner import Job, Step, of_process
 from agfsync_jax.training.checkpoints import restore_denoiser
-from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
 
 Shard = tuple[Path, list[dict]]
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Fills round_NNN/candidates/.
+class Plan(NamedTuple):
+    """What a round draws: {prompt id: text}, and all its shards."""
 
-    Raises:
-        FileNotFoundError: no prompts, no weights, or no checkpoint of the round before.
-        ValueError: settings that the backbone or the mesh cannot do.
-        OSError: no space left.
-    """
-    workdir = to_path(workdir)
-    round_dir = workdir / f"round_{round_index:03d}"
-    if not (round_dir / "prompts.jsonl").exists():
-        raise FileNotFoundError(f"{round_dir} has no prompts.jsonl: run `agfsync prompts` first.")
-    prompts = {row["id"]: row["prompt"] for row in records.read_jsonl(round_dir / "prompts.jsonl")}
-    every = plan(config, list(prompts), round_dir / "candidates", round_index)
-    if repair and multihost.is_main():
-        for path in (path for path, _ in every if path.exists()):
-            records.repair_shard(path)
-    multihost.barrier("sample repair")
-
-    mine = [every[index] for index in multihost.shards_of_process(len(every))]
-    undrawn = {path for path, _ in mine if not path.exists()}
-    drawing = any(not path.exists() for path, _ in every)
-    multihost.barrier("sample plan")
-    if drawing:
-        backbones.sampler(config)  # raises before weights are read
-    with Stage(round_dir, "sample") as stage:
-        stage.skipped(len(mine) - len(undrawn), len(mine))
-        if drawing:  # all processes draw together, those without shards of their own too
-            draw(config, workdir, round_index, mine, undrawn, prompts, stage)
-    multihost.barrier("sample")
+    prompts: dict[str, str]
+    shards: list[Shard]
 
 
-def plan(config, prompt_ids: list[str], folder: Path, round_index: int) -> list[Shard]:
-    """Every shard of the round, with rows {prompt_id, candidate, seed}."""
+def plan(job: Job) -> Plan:
+    """Every shard of the round; ValueError for sizes that cannot be."""
+    rows = records.read_jsonl(job.folder / "prompts.jsonl")
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    folder = job.folder / "candidates"
+    return Plan(prompts, shards_of(job.config, list(prompts), folder, job.round_index))
+
+
+def shards_of(config, prompt_ids: list[str], folder: Path, round_index: int) -> list[Shard]:
+    """Every shard of the job, with rows {prompt_id, candidate, seed}."""
     size, count = config.sample.prompts_per_shard, config.sample.num_candidates
     if size < 1 or count < 1:
         raise ValueError(
@@ -82,32 +64,55 @@ def plan(config, prompt_ids: list[str], folder: Path, round_index: int) -> list[
     ]
 
 
-def draw(
-    config,
-    workdir: Path,
-    round_index: int,
-    shards: list[Shard],
-    undrawn: set[Path],
-    prompts: dict[str, str],
-    stage: Stage,
-) -> None:
-    """Draws the undrawn of this process's shards."""
+def draw(job: Job) -> None:
+    """Draws what is missing of this process's shards; all processes draw together.
+
+    Raises:
+        FileNotFoundError: no weights, or no checkpoint of the round before.
+        ValueError: settings that the backbone or the mesh cannot do.
+        OSError: no space left.
+    """
+    config = job.config
+    backbones.sampler(config)  # raises before weights are read
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
     generator = backbones.generator(config, mesh, backbone)
     params = backbone.params
-    if round_index:
+    if job.round_index:
         name = backbone.denoiser_name
-        checkpoints = workdir / f"round_{round_index - 1:03d}" / "checkpoints"
+        checkpoints = job.folder_of(job.round_index - 1) / "checkpoints"
         tuned = restore_denoiser(checkpoints, params[name], config.train.num_steps)
         params = params | {name: tuned}
     for line in backbone.describe():
-        stage.print(line)
+        job.stage.print(line)
+    prompts, shards = job.plan
     if cut := backbone.count_truncated(list(prompts.values())):
-        stage.print(f"{cut} of {len(prompts)} prompts are too long for the text encoder: cut off")
-    size = sum(len(each) for path, each in shards if path in undrawn)
-    with stage.progress(size) as progress:
+        job.stage.print(
+            f"{cut} of {len(prompts)} prompts are too long for the text encoder: cut off"
+        )
+    mine = of_process(shards)
+    undrawn = job.missing.intersection(path for path, _ in mine)
+    with job.stage.progress(sum(len(rows) for path, rows in mine if path in undrawn)) as progress:
         for count in draw_candidates(
-            generator, params, shards, undrawn, prompts, config.sample.num_candidates
+            generator, params, mine, undrawn, prompts, config.sample.num_candidates
         ):
             progress.update(count)
+
+
+def drop_damaged(job: Job) -> None:
+    """Removes damaged shards, which are then drawn anew."""
+    for path in job.files:
+        if path.exists():
+            records.repair_shard(path)
+
+
+main = Step(
+    "sample",
+    draw,
+    inputs={"prompts.jsonl": "prompts"},
+    outputs=("candidates",),
+    settings=("backbone", "sample"),
+    plan=plan,
+    files=lambda job: [path for path, _ in job.plan.shards],
+    repair=drop_damaged,
+)

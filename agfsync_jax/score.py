@@ -11,56 +11,76 @@ more than `config.score.max_bad` of any of them stops the stage.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from agfsync_jax import scorers
 from agfsync_jax.data import records
 from agfsync_jax.data.problems import Problems
 from agfsync_jax.data.scores import answered
 from agfsync_jax.data.shards import read_rows, shard_paths
-from agfsync_jax.parallel import multihost
-from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
+from agfsync_jax.steps.runner import Job, Step, of_process
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Fills round_NNN/scores/, leaving out shards that are there.
+class Plan(NamedTuple):
+    """What a round scores.
+
+    Attributes:
+        candidates: the paths of all shards.
+        images: how many each of them holds.
+        prompts: prompt id -> text.
+        questions: prompt id -> question rows; {} where no scorer asks any.
+        unasked: what is wrong with the questions, as rows of data/problems.py.
+    """
+
+    candidates: list[Path]
+    images: dict[Path, int]
+    prompts: dict[str, str]
+    questions: dict[str, list]
+    unasked: list[dict]
+
+
+def plan(job: Job) -> Plan:
+    """Reads prompts and questions, and looks for the candidates.
 
     Raises:
-        FileNotFoundError: prompts, questions, candidates or weights are not there.
-        ValueError: too much that cannot be scored; a weight of `config.pair.weights` for a column
-            that no scorer makes; with `repair`, damaged candidates, which were dropped.
+        FileNotFoundError: questions or candidates are not there.
+        ValueError: a weight of `config.pair.weights` for a column that no scorer makes.
     """
-    round_dir = to_path(workdir) / f"round_{round_index:03d}"
-    specs = config.scorers.to_dict()
-    prompts, questions, unasked = read_inputs(round_dir, specs)
+    config, specs = job.config, job.config.scorers.to_dict()
+    prompts, questions, unasked = read_inputs(job.folder, specs)
     scorers.check_weights(config.pair.weights, specs)
-    candidates = shard_paths(round_dir / "candidates", ".tfrecord", "sample")
+    candidates = shard_paths(job.folder / "candidates", ".tfrecord", "sample")
     images = images_of(candidates, len(prompts), config.sample)
-    mine = [candidates[index] for index in multihost.shards_of_process(len(candidates))]
-    if repair:
-        _repair(mine)
-    todo = [path for path in mine if not scores_path(path).exists()]
-    with Stage(round_dir, "score") as stage:
-        stage.skipped(len(mine) - len(todo), len(mine))
-        problems = _problems(config, images, mine, prompts, questions, unasked)
-        if todo:
-            _score(config, todo, images, prompts, questions, problems, stage)
-        multihost.barrier("score shards")
-        if multihost.is_main():
-            found = _problems(config, images, candidates, prompts, questions, unasked)
-            answers = answered(map(answers_path, candidates))
-            summary = {"images": sum(images.values()), **found.counts(), "left_out": found.told()}
-            text = json.dumps(summary | {"answers": answers}, indent=2, ensure_ascii=False)
-            records.write_file(round_dir / "score.json", [text.encode(), b"\n"])
-            for name, figures in answers.items():
-                stage.print(
-                    f"{name}: {figures['tifa_average']:.1%} of an image's answers are right"
-                )
-            for line in found.told():
-                stage.print(line)
-        multihost.barrier("score")
+    return Plan(candidates, images, prompts, questions, unasked)
+
+
+def score(job: Job) -> None:
+    """Scores this process's share of the shards, on its own devices.
+
+    Raises:
+        FileNotFoundError: weights are not there.
+        ValueError: too much that cannot be scored.
+    """
+    mine = of_process(job.plan.candidates)
+    problems = _problems(job, mine)
+    if todo := [path for path in mine if scores_path(path) in job.missing]:
+        _score(job, todo, problems)
+
+
+def summarize(job: Job) -> None:
+    """Writes score.json, when the shards of all processes are there."""
+    plan, stage = job.plan, job.stage
+    found = _problems(job, plan.candidates)
+    answers = answered(map(answers_path, plan.candidates))
+    summary = {"images": sum(plan.images.values()), **found.counts(), "left_out": found.told()}
+    text = json.dumps(summary | {"answers": answers}, indent=2, ensure_ascii=False)
+    records.write_file(job.folder / "score.json", [text.encode(), b"\n"])
+    for name, figures in answers.items():
+        stage.print(f"{name}: {figures['tifa_average']:.1%} of an image's answers are right")
+    for line in found.told():
+        stage.print(line)
 
 
 def read_inputs(round_dir: Path, specs: dict) -> tuple[dict[str, str], dict[str, list], list[dict]]:
@@ -97,22 +117,16 @@ def problems_path(candidates: Path) -> Path:
     return candidates.parents[1] / "scores" / f"problems-{candidates.stem}.jsonl"
 
 
-def _problems(
-    config,
-    images: Mapping[Path, int],
-    candidates: Sequence[Path],
-    prompts: Mapping[str, str],
-    questions: Mapping[str, list],
-    unasked: list[dict],
-) -> Problems:
+def _problems(job: Job, candidates: Sequence[Path]) -> Problems:
     """Those of the questions, and of the shards that are scored; raises where they are too many."""
-    total = sum(images[path] for path in candidates)
-    num_questions = sum(map(len, questions.values()))
-    share = total / max(sum(images.values()), 1)
-    empty = sum(row["count"] for row in unasked if row["kind"] == "bad_questions")
+    config, plan = job.config, job.plan
+    total = sum(plan.images[path] for path in candidates)
+    num_questions = sum(map(len, plan.questions.values()))
+    share = total / max(sum(plan.images.values()), 1)
+    empty = sum(row["count"] for row in plan.unasked if row["kind"] == "bad_questions")
     problems = Problems(
         {
-            "prompts": len(prompts),
+            "prompts": len(plan.prompts),
             "questions": num_questions + empty,
             "images": total,
             "scores": total * len(config.scorers),
@@ -121,34 +135,27 @@ def _problems(
         config.score.max_bad,
         "config.score.max_bad",
     )
-    problems.add(unasked)
+    problems.add(plan.unasked)
     for path in candidates:
         if scores_path(path).exists() and problems_path(path).exists():
             problems.add(records.read_jsonl(problems_path(path)))
     return problems
 
 
-def _score(
-    config,
-    todo: list[Path],
-    images: Mapping[Path, int],
-    prompts: Mapping[str, str],
-    questions: Mapping[str, list],
-    problems: Problems,
-    stage: Stage,
-) -> None:
+def _score(job: Job, todo: list[Path], problems: Problems) -> None:
+    config, plan = job.config, job.plan
     size = config.score.batch_size
     mesh = scorers.local_mesh(config.score.mesh)
     models = scorers.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
-    with stage.progress(sum(images[path] for path in todo)) as progress:
+    with job.stage.progress(sum(plan.images[path] for path in todo)) as progress:
         for path, rows, answers, left_out in scorers.score_shards(
             models,
             todo,
-            prompts,
-            questions,
+            plan.prompts,
+            plan.questions,
             batch_size=size,
             scored=progress.update,
-            expected=images.__getitem__,
+            expected=plan.images.__getitem__,
         ):
             problems_path(path).unlink(missing_ok=True)
             if left_out:
@@ -159,10 +166,10 @@ def _score(
             problems.add(left_out)
 
 
-def _repair(candidates: list[Path]) -> None:
+def repair(job: Job) -> None:
     """Drops damaged tables, and damaged candidates, which must then be drawn anew."""
     dropped = []
-    for path in candidates:
+    for path in job.plan.candidates:
         scores, answers, problems = scores_path(path), answers_path(path), problems_path(path)
         if records.repair_shard(path):
             dropped.append(path.name)
@@ -181,3 +188,16 @@ def _repair(candidates: list[Path]) -> None:
             f"damaged candidates were dropped: {', '.join(dropped)}. Run `agfsync sample`, then"
             " `agfsync score` again."
         )
+
+
+main = Step(
+    "score",
+    score,
+    inputs={"prompts.jsonl": "prompts"},
+    outputs=("scores",),
+    settings=("scorers", "score"),
+    plan=plan,
+    files=lambda job: [scores_path(path) for path in job.plan.candidates],
+    finish=summarize,
+    repair=repair,
+)

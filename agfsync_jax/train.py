@@ -32,6 +32,7 @@ from agfsync_jax.data.records import write_file
 from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.training.objective import NUM_BINS
@@ -39,7 +40,6 @@ from agfsync_jax.training.step import TrainState, frozen_base, init_state
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.metrics import MetricWriter
 from agfsync_jax.utils.signals import hold_signals
 
@@ -47,7 +47,7 @@ _PAIRS = ("chosen_latents", "rejected_latents")
 _RANKINGS = ("latents", "scores")
 
 
-def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
+def train(job: Job) -> None:
     """Trains to `config.train.num_steps` steps, from the round's newest checkpoint if there is one.
 
     Ctrl-C and SIGTERM save the step that is under way, then stop.
@@ -57,21 +57,14 @@ def main(config, workdir: Path, *, round_index: int = 0, repair: bool = False) -
         ValueError: settings that do not fit each other, the mesh, the model or the pairs.
         FloatingPointError: a loss or gradient that is not finite; names the step.
     """
-    folders = [to_path(workdir) / f"round_{index:03d}" for index in range(round_index + 1)]
-    with (
-        Stage(folders[-1], "train", unit="pairs") as stage,
-        Checkpoints(
-            folders[-1] / "checkpoints", config.train.keep, config.train.best
-        ) as checkpoints,
-    ):
+    spec = job.config.train
+    folders = [job.folder_of(index) for index in range(job.round_index + 1)]
+    with Checkpoints(job.folder / "checkpoints", spec.keep, spec.best) as checkpoints:
         start = checkpoints.latest_step() or 0
-        stage.skipped(start, config.train.num_steps, "steps")
-        if start == config.train.num_steps:
-            return
-        if repair and multihost.is_main():
-            repair_pairs(folders[-1] / "pairs")
-        multihost.barrier("train repair")
-        fit(config.train, prepare(config, folders, checkpoints, start), start, stage, checkpoints)
+        job.stage.skipped(start, spec.num_steps, "steps")
+        if start < spec.num_steps:
+            ready = prepare(job.config, folders, checkpoints, start)
+            fit(spec, ready, start, job.stage, checkpoints)
 
 
 class Prepared(NamedTuple):
@@ -280,3 +273,13 @@ def readable(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         low, high = (100 * i // NUM_BINS for i in (index, index + 1))
         values[f"error_by_time/{low:02d}-{high}%"] = float(sums[index] / counts[index])
     return values
+
+
+main = Step(
+    "train",
+    train,
+    outputs=("checkpoints",),
+    settings=("pair", "loss", "train"),
+    repair=lambda job: repair_pairs(job.folder / "pairs"),
+    unit="pairs",
+)

@@ -217,7 +217,7 @@ def test_what_is_done_is_not_done_again(done, monkeypatch, capsys):
     victim.unlink()
     victim.with_suffix(".parquet").unlink()
     evaluate.main(config, workdir)
-    assert "skipped 3 of 4 shards" in capsys.readouterr().err
+    assert "skipped 6 of 8 shards" in capsys.readouterr().err
     again = read_images(evals / "tuned")
     assert {key: row["image"] for key, row in images.items()} == {
         key: row["image"] for key, row in again.items()

@@ -122,7 +122,7 @@ def test_arrows(path):
     room = name.split("/")[0] if "/" in name else None
     if room:
         allowed = ONLY.get(name, ARROWS[room] | {room} | ALSO.get(name, set()))
-    elif path.stem == "run":
+    elif path.stem in {"run", "cli"}:
         allowed = ROOMS | VERBS
     elif path.stem == "__main__":
         allowed = {"cli"}

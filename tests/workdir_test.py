@@ -34,13 +34,19 @@ from agfsync_jax import (
 from agfsync_jax.data import records
 from agfsync_jax.data.pairs import read_features
 from agfsync_jax.parallel.sharding import infer_shardings
+from agfsync_jax.steps import settings
 from agfsync_jax.training import checkpoints
-from agfsync_jax.utils import configs, files, metrics, modules
+from agfsync_jax.utils import files, metrics, modules
 from agfsync_jax.utils.clock import read_stages
 from agfsync_jax.utils.files import to_path
 from agfsync_jax.weights import tensor_files
 from tests import evaluate_test
 from tests.evaluate_test import Brightness
+
+
+def steps():
+    return [verb.main for verb in (prompts, questions, sample, score, pair, train, evaluate)]
+
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 RUN = "gs://bucket/folder/run"
@@ -207,7 +213,7 @@ def test_every_verb(bucket, tmp_path, capsys, monkeypatch):
     to_path("gs://bucket/prompts.txt").write_bytes(text.encode())
     here, there = make_config(tmp_path / "prompts.txt"), make_config("gs://bucket/prompts.txt")
     for config, workdir in ((here, local), (there, RUN)) * 2:
-        configs.claim(workdir, config)
+        settings.claim(workdir, config, steps)
     places = {
         prompts: "prompts.jsonl",
         questions: "questions.jsonl",
@@ -249,7 +255,7 @@ def test_every_verb(bucket, tmp_path, capsys, monkeypatch):
         pair.main(there, RUN)
     score.main(there, RUN, repair=True)
     with pytest.raises(ValueError, match=r"gs://bucket/folder/run was made by another config"):
-        configs.claim(RUN, make_config(tmp_path / "prompts.txt"))
+        settings.claim(RUN, make_config(tmp_path / "prompts.txt"), steps)
 
     # The same files as in a folder, but for seconds.
     for name in ("stages.json", "checkpoints/metrics.jsonl"):
@@ -322,11 +328,11 @@ def test_unreachable(bucket, monkeypatch):
 
     monkeypatch.setattr(type(to_path(RUN)), "exists", fail)
     with pytest.raises(OSError, match=r"run cannot be reached \(no account\).*gcloud auth"):
-        configs.claim(to_path(RUN), make_config(""))
+        settings.claim(to_path(RUN), make_config(""), steps)
     monkeypatch.delitem(sys.modules, "google.cloud.storage")
     monkeypatch.setitem(sys.modules, "google.cloud", None)
     with pytest.raises(OSError, match=r"pip install 'agfsync_jax\[gcs\]'"):
-        configs.claim(to_path(RUN), make_config(""))
+        settings.claim(to_path(RUN), make_config(""), steps)
 
 
 class Renamed:

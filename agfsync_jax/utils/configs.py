@@ -1,36 +1,16 @@
-"""An experiment's config: found, overridden, checked before any work, and bound to a workdir."""
+"""An experiment's config: found and overridden."""
 
 import ast
 import difflib
 import importlib.util
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from agfsync_jax.utils import files
-
 BESIDE_PACKAGE = Path(__file__).parents[2]  # the repository, or where the package is installed
-# What each verb leaves in a round, in the order of the loop.
-OUTPUTS = {
-    "prompts": "prompts.jsonl",
-    "questions": "questions.jsonl",
-    "sample": "candidates",
-    "score": "scores",
-    "pair": "pairs",
-    "train": "checkpoints",
-    "evaluate": "evals",
-}
-# The first verb that reads a block, where that is not the verb it is named after.
-FIRST_READ = {"seed": "prompts", "backbone": "sample", "scorers": "score", "loss": "train"}
-# What changes no file that is already there, and may always differ.
-FREE = (
-    r"(report|export|bench)\..*|rounds|mesh\..*|sharding|(sample|score)\.batch_size"
-    r"|score\.mesh\..*|(score|pair)\.max_bad|train\.(remat|keep|tensorboard|wandb)"
-)
 SECRET = r".*(api_key|password|secret|token)"
 
 
@@ -73,44 +53,6 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
     return config.lock()
 
 
-def claim(workdir: Path, config: ConfigDict, write: bool = True) -> None:
-    """Compares the config with the one that made the workdir, then writes it to config.json.
-
-    A key may change as long as nothing that was made with it is there.
-
-    Raises:
-        ValueError: keys differ; lists them, and what would have to go.
-        NotADirectoryError: `workdir` is a file.
-        OSError: the URL `workdir` cannot be reached.
-    """
-    workdir = files.to_path(workdir)
-    files.check_reachable(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
-    path = workdir / "config.json"
-    text = json.dumps(public(config.to_dict()), indent=2)
-    now = flatten(ConfigDict(json.loads(text)))  # tuples are lists in JSON
-    before = flatten(ConfigDict(json.loads(path.read_text()))) if path.exists() else now
-    differ, stale = [], set()
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or re.fullmatch(FREE, key):
-            continue
-        made = _made_with(workdir, key)
-        if made:
-            stale |= made
-            was, new = json.dumps(before.get(key)), json.dumps(now.get(key))
-            differ.append(f"  {key}: {was} there, {new} now")
-    if differ:
-        remove = ", ".join(name for name in OUTPUTS.values() if name in stale)
-        raise ValueError(
-            f"{workdir} was made by another config:\n"
-            + "\n".join(differ)
-            + f"\nTake another --workdir, set these keys back, or remove from its rounds: {remove}"
-        )
-    if write:
-        files.write_text(path, text + "\n")
-
-
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"sample.height": 64, ...}; an empty block has no keys."""
     flat = {}
@@ -129,16 +71,6 @@ def public(block: dict[str, Any]) -> dict[str, Any]:
         for key, value in block.items()
         if not re.fullmatch(SECRET, key)
     }
-
-
-def _made_with(workdir: Path, key: str) -> set[str]:
-    """The outputs in the workdir of the verbs that read `key`, or work from what it made."""
-    block = key.partition(".")[0]
-    verbs = list(OUTPUTS)
-    # Pairs are made anew, from the same scores, whenever their settings change.
-    first = "train" if block == "pair" else FIRST_READ.get(block, block)
-    later = verbs[verbs.index(first) :] if first in verbs else verbs
-    return {OUTPUTS[verb] for verb in later if any(workdir.glob(f"round_*/{OUTPUTS[verb]}"))}
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:

@@ -1,8 +1,4 @@
-import json
-import os
-
 import pytest
-from ml_collections import ConfigDict
 
 from agfsync_jax.utils import configs
 
@@ -97,56 +93,3 @@ def test_overrides_keep_the_type(key, text, value):
 def test_bad_overrides(key, text, message):
     with pytest.raises(ValueError, match=message):
         configs.load(MICRO, {key: text})
-
-
-def _claim(workdir, **overrides):
-    configs.claim(workdir, configs.load(MICRO, overrides))
-
-
-def test_a_workdir_belongs_to_its_config(tmp_path):
-    workdir = tmp_path / "a" / "b"
-    _claim(workdir)
-    _claim(workdir, **{"sample.height": "128"})  # nothing is made yet
-    stored = json.loads((workdir / "config.json").read_text())
-    assert stored["sample"]["height"] == 128 and stored["sharding"] == []
-    (workdir / "round_000" / "candidates").mkdir(parents=True)
-    _claim(workdir, **{"sample.height": "128", "rounds": "3", "report.num_examples": "1"})
-    _claim(workdir, **{"sample.height": "128", "pair.normalize": "rank"})  # no pairs are made yet
-    assert json.loads((workdir / "config.json").read_text())["pair"]["normalize"] == "rank"
-    with pytest.raises(ValueError) as error:
-        _claim(workdir, **{"seed": "5", "pair.normalize": "none"})
-    message = str(error.value)
-    assert "seed: 0 there, 5 now" in message
-    assert "sample.height: 128 there, 64 now" in message
-    assert "pair.normalize" not in message
-    assert "remove from its rounds: candidates" in message
-    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
-
-
-def test_later_outputs_hold_a_key_too(tmp_path):
-    (tmp_path / "round_001" / "pairs").mkdir(parents=True)
-    _claim(tmp_path, **{"pair.min_margin": "0.75"})
-    _claim(tmp_path, **{"pair.min_margin": "0.25"})  # pairs are made anew from the same scores
-    (tmp_path / "round_001" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="pair.min_margin: 0.25 there, 0.5 now"):
-        _claim(tmp_path, **{"pair.min_margin": "0.5"})
-    _claim(tmp_path, **{"pair.min_margin": "0.25", "evaluate.num_seeds": "5"})
-
-
-def test_secrets_stay_out(tmp_path):
-    config = ConfigDict({"llm": {"api_key": "abc", "model": "m"}, "seed": 0})
-    configs.claim(tmp_path, config)
-    stored = (tmp_path / "config.json").read_text()
-    assert "abc" not in stored and json.loads(stored)["llm"] == {"model": "m"}
-    configs.claim(tmp_path, config)
-
-
-def test_a_file_is_no_workdir(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        _claim(tmp_path / "file")
-
-
-def test_only_the_main_process_writes(tmp_path):
-    configs.claim(tmp_path / "new", configs.load(MICRO, {}), write=False)
-    assert os.listdir(tmp_path) == []

@@ -1,0 +1,124 @@
+"""The runner of the loop's verbs: each is a `Step`, whose file is left with its work alone.
+
+    main = Step("prompts", write_prompts, outputs=("prompts.jsonl",), settings=("seed", "prompts"))
+    main(config, workdir, round_index=0, repair=False)
+
+Of several processes all call a step. The runner waits for them wherever one reads what another one
+writes: after repairing, after looking at what is there, after the work, and at the end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agfsync_jax.parallel import multihost
+from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path
+
+
+@dataclasses.dataclass
+class Job:
+    """A step at work in a round of a workdir.
+
+    Attributes:
+        config: the whole config.
+        workdir: a local folder, or one in a bucket.
+        round_index: from 0.
+        plan: what the step has made of its inputs and settings before it began.
+        files: what the step makes that the processes share out among them, in order.
+        missing: those of `files` that were not there when the step began.
+        stage: the step's clock and progress.
+    """
+
+    config: Any
+    workdir: Path
+    round_index: int
+    plan: Any = None
+    files: list[Path] = dataclasses.field(default_factory=list)
+    missing: set[Path] = dataclasses.field(default_factory=set)
+    stage: Stage | None = None
+
+    @property
+    def folder(self) -> Path:
+        """round_NNN in the workdir."""
+        return self.folder_of(self.round_index)
+
+    def folder_of(self, index: int) -> Path:
+        """The folder of another round."""
+        return self.workdir / f"round_{index:03d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A verb of the loop.
+
+    Attributes:
+        name: of the verb.
+        work: makes what is missing.
+        outputs: what the step leaves in the round's folder.
+        inputs: what it reads there -> the verb that makes it; the step does not begin without.
+        settings: blocks of the config that decide what the outputs are (steps/settings.py).
+        plan: reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
+        files: the files of the round that the processes share out; the work is done when all are
+            there.
+        finish: what the main process does when the work of all is done.
+        repair: what the main process does first where damaged files are to be made anew.
+        main_only: whether the main process works alone.
+        unit: what the progress counts, in the plural.
+    """
+
+    name: str
+    work: Callable[[Job], None]
+    outputs: tuple[str, ...]
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    plan: Callable[[Job], Any] | None = None
+    files: Callable[[Job], Sequence[Path]] | None = None
+    finish: Callable[[Job], None] | None = None
+    repair: Callable[[Job], None] | None = None
+    main_only: bool = False
+    unit: str = "images"
+
+    def __call__(
+        self, config: Any, workdir: Path, *, round_index: int = 0, repair: bool = False
+    ) -> None:
+        """Runs the step in a round; what is there already is not made again.
+
+        Raises:
+            FileNotFoundError: an input is not there; the message names the verb that makes it.
+            Exception: what the parts of the step raise.
+        """
+        job = Job(config, to_path(workdir), round_index)
+        for name, verb in self.inputs.items():
+            if not (job.folder / name).exists():
+                raise FileNotFoundError(f"{job.folder} has no {name}: run `agfsync {verb}` first.")
+        if self.plan:
+            job.plan = self.plan(job)
+        if self.files:
+            job.files = list(self.files(job))
+        if self.repair:
+            if repair and multihost.is_main():
+                self.repair(job)
+            multihost.barrier(f"{self.name} repair")
+        if self.files:
+            job.missing = {path for path in job.files if not path.exists()}
+            multihost.barrier(f"{self.name} plan")  # all have looked before one writes
+        with Stage(job.folder, self.name, unit=self.unit) as job.stage:
+            if self.files:
+                there = len(job.files) - len(job.missing)
+                what = "files" if self.main_only else "shards"
+                job.stage.skipped(there, len(job.files), what)
+            done = self.files and not job.missing
+            if not done and (multihost.is_main() or not self.main_only):
+                self.work(job)
+            if self.finish:
+                multihost.barrier(f"{self.name} work")
+                if multihost.is_main():
+                    self.finish(job)
+            multihost.barrier(self.name)
+
+
+def of_process(files: Sequence) -> list:
+    """Of what is shared out, this process's part."""
+    return [files[index] for index in multihost.shards_of_process(len(files))]

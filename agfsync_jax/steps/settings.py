@@ -1,0 +1,85 @@
+"""What a workdir remembers: config.json, the config that made it.
+
+Settings are of two kinds. Those of identity decide what comes out: where they change, what was made
+with them is stale, and the old folder is refused. Run-time settings decide how and where the work
+is done: they are free to change.
+"""
+
+import fnmatch
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from agfsync_jax.steps.runner import Step
+from agfsync_jax.utils import files
+from agfsync_jax.utils.configs import flatten, public
+
+RUN_TIME = (
+    *("rounds", "mesh.*", "sharding", "report.*", "export.*", "bench.*"),
+    *("sample.batch_size", "score.batch_size", "score.mesh.*", "score.max_bad", "pair.max_bad"),
+    *("train.remat", "train.keep", "train.tensorboard", "train.wandb"),
+)
+
+
+def is_run_time(key: str) -> bool:
+    """Whether a key of the config, such as "mesh.data", is free to change."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in RUN_TIME)
+
+
+def claim(
+    workdir: Path, config: ConfigDict, steps: Callable[[], Sequence[Step]], write: bool = True
+) -> None:
+    """Compares the config with the one that made the workdir, then writes it to config.json.
+
+    A setting of identity may change as long as nothing that was made with it is there.
+
+    Args:
+        workdir: it is made.
+        config: the whole of it; secrets are neither compared nor written.
+        steps: gives those of the loop, in order; called where settings differ.
+        write: false on all but the main process.
+
+    Raises:
+        ValueError: settings differ; lists them, and what would have to go.
+        NotADirectoryError: `workdir` is a file.
+        OSError: the URL `workdir` cannot be reached.
+    """
+    workdir = files.to_path(workdir)
+    files.check_reachable(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
+    path = workdir / "config.json"
+    text = json.dumps(public(config.to_dict()), indent=2)
+    now = flatten(ConfigDict(json.loads(text)))  # tuples are lists in JSON
+    before = flatten(ConfigDict(json.loads(path.read_text()))) if path.exists() else now
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not is_run_time(key)
+    ]
+    differ, stale = [], []
+    for key in changed:
+        if made := _made_with(workdir, key, steps()):
+            stale += made
+            was, new = json.dumps(before.get(key)), json.dumps(now.get(key))
+            differ.append(f"  {key}: {was} there, {new} now")
+    if differ:
+        outputs = [output for step in steps() for output in step.outputs if output in stale]
+        raise ValueError(
+            f"{workdir} was made by another config:\n"
+            + "\n".join(differ)
+            + "\nTake another --workdir, set these keys back, or remove from its rounds:"
+            f" {', '.join(outputs)}"
+        )
+    if write:
+        files.write_text(path, text + "\n")
+
+
+def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:
+    """What is there of the first step that a key decides about, and of those that follow it."""
+    block = key.partition(".")[0]
+    first = next((i for i, step in enumerate(steps) if block in step.settings), 0)
+    outputs = (output for step in steps[first:] for output in step.outputs)
+    return [output for output in outputs if any(workdir.glob(f"round_*/{output}"))]
