@@ -28,6 +28,7 @@ class Problems:
         if not 0 <= limit <= 1:
             raise ValueError(f"{setting}={limit}: expected a share, 0 to 1.")
         self.rows: list[dict] = []
+        self._counts = Counter()
         self._totals, self._limit, self._setting = dict(totals), limit, setting
 
     def add(self, rows: Iterable[dict]) -> None:
@@ -36,7 +37,9 @@ class Problems:
         Raises:
             ValueError: now they are too many of their kind.
         """
-        self.rows += rows
+        for row in rows:
+            self.rows.append(row)
+            self._counts[row["kind"]] += row["count"]
         for kind, count in self.counts().items():
             total = self._totals[KINDS[kind][0]]
             if count > self._limit * total:
@@ -49,10 +52,7 @@ class Problems:
 
     def counts(self) -> dict[str, int]:
         """Kind -> how many, of those that there are."""
-        counts = Counter()
-        for row in self.rows:
-            counts[row["kind"]] += row["count"]
-        return {kind: counts[kind] for kind in KINDS if counts[kind]}
+        return {kind: self._counts[kind] for kind in KINDS if self._counts[kind]}
 
     def named(self, kind: str) -> list[str]:
         """The first of a kind, a line each."""
