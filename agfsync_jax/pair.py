@@ -202,7 +202,7 @@ class _Output:
 
         def counted():
             yield from rows
-            card["counts"] = {text: counts[name] for name, text in preferences.COUNTS.items()}
+            card["counts"] = {each.text: counts[name] for name, each in preferences.COUNTS.items()}
 
         self.summary.unlink(missing_ok=True)
         remove_tree(self.folder)
@@ -275,8 +275,10 @@ def _texts(config, encoders: _Encoders | None) -> tuple[Callable, dict[str, tupl
 
 def told(counts: Mapping[str, int]) -> str:
     """The counts in one line; of what was dropped, the reasons that there are."""
-    texts = dict(list(preferences.COUNTS.items())[2:])
-    dropped = ", ".join(f"{counts[name]} {text}" for name, text in texts.items() if counts[name])
+    reasons = [name for name in preferences.COUNTS if name not in ("pairs", "prompts")]
+    dropped = ", ".join(
+        f"{counts[name]} {preferences.COUNTS[name].text}" for name in reasons if counts[name]
+    )
     head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
     return f"{head}; dropped: {dropped or 'nothing'}"
 

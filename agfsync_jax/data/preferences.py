@@ -15,25 +15,44 @@ import numpy as np
 
 NORMALIZATIONS = ("none", "zscore", "rank", "minmax")
 STRATEGIES = ("best_worst", "all_above_margin", "top_k_bottom_k", "ranked")
-# What pair.json counts, each dropped thing once, under the first reason that holds.
-COUNTS = {
-    "pairs": "pairs (or rankings) kept",
-    "prompts": "prompts there were",
-    "few_questions": "prompts with fewer questions than the minimum",
-    "too_few": "prompts without two images that count",
-    "unanswered": "candidates with a question that could not be answered",
-    "nonfinite": "candidates with a score that is not finite",
-    "ties": "ties",
-    "margin": "below the margin",
-    "limit": "above the limit a prompt",
-    "unlabelled": "imported rows without a label",
-    "empty_captions": "imported rows without a caption",
-    "bad_images": "imported rows with an image that cannot be decoded",
-}
 # What config.pair.columns names, of an imported set.
 IMPORTED = ("caption", "first", "second", "label")
 # Scores are float32: values that differ by less are one value, or zscore would blow noise up.
 _ROUNDING = 1e-6
+
+
+class Count(NamedTuple):
+    """A number of pair.json.
+
+    Attributes:
+        of: what is counted: pairs, prompts, candidates or imported rows.
+        what: what became of it.
+    """
+
+    of: str
+    what: str
+
+    @property
+    def text(self) -> str:
+        """In words; that pairs are what is counted goes without saying."""
+        return self.what if self.of == "pairs" else f"{self.of} {self.what}"
+
+
+# What pair.json counts, each dropped thing once, under the first reason that holds.
+COUNTS = {
+    "pairs": Count("pairs", "pairs (or rankings) kept"),
+    "prompts": Count("prompts", "there were"),
+    "few_questions": Count("prompts", "with fewer questions than the minimum"),
+    "too_few": Count("prompts", "without two images that count"),
+    "unanswered": Count("candidates", "with a question that could not be answered"),
+    "nonfinite": Count("candidates", "with a score that is not finite"),
+    "ties": Count("pairs", "ties"),
+    "margin": Count("pairs", "below the margin"),
+    "limit": Count("pairs", "above the limit a prompt"),
+    "unlabelled": Count("imported rows", "without a label"),
+    "empty_captions": Count("imported rows", "without a caption"),
+    "bad_images": Count("imported rows", "with an image that cannot be decoded"),
+}
 
 
 class Scored(NamedTuple):

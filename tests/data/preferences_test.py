@@ -306,3 +306,11 @@ def test_shuffle_labels_swaps_half_and_depends_on_the_pair_alone():
     assert preferences.shuffle_labels(choices[7:], 0, 0) == shuffled[7:]
     assert preferences.shuffle_labels(choices, 1, 0) != shuffled
     assert preferences.shuffle_labels(choices, 0, 1) != shuffled
+
+
+def test_what_is_counted_has_words():
+    told = {name: count.text for name, count in preferences.COUNTS.items()}
+    assert told["ties"] == "ties" and told["pairs"] == "pairs (or rankings) kept"
+    assert told["few_questions"] == "prompts with fewer questions than the minimum"
+    units = {count.of for count in preferences.COUNTS.values()}
+    assert units == {"pairs", "prompts", "candidates", "imported rows"}
