@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from agfsync_jax import backbones, scorers
+from agfsync_jax import backbones
 from agfsync_jax.data import preferences, records
 from agfsync_jax.data.embeddings import in_batches
 from agfsync_jax.data.imports import PreferenceSet
@@ -28,7 +28,8 @@ from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
 from agfsync_jax.data.pairs import pair_features, repair_pairs, write_pairs
 from agfsync_jax.data.scores import read_scores
 from agfsync_jax.data.shards import read_rows, shard_paths
-from agfsync_jax.parallel.sharding import batch_shards
+from agfsync_jax.parallel.mesh import local_mesh
+from agfsync_jax.parallel.sharding import batch_shards, round_up
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.utils.files import remove_tree
 
@@ -235,7 +236,7 @@ class _Encoders:
     """The frozen networks of the backbone, on this process's own devices."""
 
     def __init__(self, config):
-        self.mesh = scorers.local_mesh({"data": -1})
+        self.mesh = local_mesh()
         cls = backbones.backbone_class(config)
         frozen = [name for name in cls.networks if name != cls.denoiser_name]
         self.backbone = backbones.load(config, self.mesh, only=frozen)
@@ -257,8 +258,7 @@ class _Encoders:
         return run, size // 2
 
     def _whole(self, size: int) -> int:
-        shards = batch_shards(self.mesh)
-        return -(-size // shards) * shards
+        return round_up(size, batch_shards(self.mesh))
 
 
 def _texts(config, encoders: _Encoders | None) -> tuple[Callable, dict[str, tuple[int, ...]]]:

@@ -9,18 +9,16 @@ devices. Shards of `config.sample.prompts_per_shard` prompts are whole or absent
 there are not drawn again, and the others are the same bytes as if the run had not been stopped.
 """
 
-from pathlib import Path
+import functools
 from typing import NamedTuple
 
 from agfsync_jax import backbones
 from agfsync_jax.data import records
-from agfsync_jax.data.candidates import draw_candidates
+from agfsync_jax.data.candidates import Shard, draw_candidates, plan_shards
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
 from agfsync_jax.training.checkpoints import restore_denoiser
-
-Shard = tuple[Path, list[dict]]
 
 
 class Plan(NamedTuple):
@@ -32,36 +30,23 @@ class Plan(NamedTuple):
 
 def plan(job: Job) -> Plan:
     """Every shard of the round; ValueError for sizes that cannot be."""
-    rows = records.read_jsonl(job.folder / "prompts.jsonl")
-    prompts = {row["id"]: row["prompt"] for row in rows}
-    folder = job.folder / "candidates"
-    return Plan(prompts, shards_of(job.config, list(prompts), folder, job.round_index))
-
-
-def shards_of(config, prompt_ids: list[str], folder: Path, round_index: int) -> list[Shard]:
-    """Every shard of the job, with rows {prompt_id, candidate, seed}."""
+    config = job.config
     size, count = config.sample.prompts_per_shard, config.sample.num_candidates
     if size < 1 or count < 1:
         raise ValueError(
             f"config.sample.prompts_per_shard={size} and config.sample.num_candidates={count}: "
             "expected at least 1."
         )
-    num_shards = -(-len(prompt_ids) // size)
-    return [
-        (
-            folder / f"{records.shard_name(index, num_shards)}.tfrecord",
-            [
-                {
-                    "prompt_id": prompt_id,
-                    "candidate": candidate,
-                    "seed": row_seed(config.seed, round_index, prompt_id, candidate),
-                }
-                for prompt_id in prompt_ids[index * size : (index + 1) * size]
-                for candidate in range(count)
-            ],
-        )
-        for index in range(num_shards)
-    ]
+    rows = records.read_jsonl(job.folder / "prompts.jsonl")
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    shards = plan_shards(
+        job.folder / "candidates",
+        list(prompts),
+        prompts_per_shard=size,
+        num_candidates=count,
+        seed_of=functools.partial(row_seed, config.seed, job.round_index),
+    )
+    return Plan(prompts, shards)
 
 
 def draw(job: Job) -> None:

@@ -15,11 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from agfsync_jax import scorers
 from agfsync_jax.data import records
 from agfsync_jax.data.problems import Problems
-from agfsync_jax.data.scores import answered
+from agfsync_jax.data.questions import askable
+from agfsync_jax.data.scores import (
+    answered,
+    problems_path,
+    repair_scores,
+    scores_path,
+    write_scores,
+)
 from agfsync_jax.data.shards import read_rows, shard_paths
+from agfsync_jax.parallel.mesh import local_mesh
+from agfsync_jax.scoring import engine
+from agfsync_jax.scoring.columns import asks_questions, check_weights
 from agfsync_jax.steps.runner import Job, Step, of_process
 
 
@@ -49,10 +58,15 @@ def plan(job: Job) -> Plan:
         ValueError: a weight of `config.pair.weights` for a column that no scorer makes.
     """
     config, specs = job.config, job.config.scorers.to_dict()
-    prompts, questions, unasked = read_inputs(job.folder, specs)
-    scorers.check_weights(config.pair.weights, specs)
+    check_weights(config.pair.weights, specs)
+    prompt_rows = read_rows(job.folder / "prompts.jsonl", "prompts")
+    questions, unasked = {}, []
+    if asks_questions(specs):
+        question_rows = read_rows(job.folder / "questions.jsonl", "questions")
+        questions, unasked = askable(prompt_rows, question_rows)
     candidates = shard_paths(job.folder / "candidates", ".tfrecord", "sample")
-    images = images_of(candidates, len(prompts), config.sample)
+    images = _images_of(candidates, len(prompt_rows), config.sample)
+    prompts = {row["id"]: row["prompt"] for row in prompt_rows}
     return Plan(candidates, images, prompts, questions, unasked)
 
 
@@ -73,7 +87,7 @@ def summarize(job: Job) -> None:
     """Writes score.json, when the shards of all processes are there."""
     plan, stage = job.plan, job.stage
     found = _problems(job, plan.candidates)
-    answers = answered(map(answers_path, plan.candidates))
+    answers = answered(map(scores_path, plan.candidates))
     summary = {"images": sum(plan.images.values()), **found.counts(), "left_out": found.told()}
     text = json.dumps(summary | {"answers": answers}, indent=2, ensure_ascii=False)
     records.write_file(job.folder / "score.json", [text.encode(), b"\n"])
@@ -83,38 +97,13 @@ def summarize(job: Job) -> None:
         stage.print(line)
 
 
-def read_inputs(round_dir: Path, specs: dict) -> tuple[dict[str, str], dict[str, list], list[dict]]:
-    """Prompt id -> text; prompt id -> question rows ({} where no scorer asks any); problems."""
-    prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
-    questions, unasked = {}, []
-    if scorers.asks_questions(specs):
-        question_rows = read_rows(round_dir / "questions.jsonl", "questions")
-        questions, unasked = scorers.askable(prompt_rows, question_rows)
-    return {row["id"]: row["prompt"] for row in prompt_rows}, questions, unasked
-
-
-def images_of(candidates: Sequence[Path], num_prompts: int, sample) -> dict[Path, int]:
+def _images_of(candidates: Sequence[Path], num_prompts: int, sample) -> dict[Path, int]:
     """How many images each shard holds, as `agfsync sample` draws them."""
     size = sample.prompts_per_shard
     return {
         path: sample.num_candidates * min(size, max(num_prompts - index * size, 0))
         for index, path in enumerate(candidates)
     }
-
-
-def scores_path(candidates: Path) -> Path:
-    """candidates/NAME.tfrecord -> scores/NAME.parquet."""
-    return candidates.parents[1] / "scores" / f"{candidates.stem}.parquet"
-
-
-def answers_path(candidates: Path) -> Path:
-    """candidates/NAME.tfrecord -> scores/answers-NAME.parquet."""
-    return candidates.parents[1] / "scores" / f"answers-{candidates.stem}.parquet"
-
-
-def problems_path(candidates: Path) -> Path:
-    """candidates/NAME.tfrecord -> scores/problems-NAME.jsonl, which is there if there are any."""
-    return candidates.parents[1] / "scores" / f"problems-{candidates.stem}.jsonl"
 
 
 def _problems(job: Job, candidates: Sequence[Path]) -> Problems:
@@ -136,19 +125,19 @@ def _problems(job: Job, candidates: Sequence[Path]) -> Problems:
         "config.score.max_bad",
     )
     problems.add(plan.unasked)
-    for path in candidates:
-        if scores_path(path).exists() and problems_path(path).exists():
-            problems.add(records.read_jsonl(problems_path(path)))
+    for scores in map(scores_path, candidates):
+        if scores.exists() and problems_path(scores).exists():
+            problems.add(records.read_jsonl(problems_path(scores)))
     return problems
 
 
 def _score(job: Job, todo: list[Path], problems: Problems) -> None:
     config, plan = job.config, job.plan
     size = config.score.batch_size
-    mesh = scorers.local_mesh(config.score.mesh)
-    models = scorers.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
+    mesh = local_mesh(config.score.mesh)
+    models = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
     with job.stage.progress(sum(plan.images[path] for path in todo)) as progress:
-        for path, rows, answers, left_out in scorers.score_shards(
+        for path, rows, answers, left_out in engine.score_shards(
             models,
             todo,
             plan.prompts,
@@ -157,32 +146,14 @@ def _score(job: Job, todo: list[Path], problems: Problems) -> None:
             scored=progress.update,
             expected=plan.images.__getitem__,
         ):
-            problems_path(path).unlink(missing_ok=True)
-            if left_out:
-                records.write_jsonl(problems_path(path), left_out)
-            if answers:
-                records.write_parquet(answers_path(path), answers)
-            records.write_parquet(scores_path(path), rows)  # last: it says that the shard is done
+            write_scores(scores_path(path), rows, answers, left_out)
             problems.add(left_out)
 
 
 def repair(job: Job) -> None:
     """Drops damaged tables, and damaged candidates, which must then be drawn anew."""
-    dropped = []
-    for path in job.plan.candidates:
-        scores, answers, problems = scores_path(path), answers_path(path), problems_path(path)
-        if records.repair_shard(path):
-            dropped.append(path.name)
-        if problems.exists() and not records.repair_shard(problems):
-            scores.unlink(missing_ok=True)  # what was left out may have been mended
-            if any(row["kind"] == "undecodable" for row in records.read_jsonl(problems)):
-                path.unlink(missing_ok=True)
-                dropped.append(path.name)
-            problems.unlink()
-        if answers.exists() and records.repair_shard(answers):
-            scores.unlink(missing_ok=True)  # the scorer that answered must run again
-        if scores.exists():
-            records.repair_shard(scores)
+    paths = job.plan.candidates
+    dropped = [path.name for path in paths if repair_scores(path, scores_path(path))]
     if dropped:
         raise ValueError(
             f"damaged candidates were dropped: {', '.join(dropped)}. Run `agfsync sample`, then"

@@ -15,7 +15,12 @@ import pytest
 
 import agfsync_jax
 from agfsync_jax import cli
+from agfsync_jax.data import questions
+from agfsync_jax.data.columns import without_parts
+from agfsync_jax.evaluators import Evaluator
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
+from agfsync_jax.scorers import Scorer
 from agfsync_jax.utils import modules
 from configs import micro
 
@@ -43,8 +48,18 @@ def prompts_and_questions(count):
     source = modules.load("prompt_sources", CONFIG.prompts.source)
     rows = source.prompts(count, split="train", seed=0, round_index=0)
     asked = source.questions(rows, seed=0)
-    by_prompt = [[q for q in asked if q["id"] == row["id"]] for row in rows]
-    return [row["prompt"] for row in rows], by_prompt
+    asked = questions.by_prompt(asked)
+    return [row["prompt"] for row in rows], [asked[row["id"]] for row in rows]
+
+
+def check_columns(columns):
+    """A part of a sentence about each whole column, a way to write its values."""
+    assert columns
+    for name, column in columns.items():
+        assert column.about and column.about[-1] != ".", name
+        assert column.format == "%" or format(0.5, column.format), name
+        assert isinstance(column.higher_is_better, bool), name
+    assert without_parts(columns)
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -62,8 +77,10 @@ def test_scorer_signature(module):
     assert {"batch_size"} <= {item.name for item in parameters}
     keywords = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     assert all(item.kind in keywords for item in parameters[1:])
-    assert positional(module.Scorer.__call__) == ["images", "prompts", "questions"]
-    assert module.Scorer.__doc__
+    assert positional(module.Scorer.__call__) == positional(Scorer.__call__)
+    assert issubclass(module.Scorer, Scorer) and module.Scorer.__doc__
+    assert isinstance(module.Scorer.asks_questions, bool)
+    check_columns(module.Scorer.columns)
 
 
 @NEEDS_WEIGHTS
@@ -73,19 +90,20 @@ def test_scorer_runs(name):
     spec = CONFIG.scorers[name].to_dict()
     module = modules.load("scorers", spec.pop("name"))
     scorer = module.Scorer(create_mesh({"data": -1, "fsdp": 1, "tensor": 1}), **spec, batch_size=8)
-    prompts, questions = prompts_and_questions(3)
+    prompts, asked = prompts_and_questions(3)
     size = (3, CONFIG.sample.height, CONFIG.sample.width, 3)
     images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    columns = scorer(images, prompts, questions)
+    columns = scorer(images, prompts, asked)
     numbers = {key: value for key, value in columns.items() if key != "answers"}
-    assert name in numbers
+    assert numbers.keys() == scorer.columns.keys()
     for key, values in numbers.items():
         assert np.shape(values) == (3,), key
         assert np.isfinite(values).all(), key
     answers = columns.get("answers")
+    assert (answers is not None) <= scorer.asks_questions
     if answers is not None:
-        assert [len(of_image) for of_image in answers] == [len(asked) for asked in questions]
-    alone = scorer(images[1:2], prompts[1:2], questions[1:2])
+        assert [len(of_image) for of_image in answers] == [len(of_prompt) for of_prompt in asked]
+    alone = scorer(images[1:2], prompts[1:2], asked[1:2])
     for key, values in numbers.items():
         np.testing.assert_allclose(alone[key], values[1:2], rtol=1e-4, atol=1e-4, err_msg=key)
 
@@ -188,16 +206,14 @@ def test_backbone_runs():
     assert (drawn.shape, drawn.dtype) == (images.shape, images.dtype)
 
 
-PROMPT_FIELDS = {"id", "prompt", "category", "source"}
-QUESTION_FIELDS = {"id", "caption", "question", "choices", "answer", "element_type", "element"}
-
-
 @pytest.mark.parametrize("module", members("prompt_sources"))
 def test_prompt_source_signature(module):
-    assert positional(module.prompts) == ["num_prompts"]
-    assert {"split", "seed", "round_index"} <= set(inspect.signature(module.prompts).parameters)
-    assert positional(module.questions) == ["prompt_rows"]
-    assert "seed" in inspect.signature(module.questions).parameters
+    for name in ("prompts", "questions"):
+        function, wanted = getattr(module, name), getattr(PromptSource, name)
+        assert positional(function) == positional(wanted)
+        known = set(inspect.signature(wanted).parameters) - {"self", "spec"}
+        assert known <= set(inspect.signature(function).parameters)
+        assert function.__doc__
 
 
 def test_the_source_of_the_shipped_config():
@@ -205,25 +221,27 @@ def test_the_source_of_the_shipped_config():
     draw = {"num_prompts": 12, "seed": 3, "round_index": 0}
     train = module.prompts(split="train", **draw)
     assert train == module.prompts(split="train", **draw)
-    assert all(set(row) == PROMPT_FIELDS for row in train)
+    assert all(tuple(row) == PROMPT_FIELDS for row in train)
     texts = {row["prompt"] for row in train}
     assert len(texts) == len({row["id"] for row in train}) == 12
     assert not texts & {row["prompt"] for row in module.prompts(split="heldout", **draw)}
     assert texts != {row["prompt"] for row in module.prompts(split="train", **draw | {"seed": 4})}
-    questions = module.questions(train, seed=3)
-    assert all(set(row) == QUESTION_FIELDS for row in questions)
-    assert {row["id"] for row in questions} == {row["id"] for row in train}
-    assert all(row["answer"] in row["choices"] for row in questions)
+    asked = module.questions(train, seed=3)
+    questions.check(train, asked)
+    assert all(tuple(row) == questions.FIELDS for row in asked)
 
 
 @pytest.mark.parametrize("module", members("evaluators"))
 def test_evaluator(module):
     """Evaluator()(images, prompts, questions): columns [B], NaN where one does not apply."""
     evaluator = module.Evaluator()
-    assert positional(evaluator.__call__) == ["images", "prompts", "questions"]
-    prompts, questions = prompts_and_questions(2)
+    assert isinstance(evaluator, Evaluator) and evaluator.__doc__
+    check_columns(evaluator.columns)
+    assert positional(evaluator.__call__) == positional(Evaluator.__call__)
+    prompts, asked = prompts_and_questions(2)
     size = (2, CONFIG.sample.height, CONFIG.sample.width, 3)
-    columns = evaluator(np.zeros(size, np.uint8), prompts, questions)
+    columns = evaluator(np.zeros(size, np.uint8), prompts, asked)
+    assert columns.keys() == evaluator.columns.keys()
     for name, values in columns.items():
         assert np.shape(values) == (2,), name
         assert "/" in name or np.isfinite(values).all(), name

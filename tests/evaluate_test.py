@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agfsync_jax import backbones, evaluate, evaluators, scorers
+from agfsync_jax import backbones, evaluate
 from agfsync_jax.data import records
+from agfsync_jax.data.columns import Column
 from agfsync_jax.data.images import decode_png
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.scoring import engine
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils import modules
 from configs import common
@@ -26,7 +28,8 @@ class Brightness:
     """Answers "yes" to everything, and finds bright images beautiful."""
 
     def __init__(self, column):
-        self.column = column
+        self.column, self.columns = column, {column: Column()}
+        self.asks_questions = column == "vqa"
 
     def __call__(self, images, prompts, questions):
         columns = {self.column: images.mean((1, 2, 3)) / 255}
@@ -97,8 +100,7 @@ def fake_scorers(monkeypatch):
     def load(mesh, specs, *, batch_size):
         return {column: Brightness(column) for column in specs}
 
-    monkeypatch.setattr(scorers, "load_scorers", load)
-    monkeypatch.setattr(scorers, "asks_questions", lambda specs: True)
+    monkeypatch.setattr(engine, "load_scorers", load)
 
 
 def make_config(**changes):
@@ -225,7 +227,7 @@ def test_what_is_done_is_not_done_again(done, monkeypatch, capsys):
     assert (evals / "comparison.json").read_text() == before
 
     monkeypatch.setattr(backbones, "generator", forbid)
-    monkeypatch.setattr(scorers, "load_scorers", forbid)
+    monkeypatch.setattr(engine, "load_scorers", forbid)
     evaluate.main(config, workdir)
     assert (evals / "comparison.json").read_text() == before
 
@@ -255,8 +257,31 @@ def test_damage_is_named_and_repaired(done):
     victim.with_suffix(".parquet").unlink()
     with pytest.raises(records.RecordError, match=f"{victim.name}.*damaged at byte.*--repair"):
         evaluate.main(config, workdir)
+    answers = victim.with_name(f"answers-{victim.stem}.parquet")  # without them, no scores either
+    answers.write_bytes(answers.read_bytes()[:-7])
     evaluate.main(config, workdir, repair=True)
     assert (evals / "comparison.json").read_text() == before
+    assert records.read_parquet(answers)
+
+
+def test_a_kill_between_answers_and_scores_loses_neither(done, monkeypatch):
+    config, workdir = done
+    tuned, write = workdir / "round_000/evals/tuned", records.write_parquet
+    before = {path: path.read_bytes() for path in sorted(tuned.glob("*00001*.parquet"))}
+    assert len(before) == 2
+    for path in before:
+        path.unlink()
+
+    def write_once(path, rows):
+        if path in before and any(other.exists() for other in before):
+            raise KeyboardInterrupt
+        write(path, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records, "write_parquet", write_once)
+        evaluate.main(config, workdir)
+    evaluate.main(config, workdir)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_needs_a_finished_training(tmp_path):
@@ -266,41 +291,3 @@ def test_needs_a_finished_training(tmp_path):
     save_checkpoint(tmp_path, step=1)
     with pytest.raises(ValueError, match="ends at step 1 of config.train.num_steps=2"):
         evaluate.main(config, tmp_path)
-
-
-def rows(**columns):
-    length = len(next(iter(columns.values())))
-    keys = [{"prompt_id": f"p{i // 2}", "candidate": i % 2} for i in range(length)]
-    return [
-        key | {name: values[i] for name, values in columns.items()} for i, key in enumerate(keys)
-    ]
-
-
-def test_compare():
-    base = rows(clip=[1.0, 2.0, 3.0, 4.0], **{"clip/part": [0.0] * 4})
-    tuned = rows(clip=[1.0, 3.0, 2.5, 5.0], **{"clip/part": [0.0] * 4})
-    means, comparison = evaluators.compare(base, tuned[::-1])
-    assert list(means["base"]) == ["clip"]
-    assert means["base"]["clip"]["mean"] == 2.5
-    assert comparison["delta"]["clip"]["mean"] == pytest.approx(0.375)
-    assert comparison["win_rate"]["clip"]["mean"] == pytest.approx(2.5 / 4)  # two wins and a tie
-    same = evaluators.compare(base, base)[1]
-    assert same["delta"]["clip"] == {"mean": 0, "low": 0, "high": 0}
-    assert same["win_rate"]["clip"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-
-
-def test_compare_is_paired_and_over_prompts():
-    """Prompts that differ much, all better by a bit: the difference is sure, the means are not."""
-    level = np.repeat(np.random.default_rng(0).normal(size=50), 2)
-    means, comparison = evaluators.compare(rows(clip=level), rows(clip=level + 0.01))
-    interval = means["base"]["clip"]
-    assert interval["high"] - interval["low"] > 0.2
-    assert comparison["delta"]["clip"]["low"] == pytest.approx(0.01)
-
-
-def test_compare_refuses_what_does_not_match():
-    base = rows(clip=[1.0, 2.0])
-    with pytest.raises(ValueError, match="same images, got 2 and 1 rows"):
-        evaluators.compare(base, base[:1])
-    with pytest.raises(ValueError, match="clip: 1 of 2 scores of tuned are not finite"):
-        evaluators.compare(base, rows(clip=[1.0, float("nan")]))

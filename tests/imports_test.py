@@ -18,7 +18,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room -> the rooms that its files may import besides their own.
 ARROWS = {
-    "evaluators": {"scorers", "data", "utils"},
+    "evaluation": {
+        *("prompt_sources", "scoring", "evaluators"),
+        *("backbones", "diffusion", "data", "parallel", "utils"),
+    },
+    "evaluators": {"data", "utils"},
+    "scoring": {"scorers", "data", "utils"},
     "scorers": {"models", "weights", "data", "parallel", "utils"},
     "backbones": {"models", "diffusion", "weights", "data", "parallel", "utils"},
     "prompt_sources": {"micro", "data", "utils"},

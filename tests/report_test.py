@@ -13,10 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from agfsync_jax import evaluators, report
+from agfsync_jax import report
 from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.pairs import write_pairs
+from agfsync_jax.evaluation.comparison import compare
 from agfsync_jax.evaluators.referee import Evaluator
 from agfsync_jax.micro import world
 from agfsync_jax.reports import rounds
@@ -84,7 +85,7 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
         records.write_parquet(evals / f"{model}-rows.parquet", rows)
         records.write_parquet(evals / f"{model}-answers.parquet", answers)
         tables[model] = rows
-    means, comparison = evaluators.compare(tables["base"], tables["tuned"])
+    means, comparison = compare(tables["base"], tables["tuned"])
     for name, result in (means | {"comparison": comparison}).items():
         (evals / f"{name}.json").write_text(json.dumps(result))
 
@@ -302,7 +303,7 @@ def test_no_scores_but_one_metric(tmp_path):
     """A config with a single scorer and no referee still gets a page."""
     evals = tmp_path / "round_000" / "evals"
     rows = [{"prompt_id": f"p{i}", "candidate": 0, "clip": float(i)} for i in range(4)]
-    means, comparison = evaluators.compare(rows, rows)
+    means, comparison = compare(rows, rows)
     for name in ("base", "tuned"):
         records.write_parquet(evals / f"{name}-rows.parquet", rows)
     for name, result in (means | {"comparison": comparison}).items():

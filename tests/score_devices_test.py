@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from agfsync_jax import score, scorers
+from agfsync_jax import score
 from agfsync_jax.data import images, records
 from agfsync_jax.micro import world
 from agfsync_jax.parallel.mesh import create_mesh
@@ -108,7 +108,7 @@ def test_one_device_eight_and_two_processes_make_the_same_tables(drawn, tmp_path
     equal(eight, pair)
     one = copy(drawn, tmp_path / "one")
     monkeypatch.setattr(
-        scorers, "local_mesh", lambda spec: create_mesh(spec, devices=jax.devices()[:1])
+        score, "local_mesh", lambda spec: create_mesh(spec, devices=jax.devices()[:1])
     )
     score.main(config, one)
     equal(eight, one)

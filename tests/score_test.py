@@ -1,22 +1,28 @@
 """`agfsync score`: every scorer on every candidate, shard by shard, with scorers that are quick."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from agfsync_jax import score, scorers
+from agfsync_jax import score
 from agfsync_jax.data import images, records
+from agfsync_jax.data.columns import Column
+from agfsync_jax.parallel import multihost
+from agfsync_jax.scorers import Scorer
+from agfsync_jax.utils import modules
 from configs import micro
 
 PROMPTS = {f"p{n}": f"prompt {n}" for n in range(5)}
 CANDIDATES, PER_SHARD = 3, 2
 
 
-class Brightness:
+class Brightness(Scorer):
     """One column; what it was called with is on the class."""
 
-    asks_questions = False
+    columns = {"whatever": Column()}
     calls: list = []
 
     def __init__(self, mesh, *, batch_size):
@@ -27,9 +33,10 @@ class Brightness:
         return {"whatever": images.mean((1, 2, 3)) + [len(prompt) for prompt in prompts]}
 
 
-class Asker:
+class Asker(Scorer):
     """Two columns and answers."""
 
+    columns = {"accuracy": Column(), "number": Column()}
     asks_questions = True
 
     def __init__(self, mesh, *, batch_size, bias=0.0):
@@ -56,7 +63,7 @@ class Asker:
 @pytest.fixture
 def config(monkeypatch):
     fakes = {"brightness": Brightness, "asker": Asker}
-    monkeypatch.setattr(scorers, "scorer_class", lambda column, spec: fakes[spec["name"]])
+    monkeypatch.setattr(modules, "load", lambda room, name: SimpleNamespace(Scorer=fakes[name]))
     monkeypatch.setattr(Brightness, "calls", [])
     config = micro.get_config("tiny")
     config.scorers = {"light": {"name": "brightness"}, "vqa": {"name": "asker", "bias": 0.5}}
@@ -227,8 +234,11 @@ def test_a_prompt_that_is_not_listed(config, workdir):
 
 
 def test_a_scorer_with_wrong_shapes(config, workdir, monkeypatch):
-    monkeypatch.setattr(Brightness, "__call__", lambda *_: {"clip": np.zeros((4, 1))})
-    with pytest.raises(ValueError, match=r"'light' made clip of shape \(4, 1\): expected \(4,\)"):
+    monkeypatch.setattr(Brightness, "__call__", lambda *_: {"whatever": np.zeros((4, 1))})
+    with pytest.raises(ValueError, match=r"made light of shape \(4, 1\): expected \(4,\)"):
+        score.main(config, workdir)
+    monkeypatch.setattr(Brightness, "__call__", lambda *_: {"clip": np.zeros(4)})
+    with pytest.raises(ValueError, match="'light' made clip: .* its columns are whatever"):
         score.main(config, workdir)
 
 
@@ -350,14 +360,44 @@ def test_mended_candidates_are_scored_after_repair(config, workdir, trouble):
     assert [p.name for p in (trouble / "candidates").iterdir()] == ["00000-of-00003.tfrecord"]
 
 
-def test_decoding_runs_ahead():
-    made = []
+def test_a_run_killed_between_any_two_files_goes_on(config, trouble, tmp_path, monkeypatch):
+    """The file that says that a shard is done is its last one."""
+    config.score.max_bad = 0.5
+    whole, write = shutil.copytree(trouble, tmp_path / "whole" / "round_000"), records.write_file
+    score.main(config, whole.parent)
+    files = {path.name: path.read_bytes() for path in (whole / "scores").iterdir()}
+    files["score.json"] = (whole / "score.json").read_bytes()
+    assert len(files) == 10
 
-    def work():
-        for number in range(6):
-            made.append(number)
-            yield number
+    for count in range(len(files)):
+        killed = shutil.copytree(trouble, tmp_path / f"killed_{count}" / "round_000")
+        left = iter(range(count))
 
-    ahead = scorers._ahead(work())
-    assert next(ahead) == 0
-    assert list(ahead) == [1, 2, 3, 4, 5] and made == [0, 1, 2, 3, 4, 5]
+        def write_or_die(path, parts, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            write(path, parts)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(records, "write_file", write_or_die)
+            score.main(config, killed.parent)
+        score.main(config, killed.parent)
+        found = {path.name: path.read_bytes() for path in (killed / "scores").iterdir()}
+        assert found | {"score.json": (killed / "score.json").read_bytes()} == files, count
+
+
+def test_the_summary_waits_for_the_other_processes(config, workdir, tmp_path, monkeypatch):
+    """This process makes shards 0 and 2; another one has made shard 1 when they meet."""
+    whole = shutil.copytree(workdir / "round_000", tmp_path / "whole" / "round_000")
+    score.main(config, whole.parent)
+    folder, own = workdir / "round_000", {"00000-of-00003.parquet", "00002-of-00003.parquet"}
+
+    def meet(name):
+        if own <= {path.name for path in (folder / "scores").glob("*")}:
+            for path in (whole / "scores").glob("*00001*"):
+                shutil.copy(path, folder / "scores")
+
+    monkeypatch.setattr(multihost, "shards_of_process", lambda count: range(0, count, 2))
+    monkeypatch.setattr(multihost, "barrier", meet)
+    score.main(config, workdir)
+    assert (folder / "score.json").read_bytes() == (whole / "score.json").read_bytes()

@@ -28,12 +28,12 @@ from agfsync_jax import (
     report,
     sample,
     score,
-    scorers,
     train,
 )
 from agfsync_jax.data import records
 from agfsync_jax.data.pairs import read_features
 from agfsync_jax.parallel.sharding import infer_shardings
+from agfsync_jax.scoring import engine
 from agfsync_jax.steps import settings
 from agfsync_jax.training import checkpoints
 from agfsync_jax.utils import files, metrics, modules
@@ -127,9 +127,8 @@ def fakes(monkeypatch, tmp_path):
         modules, "load", lambda room, name: fake if room == "backbones" else load(room, name)
     )
     monkeypatch.setattr(
-        scorers, "load_scorers", lambda mesh, specs, batch_size: {n: Brightness(n) for n in specs}
+        engine, "load_scorers", lambda mesh, specs, batch_size: {n: Brightness(n) for n in specs}
     )
-    monkeypatch.setattr(scorers, "asks_questions", lambda specs: True)
     manager = checkpoints.ocp.CheckpointManager
 
     def local(folder, **options):

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from agfsync_jax import scorers
 from agfsync_jax.benches import Measured, Task, joined
 from agfsync_jax.benches._peers import Reference
 from agfsync_jax.benches._processes import HostMemory, Process, processor_name
 from agfsync_jax.micro import world
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa
+from agfsync_jax.scoring.engine import load_scorers, score_images
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.weights.places import local_files, resolve_path
 
@@ -158,7 +158,7 @@ class Agfsync:
             name: {k: v for k, v in each.items() if k not in ("folder", "head_file")}
             for name, each in specs.items()
         }
-        self._scorers = scorers.load_scorers(mesh, own, batch_size=batch_size)
+        self._scorers = load_scorers(mesh, own, batch_size=batch_size)
 
     def score(
         self,
@@ -169,7 +169,7 @@ class Agfsync:
     ) -> dict[str, Any]:
         """Seconds, peak memory so far and, a scorer, answers or scores."""
         start = time.perf_counter()
-        columns, answers = scorers.score_images(
+        columns, answers = score_images(
             {name: self._scorers[name] for name in parts}, images, prompts, questions
         )
         seconds = time.perf_counter() - start

@@ -1,11 +1,15 @@
-"""Drawn images to candidate shards, encoded and written on threads while the next batch runs."""
+"""Shards of candidates: which rows each has, and how drawn images become files.
+
+They are encoded and written on threads while the next batch is drawn.
+"""
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,10 +22,45 @@ _MAX_WRITES = 2  # shards waiting to be written; then drawing waits, and memory 
 Row = dict[str, Any]
 
 
+class Shard(NamedTuple):
+    """A file of candidates, and which they are: rows with prompt_id, candidate and seed."""
+
+    path: Path
+    rows: Sequence[Row]
+
+
+def plan_shards(
+    folder: Path,
+    prompt_ids: Sequence[str],
+    *,
+    prompts_per_shard: int,
+    num_candidates: int,
+    seed_of: Callable[[str, int], int],
+) -> list[Shard]:
+    """All shards of a folder; the last one may have fewer prompts.
+
+    Args:
+        num_candidates: of each prompt; they follow each other, candidate 0 first.
+        seed_of: (prompt id, candidate) -> the seed that it is drawn from.
+    """
+    count = math.ceil(len(prompt_ids) / prompts_per_shard)
+    return [
+        Shard(
+            folder / f"{records.shard_name(index, count)}.tfrecord",
+            [
+                {"prompt_id": prompt_id, "candidate": each, "seed": seed_of(prompt_id, each)}
+                for prompt_id in prompt_ids[start : start + prompts_per_shard]
+                for each in range(num_candidates)
+            ],
+        )
+        for index, start in enumerate(range(0, len(prompt_ids), prompts_per_shard))
+    ]
+
+
 def draw_candidates(
     generator: Any,
     params: Any,
-    shards: Sequence[tuple[Path, Sequence[Row]]],
+    shards: Sequence[Shard],
     undrawn: Collection[Path],
     prompts: Mapping[str, str],
     num_candidates: int,
@@ -34,7 +73,7 @@ def draw_candidates(
     Args:
         generator: see diffusion/generation.py.
         params: of its backbone.
-        shards: (path, rows); the rows of a prompt follow each other, candidate 0 first.
+        shards: see `plan_shards`.
         undrawn: the paths to write.
         prompts: prompt id -> text.
         num_candidates: rows a prompt.
@@ -45,26 +84,26 @@ def draw_candidates(
     Raises:
         OSError: see `write_candidates`.
     """
-    rows = [row for _, each in shards for row in each]
+    rows = [row for shard in shards for row in shard.rows]
     texts = [prompts[row["prompt_id"]] for row in rows if row["candidate"] == 0]
     shape = len(texts), num_candidates
     seeds = np.array([row["seed"] for row in rows], np.uint32).reshape(shape)
     perturb = np.array([row["candidate"] > 0 for row in rows], bool).reshape(shape)
-    wanted = np.array([path in undrawn for path, each in shards for _ in each], bool)
+    wanted = np.array([shard.path in undrawn for shard in shards for _ in shard.rows], bool)
     batches = generator.stream(params, texts, seeds, perturb, wanted=wanted)
-    yield from write_candidates(batches, [shard for shard in shards if shard[0] in undrawn])
+    yield from write_candidates(batches, [shard for shard in shards if shard.path in undrawn])
 
 
 def write_candidates(
     batches: Iterable[tuple[Any, np.ndarray, np.ndarray]],
-    shards: Sequence[tuple[Path, Sequence[Row]]],
+    shards: Sequence[Shard],
 ) -> Iterator[int]:
     """Writes each shard as soon as its last row is drawn.
 
     Args:
         batches: (which rows, latents [b, h, w, c] float16, images [b, H, W, 3] uint8) in order:
             all rows of all shards and no others; see diffusion/generation.py.
-        shards: (path, rows); a row has prompt_id, candidate and seed.
+        shards: see `plan_shards`.
 
     Yields:
         The number of images of every batch.
@@ -72,7 +111,7 @@ def write_candidates(
     Raises:
         OSError: no space left; shards before are whole, later ones are absent.
     """
-    rows = itertools.chain.from_iterable(each for _, each in shards)
+    rows = itertools.chain.from_iterable(shard.rows for shard in shards)
     waiting, drawn = deque(shards), []
     writes: deque[Future] = deque()
     with ThreadPoolExecutor(_THREADS) as encoders, ThreadPoolExecutor(1) as writer:
@@ -80,10 +119,10 @@ def write_candidates(
             own = itertools.islice(rows, len(images))
             for row, latent, image in zip(own, latents, images, strict=True):
                 drawn.append((row, latent, encoders.submit(encode_png, image)))
-            while waiting and len(drawn) >= len(waiting[0][1]):
-                path, planned = waiting.popleft()
-                writes.append(writer.submit(_write, path, drawn[: len(planned)]))
-                del drawn[: len(planned)]
+            while waiting and len(drawn) >= len(waiting[0].rows):
+                shard = waiting.popleft()
+                writes.append(writer.submit(_write, shard.path, drawn[: len(shard.rows)]))
+                del drawn[: len(shard.rows)]
             while writes and (writes[0].done() or len(writes) > _MAX_WRITES):
                 writes.popleft().result()
             yield len(images)

@@ -1,8 +1,8 @@
 """The micro world's referee: classical vision judges each image against its prompt.
 
 It shares nothing with the models that score and train, so it tells whether a higher score means
-better images. Only for prompts in the grammar of micro/world.py (the one room besides scorers,
-data and utils that this file needs).
+better images. Only for prompts in the grammar of micro/world.py (the one room besides data
+that this file needs).
 """
 
 from collections import defaultdict
@@ -11,13 +11,26 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import evaluators
+from agfsync_jax.data.columns import Column
 from agfsync_jax.micro import world
 
+_BY_TYPE = {
+    f"referee/{kind}": Column(f"the referee's checks about {kind}", "%")
+    for kind in world.ELEMENT_TYPES
+}
 
-class Evaluator:
-    """Columns referee (share of checks that are true), referee_strict (1 where all are) and
-    referee/TYPE (share of the checks of an element type; NaN where a prompt has none).
-    """
+
+class Evaluator(evaluators.Evaluator):
+    """The share of checks that are true, whether all are, and the share of each element type."""
+
+    columns = {
+        "referee": Column(
+            "checks that an independent vision program, never used to train, finds true", "%"
+        ),
+        "referee_strict": Column("images in which the referee finds every check true", "%"),
+        **_BY_TYPE,
+    }
 
     def __call__(
         self,
@@ -31,14 +44,7 @@ class Evaluator:
             ValueError: a prompt outside the grammar, or images of another size than the world's.
         """
         del questions
-        columns = {
-            name: np.full(len(prompts), np.nan, np.float32)
-            for name in (
-                "referee",
-                "referee_strict",
-                *map("referee/{}".format, world.ELEMENT_TYPES),
-            )
-        }
+        columns = {name: np.full(len(prompts), np.nan, np.float32) for name in self.columns}
         for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             checks = world.referee(np.asarray(image), world.parse_caption(prompt))
             columns["referee"][row] = world.referee_mean(checks)

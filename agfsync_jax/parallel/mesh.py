@@ -39,3 +39,8 @@ def create_mesh(
             "Set the sizes so that their product is the number of devices, or one of them to -1."
         )
     return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def local_mesh(spec: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of this process's own devices, where processes work on things of their own."""
+    return create_mesh(spec, devices=jax.local_devices())

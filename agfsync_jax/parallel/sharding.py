@@ -29,6 +29,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple, such as of `batch_shards`."""
+    return math.ceil(number / multiple) * multiple
+
+
 def path_string(path: Sequence[Any]) -> str:
     """A key path of a pytree as "down_blocks.0.resnets.0.conv1.kernel"."""
     # An nnx.Variable is a node of its own; its leaf's attribute says nothing about the parameter.

@@ -24,6 +24,7 @@ from agfsync_jax.parallel.sharding import (
     batch_shards,
     infer_shardings,
     replicated,
+    round_up,
 )
 from agfsync_jax.plans import Work, is_here, placed
 from agfsync_jax.scorers import _blip2
@@ -50,8 +51,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     mesh = create_mesh(config.score.mesh, devices=topologies.one_process(name, devices))
     graph, params, resize = abstract_blip2(specs[0], mesh)
     shards = batch_shards(mesh)
-    num_images = _blip2.round_up(specs[0].get("batch_size") or config.score.batch_size, shards)
-    size = _blip2.round_up(specs[0].get("questions_per_batch") or 2 * num_images, shards)
+    num_images = round_up(specs[0].get("batch_size") or config.score.batch_size, shards)
+    size = round_up(specs[0].get("questions_per_batch") or 2 * num_images, shards)
     num_steps = -(-num_images * QUESTIONS // size)
     read_images, score, _ = _blip2.programs(graph, mesh, resize)
 

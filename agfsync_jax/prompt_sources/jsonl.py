@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agfsync_jax.data.questions import fault
 from agfsync_jax.prompt_sources import prompt_id
 from agfsync_jax.utils.files import to_path
 
@@ -183,23 +184,21 @@ def _in_split(rows: list[dict], split: str, heldout: float) -> list[dict]:
 
 def _question(where: str, row: dict) -> dict:
     choices = row.get("choices", YES_NO)
-    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    if not texts or len(set(choices)) < 2:
-        raise ValueError(
-            f"{where}: 'choices' must list two or more different texts, found {choices!r:.80}."
-        )
-    choices = list(dict.fromkeys(choices))
-    answer = _text(where, row, "answer")
-    if answer not in choices:
-        raise ValueError(f"{where}: answer {answer!r} is not among its choices {choices}.")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{where}: 'choices' must list texts, found {choices!r:.80}.")
     if row.get("id") is None and row.get("caption") is None:
         raise ValueError(f"{where}: no 'id' and no 'caption': whose question is it?")
-    return {
+    question = {
         "id": _text(where, row, "id", default=""),
         "caption": _text(where, row, "caption", default=""),
         "question": _text(where, row, "question"),
-        "choices": choices,
-        "answer": answer,
+        "choices": list(dict.fromkeys(choices)),
+        "answer": _text(where, row, "answer"),
         "element_type": _text(where, row, "element_type", default="other"),
         "element": _text(where, row, "element", default=""),
     }
+    if what := fault(question):
+        raise ValueError(
+            f"{where}: {what}; expected two or more different choices, and the answer among them."
+        )
+    return question

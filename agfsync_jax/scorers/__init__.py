@@ -1,312 +1,43 @@
-"""Images in, numbers out: a scorer a file, and here how shards of candidates go through them.
+"""Images in, numbers out: a scorer a file. scoring/ takes the images through them."""
 
-A scorer is a class `Scorer(mesh, **spec)`, called as `scorer(images uint8 [b, h, w, 3], prompts,
-questions)` with b texts and b lists of question rows. It returns a dict of columns, each [b]; a
-column "answers" holds for each image a list of dicts, one a question. A scorer that does not read
-the questions says so with `asks_questions = False`.
-"""
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-import itertools
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import UInt8
 
-from agfsync_jax.data import images as png
-from agfsync_jax.data import records
-from agfsync_jax.data.problems import problem
-from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.utils import modules
-
-_KEYS = ("prompt_id", "candidate")
-_FIELDS = (*_KEYS, "image")
-_BATCHES_AHEAD = 2  # decoded while the device is busy
+from agfsync_jax.data.columns import Column
 
 
-def scorer_class(column: str, spec: Mapping[str, Any]) -> type:
-    """The class that the block `config.scorers.<column>` names."""
-    if "name" not in spec:
-        raise ValueError(f"config.scorers.{column} has no name: which file of scorers is it?")
-    return modules.load("scorers", spec["name"]).Scorer
+class Scorer(Protocol):
+    """What the class `Scorer` of each file here is; it derives from this one.
 
-
-def asks_questions(specs: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether any scorer of `config.scorers` reads the questions."""
-    return any(
-        getattr(scorer_class(column, spec), "asks_questions", True)
-        for column, spec in specs.items()
-    )
-
-
-def check_questions(prompt_rows: Sequence[Mapping], question_rows: Iterable[Mapping]) -> None:
-    """Raises ValueError unless every prompt has at least one question."""
-    asked = {row["id"] for row in question_rows}
-    without = [row for row in prompt_rows if row["id"] not in asked]
-    if without:
-        raise ValueError(
-            f"{len(without)} of {len(prompt_rows)} prompts have no question, the first is"
-            f" {without[0]['id']} ({without[0]['prompt']!r}): a scorer asks them, so give each"
-            " prompt one, or take that scorer out of config.scorers."
-        )
-
-
-def askable(
-    prompt_rows: Sequence[Mapping], question_rows: Iterable[Mapping]
-) -> tuple[dict[str, list[Mapping]], list[dict]]:
-    """Sorts out the questions that can be asked.
-
-    Returns:
-        prompt id -> its question rows, and what was left out: rows of data/problems.py.
-    """
-    kept, problems = [], []
-    for row in question_rows:
-        choices, what = list(row["choices"]), ""
-        if not row["question"].strip():
-            what = "the question is empty"
-        elif row["answer"] not in choices or len(set(choices)) < max(2, len(choices)):
-            what = f"{row['question']!r} expects {row['answer']!r} of the choices {choices}"
-        if what:
-            problems.append(problem("bad_questions", f"prompt {row['id']}", what))
-        else:
-            kept.append(row)
-    asked = by_prompt(kept)
-    problems += [
-        problem("no_questions", f"prompt {row['id']}", repr(row["prompt"]))
-        for row in prompt_rows
-        if row["id"] not in asked
-    ]
-    return asked, problems
-
-
-def by_prompt(question_rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
-    """Question rows under the id of their prompt."""
-    grouped = defaultdict(list)
-    for row in question_rows:
-        grouped[row["id"]].append(row)
-    return dict(grouped)
-
-
-def check_weights(weights: Mapping[str, float], specs: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each weight names a column that the scorers will make."""
-    unknown = [name for name in weights if name.split("/")[0] not in specs]
-    if unknown:
-        raise ValueError(
-            f"config.pair.weights names {', '.join(map(repr, unknown))}, which no scorer makes:"
-            f" config.scorers has {', '.join(map(repr, specs)) or 'none'}."
-        )
-
-
-def local_mesh(spec: Mapping[str, int]) -> Mesh:
-    """The mesh that scores: each process scores shards of its own, on its own devices."""
-    return create_mesh(spec, devices=jax.local_devices())
-
-
-def load_scorers(
-    mesh: Mesh, specs: Mapping[str, Mapping[str, Any]], *, batch_size: int
-) -> dict[str, Any]:
-    """The scorers of `config.scorers`, column -> scorer, with their weights on the device.
-
-    `batch_size` is for those whose block names none.
-    """
-    classes = {column: scorer_class(column, spec) for column, spec in specs.items()}
-    arguments = {
-        column: {"batch_size": batch_size} | {k: v for k, v in spec.items() if k != "name"}
-        for column, spec in specs.items()
-    }
-    return {column: classes[column](mesh, **arguments[column]) for column in specs}
-
-
-def score_images(
-    scorers: Mapping[str, Any],
-    images: np.ndarray,
-    prompts: Sequence[str],
-    questions: Sequence[Sequence[Mapping]],
-) -> tuple[dict[str, np.ndarray], dict[str, list]]:
-    """Runs every scorer over a batch.
-
-    Returns:
-        columns [b], named after the config's block (block/column where a scorer makes several),
-        and block -> the answers that it gave, a list for each image.
-    """
-    columns, answers = {}, {}
-    for block, scorer in scorers.items():
-        made = dict(scorer(images, prompts, questions))
-        if "answers" in made:
-            answers[block] = made.pop("answers")
-        for name, values in made.items():
-            column = block if len(made) == 1 else f"{block}/{name}"
-            columns[column] = np.asarray(values, np.float32)
-            if columns[column].shape != (len(images),):
-                raise ValueError(
-                    f"scorer {block!r} made {name} of shape {columns[column].shape}:"
-                    f" expected ({len(images)},), one number an image."
-                )
-    return columns, answers
-
-
-class Scored(NamedTuple):
-    """A shard of candidates that has been through all scorers.
+    It is made as `Scorer(mesh, *, batch_size, **spec)`. `config.scorers.<block>` names the file and
+    holds the spec; what does not run in batches of a fixed size may ignore `batch_size`.
 
     Attributes:
-        path: of the candidates.
-        scores: a row an image: prompt_id, candidate, a number a column.
-        answers: a row a question and image.
-        problems: what was left out; see data/problems.py.
+        columns: what it makes. A single column is known by the name of its block, several by
+            block/column.
+        asks_questions: whether it reads the questions; then every prompt must have one.
     """
 
-    path: Path
-    scores: list[dict]
-    answers: list[dict]
-    problems: list[dict]
+    columns: Mapping[str, Column]
+    asks_questions: bool = False
 
+    def __call__(
+        self,
+        images: UInt8[np.ndarray, "b h w 3"],
+        prompts: Sequence[str],
+        questions: Sequence[Sequence[Mapping[str, Any]]],
+    ) -> dict[str, Any]:
+        """Scores images of one size.
 
-def score_shards(
-    scorers: Mapping[str, Any],
-    paths: Sequence[Path],
-    prompts: Mapping[str, str],
-    questions: Mapping[str, Sequence[Mapping]],
-    *,
-    batch_size: int,
-    scored: Callable[[int], None] = lambda count: None,
-    expected: Callable[[Path], int] | None = None,
-) -> Iterator[Scored]:
-    """Scores shards of candidates batch by batch, decoding the next ones meanwhile.
+        Args:
+            prompts: [b], what each image should show.
+            questions: [b] lists of rows; see data/questions.py.
 
-    Args:
-        scorers: from `load_scorers`.
-        paths: TFRecord files of candidates.
-        prompts: prompt id -> text.
-        questions: prompt id -> its question rows; others count as having none.
-        batch_size: images at a time; a batch lies in one shard.
-        scored: called with the number of images after each batch.
-        expected: the number of images of a shard, with which damaged ones are left out and
-            counted; without it they raise.
-
-    Yields:
-        each shard, as soon as its last image is scored.
-
-    Raises:
-        RecordError: a damaged shard, or an image that cannot be decoded.
-        ValueError: a candidate of a prompt that is not in `prompts`.
-    """
-    scores, answers, problems = [], [], []
-    for path, rows, images, lost, is_last in _ahead(_decoded(paths, batch_size, expected)):
-        for row in rows:
-            if row["prompt_id"] not in prompts:
-                raise ValueError(f"{path} draws prompt {row['prompt_id']!r}, which is not listed.")
-        ids = [row["prompt_id"] for row in rows]
-        asked = [questions.get(prompt, []) for prompt in ids]
-        problems += lost
-        if rows:
-            texts = [prompts[i] for i in ids]
-            columns, replies = score_images(scorers, images, texts, asked)
-            scores += [
-                {key: row[key] for key in _KEYS}
-                | {name: float(v[i]) for name, v in columns.items()}
-                for i, row in enumerate(rows)
-            ]
-            answers += _answer_rows(rows, asked, replies)
-            problems += _problems(scorers, rows, asked, columns, replies)
-            scored(len(rows))
-        if is_last:
-            yield Scored(path, scores, answers, problems)
-            scores, answers, problems = [], [], []
-
-
-def _answer_rows(rows: list[dict], asked: list, answers: dict[str, list]) -> Iterator[dict]:
-    for block, given in answers.items():
-        for row, questions, replies in zip(rows, asked, given, strict=True):
-            for index, (question, reply) in enumerate(zip(questions, replies, strict=True)):
-                made = {key: row[key] for key in _KEYS} | {
-                    "scorer": block,
-                    "index": index,
-                    "question": question["question"],
-                    "element_type": question["element_type"],
-                    "expected": question["answer"],
-                    "answer": reply["answer"],
-                    "p_yes": float(reply["p_yes"]),
-                    "p_expected": float(reply["p_expected"]),
-                    "correct": bool(reply["correct"]),
-                }
-                yield made | {key: reply[key] for key in ("written",) if key in reply}
-
-
-def _problems(
-    scorers: Mapping[str, Any],
-    rows: Sequence[dict],
-    asked: Sequence[Sequence],
-    columns: Mapping[str, np.ndarray],
-    answers: Mapping[str, list],
-) -> Iterator[dict]:
-    """Answers and scores that are not there; a mean over no answers is not counted once more."""
-    silent = defaultdict(set)  # block -> the images that it has no answer about
-    for block, given in answers.items():
-        for image, replies in enumerate(given):
-            lacking = [reply["question"] for reply in replies if reply["answer"] is None]
-            if len(lacking) == len(replies):
-                silent[block].add(image)
-            for question in lacking:
-                yield problem("unanswered", _where(rows[image]), f"{block} on {question!r}")
-    for block, scorer in scorers.items():
-        if getattr(scorer, "asks_questions", True):
-            silent[block].update(image for image, each in enumerate(asked) if not each)
-    for name, values in columns.items():
-        for image in np.flatnonzero(~np.isfinite(values)):
-            if image not in silent[name.split("/")[0]]:
-                yield problem("nonfinite", _where(rows[image]), f"{name} is {values[image]}")
-
-
-def _where(row: Mapping[str, Any]) -> str:
-    return f"prompt {row['prompt_id']}, candidate {row['candidate']}"
-
-
-Batch = tuple[Path, list[dict], np.ndarray, list[dict], bool]
-
-
-def _decoded(
-    paths: Sequence[Path], batch_size: int, expected: Callable[[Path], int] | None
-) -> Iterator[Batch]:
-    """(path, rows, images, what was left out, whether the shard ends here) of each batch."""
-    for path in paths:
-        rows = records.read_shard(path, records.CANDIDATE_FEATURES, _FIELDS)
-        count, more = 0, True
-        while more:
-            batch, lost = [], []
-            try:
-                for row in itertools.islice(rows, batch_size):
-                    batch.append(row)
-                more = len(batch) == batch_size
-            except records.RecordError as error:
-                if expected is None:
-                    raise
-                lacking = max(expected(path) - count - len(batch), 1)
-                lost.append(problem("damaged", f"shard {path.stem}", str(error), lacking))
-                more = False
-            count += len(batch)
-            images = png.decode_each([row.pop("image") for row in batch])
-            kept = []
-            for row, image in zip(batch, images, strict=True):
-                if not isinstance(image, ValueError):
-                    kept.append((row, image))
-                elif expected is None:
-                    raise records.RecordError(path, None, f"{_where(row)}: {image}")
-                else:
-                    where = f"shard {path.stem}, {_where(row)}"
-                    lost.append(problem("undecodable", where, str(image)))
-            pixels = png.stack_images([image for _, image in kept])
-            yield path, [row for row, _ in kept], pixels, lost, not more
-
-
-def _ahead(work: Iterator) -> Iterator:
-    """The same items, made in a thread that runs ahead of whoever asks for them."""
-    done = object()
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, work, done) for _ in range(_BATCHES_AHEAD))
-        while (item := pending.popleft().result()) is not done:
-            pending.append(pool.submit(next, work, done))
-            yield item
+        Returns:
+            the columns, float32 [b] each, NaN where there is no score; and from one that asks,
+            "answers": for each image a list of dicts, one a question, with answer (None where
+            there is none), p_yes, p_expected, correct and, if it was mapped to a choice, written.
+        """

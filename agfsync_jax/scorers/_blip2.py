@@ -6,6 +6,7 @@ from its own questions alone, so the same questions give the same bytes whatever
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ from agfsync_jax.parallel.sharding import (
     batch_shards,
     infer_shardings,
     replicated,
+    round_up,
 )
+from agfsync_jax.scorers._shared import filled
 from agfsync_jax.weights.networks import load_model
 from agfsync_jax.weights.places import local_files, resolve_path
 
@@ -218,15 +221,13 @@ class Blip2:
     def _size(self, shape: tuple[int, int]) -> int:
         """Questions at a time: fewer where their choices are long."""
         smaller = max(1, shape[0] * shape[1] // _DECODED)
-        return round_up(-(-self._question_batch // smaller), self._shards)
+        return round_up(math.ceil(self._question_batch / smaller), self._shards)
 
     def _image_tokens(self, images: np.ndarray) -> list[Array]:
         if images is not self._seen:
             self._tokens = []
             for start in range(0, len(images), self._image_batch):
-                batch = images[start : start + self._image_batch]
-                lacking = self._image_batch - len(batch)
-                batch = np.concatenate([batch, np.repeat(batch[:1], lacking, axis=0)])
+                batch = filled(images[start : start + self._image_batch], self._image_batch)
                 batch = jax.device_put(batch, self._by_row)
                 self._tokens.append(self._read_images(self._params, batch))
             self._seen = images
@@ -294,8 +295,3 @@ def choice_log_probs(
     log_probs = jax.nn.log_softmax(logits, axis=-1).reshape(questions, count, length, -1)
     log_probs = jnp.take_along_axis(log_probs, choices[..., None], axis=-1)[..., 0]
     return jnp.sum(log_probs * choice_mask, axis=-1)
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-number // multiple) * multiple

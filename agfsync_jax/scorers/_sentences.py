@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from agfsync_jax.data.tokenizers import TextTokenizer
 from agfsync_jax.models.mpnet import MPNetModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated, round_up
+from agfsync_jax.scorers._shared import filled
 from agfsync_jax.scorers.clip import unit
 from agfsync_jax.weights.networks import load_model, read_json
 from agfsync_jax.weights.places import local_files, resolve_path
@@ -51,7 +52,7 @@ class SentenceEncoder:
         limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
         self._max_length = min(limit or config.max_length, config.max_length)
         shards = batch_shards(mesh)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._batch_size = round_up(batch_size, shards)
         self._sharding = batch_sharding(mesh)
         self._size = config.hidden_size
         self._texts: dict[str, np.ndarray] = {}
@@ -72,16 +73,12 @@ class SentenceEncoder:
         made = [self._texts[text] for text in sentences]
         return np.stack(made) if made else np.zeros((0, self._size), np.float32)
 
-    def closest(self, answer: str, choices: Sequence[str]) -> str:
-        """The choice with the largest cosine to the answer, the first of equal ones.
+    def closest(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+        """Of each (answer, choices) the choice with the largest cosine, the first of equal ones.
 
         Raises:
-            ValueError: there is no choice.
+            ValueError: an answer without choices.
         """
-        return self.closest_of([(answer, choices)])[0]
-
-    def closest_of(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-        """`closest` of each (answer, choices); all new texts are embedded together."""
         for answer, choices in pairs:
             if not choices:
                 raise ValueError(f"the answer {answer!r} has no choices: give at least one.")
@@ -101,9 +98,9 @@ class SentenceEncoder:
         parts, made = [], []
         for start in range(0, len(order), self._batch_size):
             part = order[start : start + self._batch_size]
-            filled = np.concatenate([part, np.repeat(part[:1], self._batch_size - len(part))])
-            length = -(-lengths[part[-1]] // _MULTIPLE) * _MULTIPLE
-            batch = jax.device_put((ids[filled, :length], mask[filled, :length]), self._sharding)
+            rows = filled(part, self._batch_size)
+            length = round_up(int(lengths[part[-1]]), _MULTIPLE)
+            batch = jax.device_put((ids[rows, :length], mask[rows, :length]), self._sharding)
             parts.append(part)
             made.append(self._embed(self._params, *batch))
         embeddings = np.empty((len(texts), self._size), np.float32)

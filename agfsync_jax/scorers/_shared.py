@@ -1,9 +1,10 @@
-"""Models that several scorers use are loaded once, for as long as one of them lives."""
+"""What several scorers use: models that are loaded once, and batches of a fixed size."""
 
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from jax.sharding import Mesh
 
 T = TypeVar("T")
@@ -18,3 +19,8 @@ def shared(make: Callable[..., T], mesh: Mesh, **settings: Any) -> T:
     if made is None:
         made = _alive[key] = make(mesh, **settings)
     return made
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """A batch of `size` rows; copies of the first one fill it up."""
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])

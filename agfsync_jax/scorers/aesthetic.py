@@ -13,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from agfsync_jax.scorers._shared import shared
 from agfsync_jax.scorers.clip import ClipEncoder
@@ -44,7 +46,7 @@ def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
     return fitted.graph, fitted.read()
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column aesthetic, float32 [b]. Beside a CLIP scorer of the same settings the tower runs once.
 
     Args:
@@ -58,7 +60,11 @@ class Scorer:
         FileNotFoundError, ValueError: no such weights, or a head for another embedding size.
     """
 
-    asks_questions = False
+    columns = {
+        "aesthetic": Column(
+            "how good the image looks whatever the prompt, by the aesthetic predictor"
+        )
+    }
 
     def __init__(
         self,

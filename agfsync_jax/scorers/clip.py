@@ -14,9 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated
-from agfsync_jax.scorers._shared import shared
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated, round_up
+from agfsync_jax.scorers._shared import filled, shared
 from agfsync_jax.weights.clip_files import ClipFiles
 from agfsync_jax.weights.networks import fit
 
@@ -59,8 +61,8 @@ class ClipEncoder:
 
         self._params = fitted.read(shardings=everywhere, label=f"{path}")
         shards = batch_shards(mesh)
-        self._batch_size = -(-batch_size // shards) * shards
-        self._text_batch = -(-_TEXT_BATCH // shards) * shards
+        self._batch_size = round_up(batch_size, shards)
+        self._text_batch = round_up(_TEXT_BATCH, shards)
         self._sharding = batch_sharding(mesh)
 
         def embed_images(params: nnx.State, images: UInt8[Array, "b h w 3"]):
@@ -106,9 +108,8 @@ class ClipEncoder:
         """Runs batches of one fixed size, the last one filled up; results are read at the end."""
         made = []
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-            made.append(function(self._params, jax.device_put(filled, self._sharding)))
+            batch = filled(rows[start : start + size], size)
+            made.append(function(self._params, jax.device_put(batch, self._sharding)))
         return np.concatenate([np.asarray(batch) for batch in made])[: len(rows)]
 
 
@@ -118,10 +119,14 @@ def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column clip: 100 * cosine, float32 [b]. See `ClipEncoder` for the arguments."""
 
-    asks_questions = False
+    columns = {
+        "clip": Column(
+            "similarity of image and prompt: 100 x cosine of their CLIP embeddings", ".2f"
+        )
+    }
 
     def __init__(
         self,

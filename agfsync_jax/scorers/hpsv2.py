@@ -11,11 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._shared import shared
 from agfsync_jax.scorers.clip import ClipEncoder
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column hpsv2, float32 [b] in -1..1.
 
     Args:
@@ -32,7 +34,9 @@ class Scorer:
         FileNotFoundError, ValueError: no such weights.
     """
 
-    asks_questions = False
+    columns = {
+        "hpsv2": Column("how well people would like the image for its prompt, by HPSv2", ".4f")
+    }
 
     def __init__(
         self,

@@ -11,14 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._shared import shared
 from agfsync_jax.scorers.clip import ClipEncoder
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column pickscore, float32 [b]. See `ClipEncoder` for the arguments."""
 
-    asks_questions = False
+    columns = {
+        "pickscore": Column(
+            "how likely people would pick the image for its prompt, by PickScore", ".2f"
+        )
+    }
 
     def __init__(
         self,

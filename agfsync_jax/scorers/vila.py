@@ -12,11 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.data.images import encode_pngs
 from agfsync_jax.weights.saved_models import load_image_model
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column vila, float32 [b] in 0..100.
 
     It runs in TensorFlow on the host's CPU, whatever the mesh, and so is the slowest of the
@@ -31,7 +33,7 @@ class Scorer:
         FileNotFoundError, ValueError: no SavedModel there, or one of another signature.
     """
 
-    asks_questions = False
+    columns = {"vila": Column("how beautiful people would find the image, by VILA, of 100", ".2f")}
 
     def __init__(self, mesh: Mesh, *, path: str, batch_size: int = 64):
         self._predict = load_image_model(path)

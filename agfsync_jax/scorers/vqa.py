@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._blip2 import Blip2, Question
 from agfsync_jax.scorers._sentences import SentenceEncoder
 from agfsync_jax.scorers._shared import shared
@@ -26,14 +28,13 @@ PROMPT = "Question: {question} Choices:{choices} Answer:"  # AGFSync's; choices 
 TIFA_PROMPT = (  # for answer_by="generation"; options as: yes, no
     "Answer the multiple-choice question. Question: {question} Choices: {options} Answer:"
 )
-FREE_PROMPT = "Answer the question. Question: {question} Answer:"  # TIFA's, without choices
 FIELDS = ("question", "choices", "options")
 SCORES = ("accuracy", "probability", "geometric_mean")
 ANSWER_BY = ("likelihood", "generation")
 _YES_NO = {"yes", "no"}
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column vqa, float32 [b] in 0..1, and the answers behind it.
 
     The vision tower and the Q-Former read an image once, whatever the number of its questions.
@@ -63,6 +64,11 @@ class Scorer:
             with other fields, or settings that do not exist or do not go together.
     """
 
+    columns = {
+        "vqa": Column(
+            "questions about the image that the VQA model answers as the prompt expects", "%"
+        )
+    }
     asks_questions = True
 
     def __init__(
@@ -123,17 +129,8 @@ class Scorer:
             gives no finite number), p_answer and p_expected (their probabilities among the
             choices), p_yes (nan unless it is a yes/no question), correct; and "written", the
             answer before it is mapped to a choice, if the model writes.
-
-        Raises:
-            ValueError: a question whose expected answer is not among its choices.
         """
         rows = [(image, row) for image, asked in enumerate(questions) for row in asked]
-        for _, row in rows:
-            if row["answer"] not in row["choices"]:
-                raise ValueError(
-                    f"question {row['question']!r} expects {row['answer']!r}, which is not among"
-                    f" its choices {list(row['choices'])}"
-                )
         asked = [
             Question(image, ask(self._prompt, row), tuple(row["choices"])) for image, row in rows
         ]
@@ -166,7 +163,7 @@ class Scorer:
         other = [index for index, answer in enumerate(found) if answer["answer"] is None]
         if self._sentences:
             pairs = [(texts[index], asked[index].choices) for index in other]
-            nearest = self._sentences.closest_of(pairs)
+            nearest = self._sentences.closest(pairs)
         else:
             likeliest = self._likeliest(images, [asked[index] for index in other])
             nearest = [

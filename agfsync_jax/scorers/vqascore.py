@@ -12,13 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from agfsync_jax import scorers
+from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._blip2 import Blip2, Question
 from agfsync_jax.scorers._shared import shared
 
 PROMPT = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
 
-class Scorer:
+class Scorer(scorers.Scorer):
     """Column vqascore, float32 [b] in 0..1.
 
     Args:
@@ -31,7 +33,7 @@ class Scorer:
         FileNotFoundError, ValueError: no such BLIP-2; a prompt without its field, no answer.
     """
 
-    asks_questions = False
+    columns = {"vqascore": Column("how sure the VQA model is that the image shows the prompt")}
 
     def __init__(
         self,

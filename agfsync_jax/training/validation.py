@@ -9,9 +9,12 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from agfsync_jax import backbones, evaluators, scorers
+from agfsync_jax import backbones
 from agfsync_jax.diffusion.generation import row_seed
+from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.parallel import multihost
+from agfsync_jax.parallel.mesh import local_mesh
+from agfsync_jax.scoring import engine
 
 _SHOWN = 16  # images of the grid
 _COLUMNS = 4
@@ -34,7 +37,7 @@ class Validation:
     """
 
     def __init__(self, config: Any, mesh: Mesh, backbone: Any):
-        rows, asked = evaluators.held_out(config)
+        rows, asked = held_out(config)
         ids = list(rows)[: config.train.num_validation_prompts]
         if len(ids) < jax.process_count():
             raise ValueError(
@@ -47,8 +50,8 @@ class Validation:
         self._seeds = [row_seed(config.seed, 0, i, 0) for i in own]
         self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
         self._generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
-        self._scorers = scorers.load_scorers(
-            scorers.local_mesh(config.score.mesh),
+        self._scorers = engine.load_scorers(
+            local_mesh(config.score.mesh),
             config.scorers.to_dict(),
             batch_size=min(config.score.batch_size, max(len(own), 1)),
         )
@@ -62,7 +65,7 @@ class Validation:
         columns, grid = {}, None
         if batches:
             images = np.concatenate([batch[2] for batch in batches])
-            columns, _ = scorers.score_images(self._scorers, images, self._prompts, self._questions)
+            columns, _ = engine.score_images(self._scorers, images, self._prompts, self._questions)
             grid = draw_grid(images[:_SHOWN], self._prompts)
         return {name: _mean(values) for name, values in columns.items()}, grid
 

@@ -7,7 +7,7 @@ from agfsync_jax.data.images import decode_png
 
 def make(tmp_path, sizes=(3, 2, 4)):
     shards = [
-        (
+        candidates.Shard(
             tmp_path / f"{index}.tfrecord",
             [{"prompt_id": f"p{index}", "candidate": c, "seed": 10 * index + c} for c in range(n)],
         )
@@ -25,6 +25,23 @@ def batches(latents, images, size, stop=None):
             raise KeyboardInterrupt
         rows = slice(start, min(start + size, len(images)))
         yield rows, latents[rows], images[rows]
+
+
+def test_the_plan_of_a_folder(tmp_path):
+    shards = candidates.plan_shards(
+        tmp_path,
+        ["a", "b", "c"],
+        prompts_per_shard=2,
+        num_candidates=2,
+        seed_of=lambda prompt_id, candidate: 10 * ord(prompt_id) + candidate,
+    )
+    assert [shard.path.name for shard in shards] == [
+        "00000-of-00002.tfrecord",
+        "00001-of-00002.tfrecord",
+    ]
+    keys = [[(row["prompt_id"], row["candidate"]) for row in shard.rows] for shard in shards]
+    assert keys == [[("a", 0), ("a", 1), ("b", 0), ("b", 1)], [("c", 0), ("c", 1)]]
+    assert shards[1].rows[1]["seed"] == 991
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -51,6 +68,6 @@ def test_a_stop_keeps_whole_shards_only(tmp_path):
 def test_a_failed_write_is_raised(tmp_path):
     shards, latents, images = make(tmp_path)
     (tmp_path / "file").write_text("")
-    shards[0] = (tmp_path / "file" / "0.tfrecord", shards[0][1])
+    shards[0] = shards[0]._replace(path=tmp_path / "file" / "0.tfrecord")
     with pytest.raises(OSError):
         list(candidates.write_candidates(batches(latents, images, 2), shards))

@@ -16,9 +16,7 @@ def test_counts_names_and_the_limit():
     told = problems.told()
     assert told[0] == "left out: 4 of 100 images in damaged shards"
     assert told[3:8] == [f"image {n}: no PNG" for n in range(5)] and told[8] == "and 1 more"
-    with pytest.raises(
-        ValueError, match=r"11 of 100 images that.* 11.0%, more than config.a.b=0.1"
-    ):
+    with pytest.raises(ValueError, match=r"11 of 100 images that.* 11.0%, more than config.a"):
         problems.add([problem("undecodable", "shard 4", "no PNG", 5)])
     with pytest.raises(ValueError, match="config.a.b=2: expected a share"):
         Problems({}, 2, "config.a.b")

@@ -62,6 +62,16 @@ def test_splits_share_no_prompt(tmp_path):
     assert not test & train and test | train == set(texts)
 
 
+def test_what_is_one_prompt_is_in_one_split(tmp_path):
+    """Letters and spaces that make no other prompt of it do not move it to the other split."""
+    texts = [f"a prompt of number {n}" for n in range(200)]
+    first = write(tmp_path / "first.txt", texts)
+    second = write(tmp_path / "second.txt", [text.upper().replace(" ", "  ") for text in texts])
+    drawn = [{row["prompt"] for row in draw(path, 15, split="test")} for path in (first, second)]
+    kept = {row["prompt"] for row in draw(first, 160, split="train")}
+    assert not {" ".join(text.lower().split()) for text in drawn[1]} & kept
+
+
 def test_splits_of_the_rows_are_followed(tmp_path):
     rows = [{"prompt": f"p{n}", "split": "test" if n < 2 else "train"} for n in range(5)]
     path = write(tmp_path / "p.jsonl", rows)
@@ -136,13 +146,13 @@ def test_questions_find_their_prompt_by_id_or_text(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": "p0", "question": "q?", "answer": "maybe"}, "'maybe' is not among its choices"),
+        ({"id": "p0", "question": "q?", "answer": "maybe"}, "'q\\?' expects 'maybe' of the ch"),
         ({"id": "p0", "question": "q?"}, "no 'answer'"),
         ({"id": "p0", "answer": "yes"}, "no 'question'"),
         ({"question": "q?", "answer": "yes"}, "no 'id' and no 'caption'"),
         ({"id": "p0", "question": "q?", "answer": "a", "choices": ["a"]}, "two or more"),
-        ({"id": "p0", "question": "q?", "answer": "a", "choices": "a"}, "two or more"),
-        ({"id": "p0", "question": "q?", "answer": "a", "choices": ["a", 1]}, "two or more"),
+        ({"id": "p0", "question": "q?", "answer": "a", "choices": "a"}, "must list texts"),
+        ({"id": "p0", "question": "q?", "answer": "a", "choices": ["a", 1]}, "must list texts"),
     ],
 )
 def test_bad_questions(tmp_path, row, message):

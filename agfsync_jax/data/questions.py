@@ -1,0 +1,74 @@
+"""Rows of questions, in TIFA's fields: what they are, which can be asked, and of which prompt."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from agfsync_jax.data.problems import problem
+
+FIELDS = ("id", "caption", "question", "choices", "answer", "element_type", "element")
+
+Row = Mapping[str, Any]
+
+
+def fault(row: Row) -> str:
+    """Why a question cannot be asked; empty where it can."""
+    if missing := [field for field in FIELDS if field not in row]:
+        return f"the question has no {', '.join(missing)}"
+    choices = list(row["choices"])
+    if not row["question"].strip():
+        return "the question is empty"
+    if row["answer"] not in choices or len(set(choices)) < max(2, len(choices)):
+        return f"{row['question']!r} expects {row['answer']!r} of the choices {choices}"
+    return ""
+
+
+def by_prompt(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Question rows under the id of their prompt."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row["id"]].append(row)
+    return dict(grouped)
+
+
+def without_question(prompt_rows: Sequence[Row], asked: Mapping[str, Any]) -> list[Row]:
+    """The prompts that no question is about; `asked` has the ids of the others."""
+    return [row for row in prompt_rows if row["id"] not in asked]
+
+
+def check(prompt_rows: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Raises ValueError unless all questions can be asked and each prompt has one."""
+    for row in rows:
+        if what := fault(row):
+            raise ValueError(
+                f"a question of prompt {row.get('id')}: {what}; expected {', '.join(FIELDS)}, with"
+                " two or more different choices and the answer among them."
+            )
+    if without := without_question(prompt_rows, by_prompt(rows)):
+        raise ValueError(
+            f"{len(without)} of {len(prompt_rows)} prompts have no question, the first is"
+            f" {without[0]['id']} ({without[0]['prompt']!r}): a scorer asks them, so give each"
+            " prompt one, or take that scorer out of config.scorers."
+        )
+
+
+def askable(
+    prompt_rows: Sequence[Row], rows: Iterable[Row]
+) -> tuple[dict[str, list[Row]], list[dict]]:
+    """Sorts out the questions that can be asked.
+
+    Returns:
+        prompt id -> its question rows, and what was left out: rows of data/problems.py.
+    """
+    kept, problems = [], []
+    for row in rows:
+        if what := fault(row):
+            problems.append(problem("bad_questions", f"prompt {row.get('id')}", what))
+        else:
+            kept.append(row)
+    asked = by_prompt(kept)
+    problems += [
+        problem("no_questions", f"prompt {row['id']}", repr(row["prompt"]))
+        for row in without_question(prompt_rows, asked)
+    ]
+    return asked, problems
