@@ -93,12 +93,8 @@ def _clean_and_noise(
     schedule: Schedule, latents: Latents, prediction: Latents, row: dict[str, Array]
 ) -> tuple[Latents, Latents]:
     """x_0 and the noise of latents = signal x_0 + sigma noise, by what the denoiser predicts."""
-    signal, sigma = row["signal"], row["sigma"]
-    if schedule.prediction_type == "epsilon":
-        return (latents - sigma * prediction) / signal, prediction
-    if schedule.prediction_type == "v_prediction":
-        return signal * latents - sigma * prediction, signal * prediction + sigma * latents
-    return prediction, (latents - signal * prediction) / sigma
+    given = latents, prediction, row["signal"], row["sigma"]
+    return schedule.parameterization.clean(*given), schedule.parameterization.noise(*given)
 
 
 def _transferred(clean: Latents, noise: Latents, row: dict[str, Array]) -> Latents:

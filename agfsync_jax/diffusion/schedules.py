@@ -7,14 +7,49 @@ sqrt(1 - a_t) x_0.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+class Parameterization(NamedTuple):
+    """What a denoiser predicts at x = signal x_0 + sigma noise, and what that says of the two.
+
+    Attributes:
+        target: (x_0, noise, signal, sigma) -> the prediction that is right.
+        clean, noise: (x, prediction, signal, sigma) -> x_0, and the noise.
+        needs_signal: x_0 cannot be told where the signal is 0.
+    """
+
+    target: Callable[[Array, Array, Array, Array], Array]
+    clean: Callable[[Array, Array, Array, Array], Array]
+    noise: Callable[[Array, Array, Array, Array], Array]
+    needs_signal: bool = False
+
+
+PARAMETERIZATIONS = {
+    "epsilon": Parameterization(
+        target=lambda clean, noise, signal, sigma: noise,
+        clean=lambda x, prediction, signal, sigma: (x - sigma * prediction) / signal,
+        noise=lambda x, prediction, signal, sigma: prediction,
+        needs_signal=True,
+    ),
+    "v_prediction": Parameterization(
+        target=lambda clean, noise, signal, sigma: signal * noise - sigma * clean,
+        clean=lambda x, prediction, signal, sigma: signal * x - sigma * prediction,
+        noise=lambda x, prediction, signal, sigma: signal * prediction + sigma * x,
+    ),
+    "sample": Parameterization(
+        target=lambda clean, noise, signal, sigma: clean,
+        clean=lambda x, prediction, signal, sigma: prediction,
+        noise=lambda x, prediction, signal, sigma: (x - signal * prediction) / sigma,
+    ),
+}
+
 SPACINGS = ("leading", "trailing", "linspace")
 
 _NOISE = {
@@ -98,7 +133,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 # What these fields may hold; any other value is refused by name. Fields that stand neither here
 # nor in NO_EFFECT are honored.
 SUPPORTED: dict[str, tuple] = {
-    "prediction_type": PREDICTION_TYPES,
+    "prediction_type": tuple(PARAMETERIZATIONS),
     "timestep_spacing": SPACINGS,
     "thresholding": (False,),
     "use_exponential_sigmas": (False, None),
@@ -148,7 +183,7 @@ class Schedule:
 
     Attributes:
         alphas_cumprod: float32 [num_train_timesteps], a_t.
-        prediction_type: what the denoiser predicts, one of PREDICTION_TYPES.
+        prediction_type: what the denoiser predicts, a key of PARAMETERIZATIONS.
         scheduler: the file's `_class_name`, such as "PNDMScheduler".
         config: the file.
     """
@@ -176,9 +211,10 @@ class Schedule:
             if name not in known and not name.startswith("_")
         ]
         own = SCHEDULERS.get(scheduler, _NOISE) | {"rescale_betas_zero_snr": False} | config
-        if own["prediction_type"] not in PREDICTION_TYPES:
+        if own["prediction_type"] not in PARAMETERIZATIONS:
             errors.append(
-                f"prediction_type={own['prediction_type']!r} (supported: {PREDICTION_TYPES})"
+                f"prediction_type={own['prediction_type']!r}"
+                f" (supported: {tuple(PARAMETERIZATIONS)})"
             )
         if own["trained_betas"] is None and own["beta_schedule"] not in _BETAS:
             errors.append(f"beta_schedule={own['beta_schedule']!r} (supported: {tuple(_BETAS)})")
@@ -228,6 +264,10 @@ class Schedule:
         )
 
     @property
+    def parameterization(self) -> Parameterization:
+        return PARAMETERIZATIONS[self.prediction_type]
+
+    @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
@@ -254,12 +294,8 @@ class Schedule:
         timesteps: Int[Array, " b"],
     ) -> Float[Array, "b ..."]:
         """What the denoiser is trained to predict from x_t: noise, velocity or x_0."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return latents
         signal, sigma = self.signal_and_noise(timesteps, latents.ndim)
-        return signal * noise - sigma * latents
+        return self.parameterization.target(latents, noise, signal, sigma)
 
 
 def _alphas_cumprod(fields: dict) -> np.ndarray:

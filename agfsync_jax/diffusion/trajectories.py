@@ -33,7 +33,7 @@ def trajectory(name: str, schedule: Schedule, num_steps: int, span: Span) -> Tra
         raise ValueError(f"A span is (start, end) with 0 <= start < end <= 1, got {tuple(span)}.")
     scheduler, make = SAMPLERS[name]
     steps = make(schedule.fields(scheduler), num_steps, span)
-    if schedule.prediction_type == "epsilon" and (steps.rows["signal"] == 0).any():
+    if schedule.parameterization.needs_signal and (steps.rows["signal"] == 0).any():
         raise ValueError(
             f"{name} starts where rescale_betas_zero_snr has left no signal, and cannot tell x_0"
             " from the noise there: such a model predicts v_prediction or sample."

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from agfsync_jax.diffusion.schedules import SCHEDULERS, Schedule
+from agfsync_jax.diffusion.schedules import PARAMETERIZATIONS, SCHEDULERS, Schedule
 
 SD15 = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5
     "_class_name": "PNDMScheduler",
@@ -52,6 +52,20 @@ def test_targets_of_the_other_prediction_types():
     assert (Schedule.from_config(SD15).target(latents, noise, timesteps) == noise).all()
     sample = Schedule.from_config(SD15 | {"prediction_type": "sample"})
     assert (sample.target(latents, noise, timesteps) == latents).all()
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_what_is_predicted_tells_signal_and_noise(name):
+    """x_0 and noise come back from the right prediction, at every mixture of the two."""
+    rows = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    signal = np.array([0.9, 0.5, 0.1, 0.01, 0.99], np.float32)
+    for sigma in (np.sqrt(1 - signal**2), 1 - signal if name != "v_prediction" else None):
+        if sigma is not None:  # a velocity is of signal^2 + sigma^2 = 1
+            each = PARAMETERIZATIONS[name]
+            prediction = each.target(*rows, signal, sigma)
+            x = signal * rows[0] + sigma * rows[1]
+            for got, wanted in zip((each.clean, each.noise), rows, strict=True):
+                np.testing.assert_allclose(got(x, prediction, signal, sigma), wanted, atol=1e-4)
 
 
 def test_clipping_is_off_unless_the_file_or_ddims_default_clips():
