@@ -19,9 +19,7 @@ from tqdm import tqdm
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
-from agfsync_jax.diffusion.trajectories import SAMPLERS
 from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
@@ -31,7 +29,6 @@ from agfsync_jax.utils.files import copy_tree, local_folder, to_path
 from agfsync_jax.weights.lora_files import LAYOUTS, write_lora
 from agfsync_jax.weights.tensor_files import FLOATING
 
-_STOCHASTIC = ("euler_ancestral", "lcm")  # their noise is not torch's
 _PROMPT = "a photograph of an astronaut riding a horse"
 _TOLERANCE = 2.0  # gray levels of 255, mean
 
@@ -68,10 +65,10 @@ def main(
         )
     if verify:
         _import_diffusers()
-        if (name := backbones.sampler(config)) in _STOCHASTIC:
+        if (sampler := backbones.sampler(config)).draws_noise:
             raise ValueError(
                 f"--verify compares images that depend on the first noise alone, which those of "
-                f"{name} do not: add --config.sample.sampler=ddim to this command"
+                f"{sampler.scheduler} do not: add --config.sample.sampler=ddim to this command"
             )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
@@ -157,7 +154,7 @@ def _draw(
     """Our image, uint8 [H, W, 3], and the noise it is from."""
     sample = config.sample
     backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
-    sampler = samplers.find(backbones.sampler(config))
+    sampler = backbones.sampler(config)
     shape = (1, *backbone.latent_shape(sample.height, sample.width))
     noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)
 
@@ -193,9 +190,10 @@ def _draw_diffusers(
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, file).merge_and_unload()
     elif file:
         pipeline.load_lora_weights(file)
-    scheduler = getattr(diffusers, SAMPLERS[backbones.sampler(config)][0])
+    sampler = backbones.sampler(config)
+    scheduler = getattr(diffusers, sampler.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **sampler.variant)
     images = pipeline(
         prompt,
         negative_prompt=sample.negative_prompt or None,

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     c.sample.guidance_scale = 7.5
     c.sample.num_candidates = 8  # a prompt
     c.sample.guidance_rescale = 0.0  # 0 to 1: keeps strong guidance from overexposure
-    c.sample.sampler = ""  # a function of diffusion/samplers.py; empty: the checkpoint's own
+    c.sample.sampler = ""  # a file of agfsync_jax/samplers; empty: the checkpoint's own
     c.sample.batch_size = 16  # images on all devices together
     c.sample.conditioning_noise = (
         0.1  # std of the noise on the text embedding, candidates 1, 2, ...

@@ -102,7 +102,7 @@ def test_utilization_is_of_the_devices_peak():
         ("file_dtype", "int8", "file_dtype=int8: expected one of float32"),
         ("dtype", "int8", "dtype=int8: expected one of float32"),
         ("repeats", 0, "repeats=0: expected at least 1"),
-        ("sampler", "magic", "Unknown sampler 'magic'"),
+        ("sampler", "magic", "'magic' is not in agfsync_jax/samplers"),
     ],
 )
 def test_settings_that_cannot_be(config, tmp_path, key, value, message):

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import agfsync_jax
-from agfsync_jax import cli
+from agfsync_jax import cli, samplers
 from agfsync_jax.data import questions
 from agfsync_jax.data.columns import without_parts
+from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.evaluators import Evaluator
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
@@ -204,6 +205,25 @@ def test_backbone_runs():
     assert (denoised.shape, denoised.dtype) == (latents.shape, latents.dtype)
     drawn = jax.eval_shape(backbone.decode_latents, params, latents)
     assert (drawn.shape, drawn.dtype) == (images.shape, images.dtype)
+
+
+@pytest.mark.parametrize("module", members("samplers"))
+def test_sampler(module):
+    """A value with a trajectory and three parts; tests/samplers compares it with diffusers."""
+    sampler = module.SAMPLER
+    assert isinstance(sampler, samplers.Sampler)
+    assert positional(sampler.trajectory) == ["fields", "num_steps", "span"]
+    assert positional(sampler.step)[:3] == ["model", "row", "latents"]
+    latents = jnp.ones((2, 4, 4, 1))
+    schedule = Schedule.from_config({"skip_prk_steps": True, "clip_sample": False})
+    state = sampler.start(latents)
+    assert {leaf.shape for leaf in state} == {latents.shape}
+    assert sampler.end(state) is latents
+    steps = sampler.steps(schedule, 6)
+    assert sampler.num_calls(schedule, 6) == len(steps.timesteps) >= 6
+    assert {"signal", "sigma"} <= set(steps.rows)
+    assert ("index" in steps.rows) == sampler.draws_noise
+    assert {len(row) for row in steps.rows.values()} == {len(steps.timesteps)}
 
 
 @pytest.mark.parametrize("module", members("prompt_sources"))

@@ -16,6 +16,7 @@ from agfsync_jax.data.images import decode_png
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.samplers import ddim
 from agfsync_jax.scoring import engine
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils import modules
@@ -199,6 +200,7 @@ def test_base_is_the_backbone_unperturbed(done):
     generator = Generator(
         backbone,
         create_mesh({"data": -1}),
+        sampler=ddim.SAMPLER,
         height=64,
         width=64,
         num_inference_steps=2,

@@ -98,7 +98,9 @@ def test_errors_come_before_any_work(config, trained, tmp_path):
         attempt(export__lora="x")
     with pytest.raises(ValueError, match="lora_rank is 0: all of the denoiser was trained"):
         attempt(export__lora="kohya")
-    with pytest.raises(ValueError, match="those of lcm do not: add --config.sample.sampler=ddim"):
+    with pytest.raises(
+        ValueError, match="of LCMScheduler do not: add --config.sample.sampler=ddim"
+    ):
         other = config.copy_and_resolve_references()
         other.sample.sampler = "lcm"
         export.main(other, trained, verify=True)

@@ -25,9 +25,10 @@ ARROWS = {
     "evaluators": {"data", "utils"},
     "scoring": {"scorers", "data", "utils"},
     "scorers": {"models", "weights", "data", "parallel", "utils"},
-    "backbones": {"models", "diffusion", "weights", "data", "parallel", "utils"},
+    "backbones": {"models", "diffusion", "samplers", "weights", "data", "parallel", "utils"},
     "prompt_sources": {"micro", "data", "utils"},
     "models": set(),
+    "samplers": {"diffusion", "utils"},
     "diffusion": set(),
     "losses": set(),
     # A checkpoint's folder holds its tokenizer and how its images are made, which are data's.
@@ -54,6 +55,7 @@ SHARED = {"models": {"layers", "attention", "t5"}}  # a BLIP-2 contains a T5
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},
     "diffusion": {"jax", "jaxtyping", "numpy"},
+    "samplers": {"jax", "jaxtyping", "numpy"},
     "micro/world.py": {"numpy"},
     "models": {"jax", "jaxtyping", "numpy", "flax"},
 }

@@ -221,7 +221,7 @@ def test_what_is_missing_is_said(config, tmp_path):
     start(tmp_path)
     for key, value, message in (
         ("height", 30, "30x32 pixels"),
-        ("sampler", "magic", "Unknown sampler 'magic'"),
+        ("sampler", "magic", "'magic' is not in agfsync_jax/samplers"),
         ("num_candidates", 0, "num_candidates=0"),
     ):
         wrong = config.copy_and_resolve_references()

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from agfsync_jax.diffusion import samplers
+from agfsync_jax import samplers
 from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import Fitted
@@ -45,7 +45,8 @@ def generator(
         **changes: arguments of the Generator that the config says otherwise.
 
     Raises:
-        FileNotFoundError, ValueError: see the Generator, and the backbone's `load` for a refiner.
+        FileNotFoundError, ValueError: see the Generator, and the backbone's `load` for a refiner;
+            a sampler that does not exist, or two that differ.
     """
     spec = config.sample.to_dict() | changes
     dtype = spec["param_dtype"]
@@ -53,7 +54,14 @@ def generator(
         del spec[key]
     if (path := spec.pop("refiner")) and refiner is None:
         refiner = load(config, mesh, path=path, kind="", lora=(), param_dtype=dtype)
-    return Generator(backbone, mesh, refiner=refiner, **spec)
+    name = spec.pop("sampler")
+    used = {samplers.find(name, each.schedule) for each in (backbone, refiner) if each}
+    if len(used) > 1:
+        raise ValueError(
+            "The schedulers of base and refiner differ, and so do their latents' scales: name "
+            "one sampler for both as config.sample.sampler."
+        )
+    return Generator(backbone, mesh, sampler=used.pop(), refiner=refiner, **spec)
 
 
 def inspect(config: Any) -> tuple[Any, dict[str, Fitted]]:
@@ -62,18 +70,18 @@ def inspect(config: Any) -> tuple[Any, dict[str, Fitted]]:
     return backbone_class(config).inspect(spec.path, variant=spec.variant, kind=spec.kind)
 
 
-def sampler(config: Any) -> str:
+def sampler(config: Any) -> samplers.Sampler:
     """The sampler of `config.sample`, or that of the checkpoint's scheduler if it names none.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint; a scheduler that no sampler is for.
+        FileNotFoundError, ValueError: no checkpoint; no such sampler; steps that it cannot make.
     """
     spec = config.backbone
     read = backbone_class(config).read_schedule
     schedule = read(spec.path, variant=spec.variant, kind=spec.kind)
-    name = config.sample.sampler or samplers.of_scheduler(schedule.scheduler)
-    samplers.check(name, schedule, config.sample.num_inference_steps)
-    return name
+    found = samplers.find(config.sample.sampler, schedule)
+    found.steps(schedule, config.sample.num_inference_steps)
+    return found
 
 
 def tokenizer(config: Any) -> Callable:

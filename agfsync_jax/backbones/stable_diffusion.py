@@ -28,6 +28,7 @@ from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
+from agfsync_jax.samplers import read_schedule
 from agfsync_jax.weights.lora_files import load_lora
 from agfsync_jax.weights.networks import Fitted, apply, fit, read_json, save_model
 from agfsync_jax.weights.pipeline_files import PipelineFiles
@@ -327,7 +328,7 @@ def _config(files: PipelineFiles, name: str, networks: dict[str, type]) -> Any:
 
 
 def _schedule(files: PipelineFiles) -> Schedule:
-    return Schedule.from_config(read_json(files.folder / "scheduler/scheduler_config.json"))
+    return read_schedule(read_json(files.folder / "scheduler/scheduler_config.json"))
 
 
 Backbone = StableDiffusion

@@ -65,8 +65,9 @@ class Diffusers:
         import torch
 
         options, pipeline = dict(drawing), self._pipeline
-        scheduler = getattr(diffusers, options.pop("scheduler"))
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        scheduler, variant = options.pop("scheduler")
+        scheduler = getattr(diffusers, scheduler)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **variant)
         pipeline.set_progress_bar_config(disable=True)
         del options["sampler"], options["batch_size"]  # of the scheduler, and of the prompts
         self._options = options

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from agfsync_jax import samplers
 from agfsync_jax.benches import Measured, Task, joined, load
 from agfsync_jax.benches._peers import Diffusers
 from agfsync_jax.benches._processes import Process
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.generation import Generator
-from agfsync_jax.diffusion.trajectories import SAMPLERS
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import flops, modules
 from agfsync_jax.utils.clock import Stage
@@ -35,7 +34,7 @@ _DRAWING = ("height", "width", "num_inference_steps", "guidance_scale", "batch_s
 def check(config: Any, against: str | None, platform: str) -> None:
     """Raises ValueError for an unknown model, dtype or sampler, or where the two cannot compete."""
     load.check(config, against, platform)
-    samplers.find(config.bench.sampler)
+    modules.check("samplers", config.bench.sampler)
     if against and platform not in ("cpu", "gpu"):
         raise ValueError(f"--against=diffusers draws on a CPU or a GPU, and JAX on a {platform}")
     if jax.process_count() > 1:
@@ -67,9 +66,10 @@ def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Me
         f"guidance {drawing['guidance_scale']:g}, {settings['dtype']}: a batch of {batch} is "
         f"{flop / 1e12:.3g} TFLOP"
     )
+    sampler = modules.load("samplers", drawing["sampler"]).SAMPLER
     asked = {
         "agfsync": drawing,
-        "diffusers": drawing | {"scheduler": SAMPLERS[drawing["sampler"]][0]},
+        "diffusers": drawing | {"scheduler": (sampler.scheduler, dict(sampler.variant))},
     }
     rows, about, first = [], {}, {}
     with contextlib.ExitStack() as stack, clock.progress(settings["repeats"] * batch) as progress:
@@ -115,7 +115,8 @@ def _flop(
     params = {name: each.abstract for name, each in fitted.items()}
     graphs = {name: each.graph for name, each in fitted.items()}
     backbone = cls(files, graphs, params, attention="plain")  # whose products are all counted
-    num_calls = samplers.check(sampler, backbone.schedule, num_inference_steps)
+    schedule = backbone.schedule
+    num_calls = samplers.find(sampler, schedule).num_calls(schedule, num_inference_steps)
     guided = guidance_scale != 1
     rows = batch_size * (2 if guided else 1)
 
@@ -144,7 +145,8 @@ class Agfsync(load.Agfsync):
             drawing["guidance_scale"],
         )
         mesh = create_mesh(devices=[self.device])
-        self._generator = Generator(backbone, mesh, **drawing)
+        sampler = samplers.find(drawing["sampler"], backbone.schedule)
+        self._generator = Generator(backbone, mesh, **(drawing | {"sampler": sampler}))
         start = time.perf_counter()
         self._generator(params, prompts, range(len(prompts)), [False] * len(prompts))
         seconds = time.perf_counter() - start

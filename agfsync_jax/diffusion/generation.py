@@ -1,6 +1,5 @@
 """Prompts to images in fixed-size batches over a mesh; an image depends on its own seed alone."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -15,7 +14,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt32
 
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 
 Batch = tuple[Int[np.ndarray, " b"], Float16[np.ndarray, "b h w c"], UInt8[np.ndarray, "b H W 3"]]
@@ -29,15 +27,6 @@ def row_seed(seed: int, round_index: int, prompt_id: str, candidate: int) -> int
     """The 32-bit seed of one candidate: the same on every machine, in any order."""
     text = json.dumps([int(seed), int(round_index), str(prompt_id), int(candidate)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What one denoiser does of the trajectory."""
-
-    backbone: Any
-    sampler: samplers.Sampler
-    span: tuple[float, float]
 
 
 class Generator:
@@ -59,7 +48,7 @@ class Generator:
         height, width: of the images, in pixels.
         num_inference_steps, guidance_scale: guidance 1 means none, at half the cost.
         batch_size: images on all devices together; rounded up to a multiple of their number.
-        sampler: a function of diffusion/samplers.py; empty: that of the checkpoint's scheduler.
+        sampler: a value of samplers/.
         guidance_rescale: 0 (none) to 1 (arXiv:2305.08891, section 3.4).
         conditioning_noise: standard deviation of the noise on a perturbed candidate's
             conditioning. What guidance steers away from stays clean.
@@ -68,7 +57,7 @@ class Generator:
             trajectory; it is used with its own `params`.
 
     Raises:
-        ValueError: an unknown sampler, a size the backbone cannot draw, too many steps.
+        ValueError: a size that the backbone cannot draw; steps that the sampler cannot make.
     """
 
     def __init__(
@@ -81,7 +70,7 @@ class Generator:
         num_inference_steps: int,
         guidance_scale: float,
         batch_size: int,
-        sampler: str = "",
+        sampler: Any,
         guidance_rescale: float = 0.0,
         conditioning_noise: float = 0.0,
         negative_prompt: str = "",
@@ -96,21 +85,17 @@ class Generator:
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.conditioning_noise = conditioning_noise
         self.negative_prompt = negative_prompt
-        spans = [(backbone, (0.0, 1.0))]
+        self._sampler = sampler
+        self._backbones, self._spans = [backbone], [(0.0, 1.0)]
         if refiner is not None:
             if not 0 < refiner_start < 1:
                 raise ValueError(f"config.sample.refiner_start={refiner_start}: expected 0 to 1.")
-            spans = [(backbone, (0.0, refiner_start)), (refiner, (refiner_start, 1.0))]
-        self._parts = []
-        for each, span in spans:
-            name = sampler or samplers.of_scheduler(each.schedule.scheduler)
-            samplers.check(name, each.schedule, num_inference_steps, span)
-            self._parts.append(_Part(each, samplers.find(name), span))
-        if len({part.sampler for part in self._parts}) > 1:
-            raise ValueError(
-                "The schedulers of base and refiner differ, and so do their latents' scales: name "
-                "one sampler for both as config.sample.sampler."
-            )
+            self._backbones = [backbone, refiner]
+            self._spans = [(0.0, refiner_start), (refiner_start, 1.0)]
+        self.num_calls = sum(
+            sampler.num_calls(each.schedule, num_inference_steps, span)
+            for each, span in zip(self._backbones, self._spans, strict=True)
+        )
 
         self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // self._num_shards) * self._num_shards
@@ -169,8 +154,8 @@ class Generator:
         groups = self._agree(wanted, group_rows)
         if not groups:
             return
-        params = self._place((params, *(part.backbone.params for part in self._parts[1:])))
-        tokens = [part.backbone.tokenize(list(prompts) or [""]) for part in self._parts]
+        params = self._place((params, *(each.params for each in self._backbones[1:])))
+        tokens = [each.tokenize(list(prompts) or [""]) for each in self._backbones]
         unconditional = self._unconditional(params, group_prompts)
 
         def encode(group):
@@ -205,8 +190,8 @@ class Generator:
         Args:
             params: of the backbone, jax.ShapeDtypeStructs with their shardings.
         """
-        params = (params, *(part.backbone.params for part in self._parts[1:]))
-        tokens = [part.backbone.tokenize([""]) for part in self._parts]
+        params = (params, *(each.params for each in self._backbones[1:]))
+        tokens = [each.tokenize([""]) for each in self._backbones]
         encoded = jax.eval_shape(self._encode, params, tokens)
 
         def rows(count, sharding):
@@ -228,19 +213,19 @@ class Generator:
     def _encode(
         self, params: tuple[Any, ...], tokens: list[Int[Array, "b n"]]
     ) -> list[Conditioning]:
-        parts = zip(self._parts, params, tokens, strict=True)
-        return [dict(part.backbone.encode_prompt(own, ids)) for part, own, ids in parts]
+        parts = zip(self._backbones, params, tokens, strict=True)
+        return [dict(each.encode_prompt(own, ids)) for each, own, ids in parts]
 
     def _unconditional(self, params: tuple[Any, ...], num_prompts: int) -> Any:
         """What guidance steers away from, one row; None where there is no guidance."""
         if self.guidance_scale == 1:
             return None
-        tokens = [part.backbone.tokenize([self.negative_prompt]) for part in self._parts]
+        tokens = [each.tokenize([self.negative_prompt]) for each in self._backbones]
         encoded = self._encode_program(params, self._put(tokens, num_prompts))
         encoded = jax.tree.map(lambda leaf: _local_rows(leaf)[:1], encoded)
-        for part, each in zip(self._parts, encoded, strict=True):
-            fixed = getattr(part.backbone, "negative_conditioning", {})
-            each.update({name: np.full_like(each[name], value) for name, value in fixed.items()})
+        for each, own in zip(self._backbones, encoded, strict=True):
+            fixed = getattr(each, "negative_conditioning", {})
+            own.update({name: np.full_like(own[name], value) for name, value in fixed.items()})
         return jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(self._replicated, leaf), encoded
         )
@@ -259,7 +244,7 @@ class Generator:
         if self.conditioning_noise:
             strength = self.conditioning_noise * perturb.astype(jnp.float32)
             conditioning = _perturb(conditioning, keys, strength)
-        for index, part in enumerate(self._parts):
+        for index, backbone in enumerate(self._backbones):
             unguided = None
             if unconditional is not None:
                 unguided = jax.tree.map(
@@ -267,19 +252,19 @@ class Generator:
                     unconditional[index],
                 )
             denoise = guide(
-                functools.partial(part.backbone.denoise, params[index]),
+                functools.partial(backbone.denoise, params[index]),
                 conditioning[index],
                 unguided,
                 self.guidance_scale,
                 self.guidance_rescale,
             )
-            latents = part.sampler(
+            latents = self._sampler(
                 denoise,
-                part.backbone.schedule,
+                backbone.schedule,
                 latents,
                 self.num_inference_steps,
                 keys=of_steps,
-                span=part.span,
+                span=self._spans[index],
             )
         return latents, self._decode(params[0], latents)
 

@@ -7,13 +7,23 @@ sqrt(1 - a_t) x_0.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+# Fields of every class of scheduler, with the defaults of most.
+NOISE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
 
 
 class Parameterization(NamedTuple):
@@ -50,132 +60,6 @@ PARAMETERIZATIONS = {
     ),
 }
 
-SPACINGS = ("leading", "trailing", "linspace")
-
-_NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
-_THRESHOLDING = {
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-}
-_SIGMAS = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    # DPM-Solver's class does not name these two, but reads them from the file all the same.
-    "sigma_min": None,
-    "sigma_max": None,
-    "final_sigmas_type": "zero",
-    "timestep_spacing": "linspace",
-    "rescale_betas_zero_snr": False,
-}
-# Class of a diffusers scheduler -> its fields and their defaults.
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": _NOISE
-    | _THRESHOLDING
-    | {
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "set_alpha_to_one": True,
-        "timestep_spacing": "leading",
-        "rescale_betas_zero_snr": False,
-    },
-    "EulerDiscreteScheduler": _NOISE
-    | _SIGMAS
-    | {
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-    },
-    "EulerAncestralDiscreteScheduler": _NOISE
-    | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
-    "DPMSolverMultistepScheduler": _NOISE
-    | _SIGMAS
-    | _THRESHOLDING
-    | {
-        "solver_order": 2,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "flow_shift": 1.0,
-        "lambda_min_clipped": -math.inf,
-        "variance_type": None,
-        "use_dynamic_shifting": False,
-        "time_shift_type": "exponential",
-    },
-    "PNDMScheduler": _NOISE
-    | {"skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"},
-    "LCMScheduler": _NOISE
-    | _THRESHOLDING
-    | {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "original_inference_steps": 50,
-        "clip_sample": False,
-        "clip_sample_range": 1.0,
-        "set_alpha_to_one": True,
-        "timestep_spacing": "leading",
-        "timestep_scaling": 10.0,
-        "rescale_betas_zero_snr": False,
-    },
-}
-# What these fields may hold; any other value is refused by name. Fields that stand neither here
-# nor in NO_EFFECT are honored.
-SUPPORTED: dict[str, tuple] = {
-    "prediction_type": tuple(PARAMETERIZATIONS),
-    "timestep_spacing": SPACINGS,
-    "thresholding": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "skip_prk_steps": (True,),
-    "solver_order": (1, 2),
-    "algorithm_type": ("dpmsolver++",),
-    # The last three are of DEIS and UniPC; diffusers takes them as the first.
-    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "lambda_min_clipped": (-math.inf,),
-    # DDPM's, which change nothing here; learned variances double the denoiser's channels.
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
-_WITHOUT_SAMPLE = {"prediction_type": ("epsilon", "v_prediction")}
-_SUPPORTED_BY = {
-    "PNDMScheduler": _WITHOUT_SAMPLE,
-    "EulerAncestralDiscreteScheduler": _WITHOUT_SAMPLE,
-}
-_OF_DISTILLATION = "LCM visits timesteps of its distillation, and ends in a prediction of x_0"
-# Class, or "" for all -> field -> why it changes no trajectory.
-NO_EFFECT: dict[str, dict[str, str]] = {
-    "": {
-        "dynamic_thresholding_ratio": "acts with thresholding, which is refused",
-        "sample_max_value": "acts with thresholding, which is refused",
-        "flow_shift": "acts with use_flow_sigmas, which is refused",
-        "use_dynamic_shifting": "acts with a `mu` that no Stable Diffusion pipeline gives",
-        "time_shift_type": "acts with use_dynamic_shifting",
-    },
-    "LCMScheduler": {
-        "timestep_spacing": _OF_DISTILLATION,
-        "steps_offset": _OF_DISTILLATION,
-        "set_alpha_to_one": _OF_DISTILLATION,
-    },
-}
-# Fields that only solvers have that are not here; other samplers have no use for them.
-_OF_UNIPC = {"predict_x0", "solver_p", "disable_corrector", "shift_terminal"}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -194,74 +78,44 @@ class Schedule:
     config: dict[str, Any]
 
     @classmethod
-    def from_config(cls, config: dict) -> "Schedule":
-        """Reads a diffusers `scheduler_config.json`, of any class that shares this noise.
+    def from_config(
+        cls, config: Mapping[str, Any], defaults: Mapping[str, Any] = NOISE
+    ) -> "Schedule":
+        """The noise of a diffusers `scheduler_config.json`; its other fields are the samplers'.
 
-        Raises ValueError, listing every unknown field and every unsupported kind of noise at once;
-        what a sampler does not support of it, `fields` tells.
+        Args:
+            config: the file, of any class that shares this noise.
+            defaults: what the class takes for fields that the file lacks.
+
+        Raises:
+            ValueError: an unsupported kind of noise; all that is wrong is listed at once.
         """
         # As diffusers: what was a default of the class that wrote the file is not of the file.
         left_out = ("_use_default_values", *config.get("_use_default_values", ()))
         config = {name: value for name, value in config.items() if name not in left_out}
-        scheduler = config.get("_class_name", "DDIMScheduler")
-        known = _OF_UNIPC.union(*SCHEDULERS.values())
-        errors = [
-            f"{name}={value!r} (unknown field)"
-            for name, value in config.items()
-            if name not in known and not name.startswith("_")
-        ]
-        own = SCHEDULERS.get(scheduler, _NOISE) | {"rescale_betas_zero_snr": False} | config
-        if own["prediction_type"] not in PARAMETERIZATIONS:
+        fields = {**defaults, **config}
+        errors = []
+        if fields["prediction_type"] not in PARAMETERIZATIONS:
             errors.append(
-                f"prediction_type={own['prediction_type']!r}"
-                f" (supported: {tuple(PARAMETERIZATIONS)})"
+                f"prediction_type={fields['prediction_type']!r} (supported:"
+                f" {', '.join(PARAMETERIZATIONS)})"
             )
-        if own["trained_betas"] is None and own["beta_schedule"] not in _BETAS:
-            errors.append(f"beta_schedule={own['beta_schedule']!r} (supported: {tuple(_BETAS)})")
-        if own["trained_betas"] is not None:
-            count = len(own["trained_betas"])
-            if count != own["num_train_timesteps"]:
-                errors.append(f"{count} trained_betas for {own['num_train_timesteps']} timesteps")
+        if fields["trained_betas"] is None and fields["beta_schedule"] not in _BETAS:
+            errors.append(
+                f"beta_schedule={fields['beta_schedule']!r} (supported: {', '.join(_BETAS)})"
+            )
+        if fields["trained_betas"] is not None:
+            count = len(fields["trained_betas"])
+            if count != fields["num_train_timesteps"]:
+                errors.append(
+                    f"{count} trained_betas for {fields['num_train_timesteps']} timesteps"
+                )
         if errors:
             raise ValueError(
                 "scheduler_config.json holds what this schedule does not do: " + "; ".join(errors)
             )
-        return cls(_alphas_cumprod(own), own["prediction_type"], scheduler, config)
-
-    @property
-    def timestep_spacing(self) -> str | None:
-        """None where the file is silent: each sampler has its own default then."""
-        return self.config.get("timestep_spacing")
-
-    def fields(self, scheduler: str) -> SimpleNamespace:
-        """The fields of a class of SCHEDULERS, as its `from_config(config)` sets them in diffusers.
-
-        Fields that the file lacks take the class's defaults, whatever class wrote the file; those
-        that the class lacks are left out, as are those without effect. `alphas_cumprod` is that of
-        these fields.
-
-        Raises ValueError, listing every unsupported value at once.
-        """
-        fields = {
-            name: self.config.get(name, default) for name, default in SCHEDULERS[scheduler].items()
-        }
-        supported = SUPPORTED | _SUPPORTED_BY.get(scheduler, {})
-        errors = [
-            f"{name}={value!r} (supported: {', '.join(map(repr, supported[name]))})"
-            for name, value in fields.items()
-            if name in supported and value not in supported[name]
-        ]
-        if errors:
-            raise ValueError(
-                f"scheduler_config.json, read as {scheduler}'s, asks for what this sampler does not"
-                f" do: {'; '.join(errors)}. Choose another config.sample.sampler, or change the"
-                " file."
-            )
-        no_effect = NO_EFFECT[""] | NO_EFFECT.get(scheduler, {})
-        return SimpleNamespace(
-            alphas_cumprod=_alphas_cumprod({"rescale_betas_zero_snr": False} | fields),
-            **{name: value for name, value in fields.items() if name not in no_effect},
-        )
+        scheduler = config.get("_class_name", "DDIMScheduler")
+        return cls(alphas_cumprod(fields), fields["prediction_type"], scheduler, config)
 
     @property
     def parameterization(self) -> Parameterization:
@@ -298,13 +152,14 @@ class Schedule:
         return self.parameterization.target(latents, noise, signal, sigma)
 
 
-def _alphas_cumprod(fields: dict) -> np.ndarray:
+def alphas_cumprod(fields: Mapping[str, Any]) -> Float[np.ndarray, " t"]:
+    """a_t of the fields NOISE, and `rescale_betas_zero_snr` for classes that have it."""
     if fields["trained_betas"] is not None:
         betas = np.asarray(fields["trained_betas"], np.float32)
     else:
         make = _BETAS[fields["beta_schedule"]]
         betas = make(fields["num_train_timesteps"], fields["beta_start"], fields["beta_end"])
-    if fields["rescale_betas_zero_snr"]:
+    if fields.get("rescale_betas_zero_snr"):
         betas = _rescale_zero_terminal_snr(betas)
     return _cumprod(1 - betas)
 

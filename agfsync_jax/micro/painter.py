@@ -10,13 +10,13 @@ from flax import nnx
 
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.diffusion.denoising import guide
-from agfsync_jax.diffusion.samplers import ddim
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.micro import folders
 from agfsync_jax.micro.training import in_batches, pixels, uint8
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
+from agfsync_jax.samplers import ddim
 from agfsync_jax.weights import networks as weights
 
 
@@ -55,7 +55,8 @@ class Painter:
 
         @jax.jit
         def sample(params, latents, context):
-            return ddim(self.guided(params, context, guidance), self.schedule, latents, steps)
+            denoise = self.guided(params, context, guidance)
+            return ddim.SAMPLER(denoise, self.schedule, latents, steps)
 
         shape = (len(captions), *folders.LATENT_SHAPE)
         noise = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

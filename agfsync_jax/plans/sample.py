@@ -47,7 +47,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         mesh=mesh,
         params=params,
         images=generator.batch_size,
-        num_steps=generator.num_inference_steps,
+        num_steps=generator.num_calls,
         step_flops=flops.count(plain.denoise, plain.params, latents, timesteps, conditioning),
         rest_flops=flops.count(plain.decode_latents, plain.params, decoded),
         total=config.prompts.num_prompts * config.sample.num_candidates,

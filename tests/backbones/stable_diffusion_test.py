@@ -11,11 +11,11 @@ import torch
 from jax.sharding import PartitionSpec
 
 from agfsync_jax.backbones.stable_diffusion import Backbone
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.samplers import ddim
 from tests.twins import tiny_stable_diffusion
 
 PROMPTS = ["red circle", "blue square on a red square and a circle"]
@@ -48,7 +48,7 @@ def draw(backbone, noise, num_steps, guidance_scale):
             unconditional,
             guidance_scale,
         )
-        latents = samplers.ddim(denoise, backbone.schedule, noise, num_steps)
+        latents = ddim.SAMPLER(denoise, backbone.schedule, noise, num_steps)
         return latents, backbone.decode_latents(params, latents)
 
     tokens, negative = (backbone.tokenize(texts) for texts in (PROMPTS, [""] * len(PROMPTS)))
@@ -138,6 +138,7 @@ def test_candidates_are_the_same_on_one_device_and_on_eight(folder, pipeline, mo
         generate = Generator(
             backbone,
             mesh,
+            sampler=ddim.SAMPLER,
             height=32,
             width=32,
             num_inference_steps=6,

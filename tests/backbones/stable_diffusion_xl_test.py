@@ -11,10 +11,10 @@ import torch
 
 from agfsync_jax.backbones import stable_diffusion
 from agfsync_jax.backbones.stable_diffusion_xl import Backbone
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.samplers import euler
 from tests.twins import tiny_stable_diffusion_xl
 
 PROMPTS = ["red circle", "blue square on a red square and a circle"]
@@ -73,7 +73,7 @@ def test_images_equal_diffusers(pipeline, backbone, negative):
     def program(params, tokens, negatives, noise):
         given, unguided = (backbone.encode_prompt(params, ids) for ids in (tokens, negatives))
         denoise = guide(lambda *args: backbone.denoise(params, *args), given, unguided, 4.0)
-        final = samplers.euler(denoise, backbone.schedule, noise, 8)
+        final = euler.SAMPLER(denoise, backbone.schedule, noise, 8)
         return backbone.decode_latents(params, final)
 
     tokens, negatives = (backbone.tokenize(texts) for texts in (PROMPTS, [negative] * 2))
@@ -108,7 +108,7 @@ def test_base_and_refiner_together_equal_diffusers(pipeline, backbone, refiner_p
     drawing = {"num_inference_steps": 10, "guidance_scale": 4.0}
     generate = Generator(
         *(backbone, mesh), **drawing, height=32, width=48, batch_size=2, negative_prompt="circle",
-        refiner=refiner, refiner_start=start,
+        sampler=euler.SAMPLER, refiner=refiner, refiner_start=start,
     )  # fmt: skip
     seeds = [3, 4]
     latents, images = generate(backbone.params, PROMPTS, seeds, [False, False])

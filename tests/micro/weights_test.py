@@ -18,6 +18,7 @@ from agfsync_jax.micro import world
 from agfsync_jax.micro.training import clip_pixels, renders
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.samplers import ddim
 from agfsync_jax.scorers.aesthetic import Scorer as AestheticScorer
 from agfsync_jax.scorers.clip import Scorer as ClipScorer
 from agfsync_jax.scorers.vqa import Scorer as VqaScorer
@@ -75,7 +76,7 @@ def test_diffusers_draws_what_we_draw():
     pictures = pipeline(prompts, **call, output_type="np").images
     generator = Generator(
         backbone, one_device(), height=64, width=64, num_inference_steps=20, guidance_scale=5.0,
-        batch_size=4,
+        batch_size=4, sampler=ddim.SAMPLER,
     )  # fmt: skip
     given, unguided = (
         [jax.jit(backbone.encode_prompt)(backbone.params, backbone.tokenize(texts))]
@@ -155,7 +156,7 @@ def test_the_base_model_draws_recognizable_imperfect_scenes(count):
     backbone = StableDiffusion.load("micro:stable-diffusion")
     generator = Generator(
         backbone, one_device(), height=64, width=64, num_inference_steps=16, guidance_scale=3.0,
-        batch_size=32,
+        batch_size=32, sampler=ddim.SAMPLER,
     )  # fmt: skip
     _, images = generator(
         backbone.params, [scene.caption() for scene in scenes], range(count), [False] * count

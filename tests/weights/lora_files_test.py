@@ -24,9 +24,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from agfsync_jax.backbones.stable_diffusion import Backbone
-from agfsync_jax.diffusion import samplers
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.models import clip, lora, unet
+from agfsync_jax.samplers import ddim
 from agfsync_jax.weights.lora_files import load_lora, read_lora, write_lora
 from agfsync_jax.weights.networks import abstract_model, load_model
 from agfsync_jax.weights.tensor_files import Tensor, from_array, write_tensors
@@ -304,7 +304,8 @@ def draw(backbone):
     def program(params, tokens, negative, noise):
         conditioning, none = (backbone.encode_prompt(params, ids) for ids in (tokens, negative))
         denoise = guide(lambda *args: backbone.denoise(params, *args), conditioning, none, 3.0)
-        return backbone.decode_latents(params, samplers.ddim(denoise, backbone.schedule, noise, 6))
+        latents = ddim.SAMPLER(denoise, backbone.schedule, noise, 6)
+        return backbone.decode_latents(params, latents)
 
     tokens, negative = (backbone.tokenize([text]) for text in ("red circle", ""))
     return lambda params, noise: np.asarray(program(params, tokens, negative, noise))
