@@ -46,6 +46,7 @@ ARROWS = {
 # A file -> what it alone may import besides.
 ALSO = {
     "evaluators/referee.py": {"micro"},  # the judge of that world
+    "diffusion/generation.py": {"parallel"},  # batches are split over a mesh
 }
 # A file -> all that it may import of the package.
 ONLY = {"micro/world.py": set()}

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float16, Int
 
-from agfsync_jax.parallel.sharding import batch_sharding, replicated
+from agfsync_jax.parallel.sharding import batch_sharding, filled, replicated
 
 
 def in_batches(
@@ -30,8 +30,7 @@ def in_batches(
     sharding = batch_sharding(mesh)
 
     def run(rows):
-        filled = rows[np.arange(batch_size) % len(rows)]
-        return program(params, jax.device_put(filled, sharding))
+        return program(params, jax.device_put(filled(rows, batch_size), sharding))
 
     return run
 

@@ -11,10 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt32
 
 from agfsync_jax.diffusion.denoising import guide
+from agfsync_jax.parallel.sharding import (
+    batch_sharding,
+    batch_shards,
+    filled,
+    replicated,
+    round_up,
+)
 
 Batch = tuple[Int[np.ndarray, " b"], Float16[np.ndarray, "b h w c"], UInt8[np.ndarray, "b H W 3"]]
 Conditioning = dict[str, Array]
@@ -97,13 +104,12 @@ class Generator:
             for each, span in zip(self._backbones, self._spans, strict=True)
         )
 
-        self._num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch_size = -(-batch_size // self._num_shards) * self._num_shards
+        self._num_shards = batch_shards(mesh)
+        self.batch_size = round_up(batch_size, self._num_shards)
         # Every process of the mesh fills its part of a batch with rows of its own.
         self.num_processes = len({device.process_index for device in mesh.devices.flat})
         self.rows_per_batch = self.batch_size // self.num_processes
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        self._replicated, self._batch = replicated(mesh), batch_sharding(mesh)
         self._encode_program = jax.jit(
             self._encode, in_shardings=(None, self._batch), out_shardings=self._batch
         )
@@ -292,7 +298,8 @@ class Generator:
                 groups.append((start // group_rows, int(rows[-1]) // self.rows_per_batch + 1))
         if self.num_processes > 1:  # one with less to do draws padding along with the others
             length = int(multihost_utils.process_allgather(np.int32(len(groups))).max())
-            groups += [(-(-wanted.size // group_rows), 0)] * (length - len(groups))
+            beyond = math.ceil(wanted.size / group_rows)
+            groups += [(beyond, 0)] * (length - len(groups))
             if length:
                 own = np.array([batches for _, batches in groups], np.int32)
                 most = multihost_utils.process_allgather(own).max(axis=0)
@@ -304,24 +311,18 @@ class Generator:
         devices = set(self.mesh.devices.flat)
 
         def place(leaf):
-            return (
-                leaf
-                if leaf.sharding.device_set == devices
-                else jax.device_put(leaf, self._replicated)
-            )
+            is_there = leaf.sharding.device_set == devices
+            return leaf if is_there else jax.device_put(leaf, self._replicated)
 
         return jax.tree.map(place, params)
 
     def _put(self, arrays: Any, num_rows: int) -> Any:
-        """This process's rows of a pytree, filled up with zeros to what the mesh divides."""
-        own = self._num_shards // self.num_processes
-        num_rows = -(-num_rows // own) * own
-
-        def put(leaf):
-            padding = [(0, num_rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
-            return jax.make_array_from_process_local_data(self._batch, np.pad(leaf, padding))
-
-        return jax.tree.map(put, arrays)
+        """This process's rows of a pytree, filled up to `num_rows`, or to what the mesh divides."""
+        size = round_up(num_rows, self._num_shards // self.num_processes)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(self._batch, filled(leaf, size)),
+            arrays,
+        )
 
 
 def _perturb(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
@@ -32,6 +33,12 @@ def batch_shards(mesh: Mesh) -> int:
 def round_up(number: int, multiple: int) -> int:
     """The next multiple, such as of `batch_shards`."""
     return math.ceil(number / multiple) * multiple
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """A batch of `size` rows: copies of the first fill it up, or zeros where there is none."""
+    first = rows[:1] if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype)
+    return np.concatenate([rows, np.repeat(first, size - len(rows), axis=0)])
 
 
 def path_string(path: Sequence[Any]) -> str:

@@ -23,11 +23,11 @@ from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.parallel.sharding import (
     batch_sharding,
     batch_shards,
+    filled,
     infer_shardings,
     replicated,
     round_up,
 )
-from agfsync_jax.scorers._shared import filled
 from agfsync_jax.weights.networks import load_model
 from agfsync_jax.weights.places import local_files, resolve_path
 

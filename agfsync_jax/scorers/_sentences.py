@@ -15,8 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from agfsync_jax.data.tokenizers import TextTokenizer
 from agfsync_jax.models.mpnet import MPNetModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated, round_up
-from agfsync_jax.scorers._shared import filled
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, filled, replicated, round_up
 from agfsync_jax.scorers.clip import unit
 from agfsync_jax.weights.networks import load_model, read_json
 from agfsync_jax.weights.places import local_files, resolve_path

@@ -1,10 +1,9 @@
-"""What several scorers use: models that are loaded once, and batches of a fixed size."""
+"""Models that several scorers use are loaded once, for as long as one of them lives."""
 
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 from jax.sharding import Mesh
 
 T = TypeVar("T")
@@ -19,8 +18,3 @@ def shared(make: Callable[..., T], mesh: Mesh, **settings: Any) -> T:
     if made is None:
         made = _alive[key] = make(mesh, **settings)
     return made
-
-
-def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """A batch of `size` rows; copies of the first one fill it up."""
-    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])

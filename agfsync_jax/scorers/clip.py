@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, UInt8
 from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, replicated, round_up
-from agfsync_jax.scorers._shared import filled, shared
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, filled, replicated, round_up
+from agfsync_jax.scorers._shared import shared
 from agfsync_jax.weights.clip_files import ClipFiles
 from agfsync_jax.weights.networks import fit
 

@@ -10,9 +10,11 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import (
     batch_sharding,
     batch_shards,
+    filled,
     infer_shardings,
     path_string,
     replicated,
+    round_up,
 )
 
 
@@ -121,3 +123,12 @@ def test_batch_sharding(mesh):
     assert {s.data.shape for s in batch.addressable_shards} == {(2, 3)}
     whole = jax.device_put(np.zeros((8, 3)), replicated(mesh))
     assert {s.data.shape for s in whole.addressable_shards} == {(8, 3)}
+
+
+def test_batches_are_filled_up():
+    assert [round_up(number, 4) for number in (1, 4, 5)] == [4, 4, 8]
+    rows = np.arange(6, dtype=np.int32).reshape(3, 2)
+    np.testing.assert_array_equal(filled(rows, 5), rows[[0, 1, 2, 0, 0]])
+    np.testing.assert_array_equal(filled(rows, 3), rows)
+    nothing = filled(rows[:0], 2)
+    assert nothing.dtype == np.int32 and nothing.tolist() == [[0, 0], [0, 0]]
