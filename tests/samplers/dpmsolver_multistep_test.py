@@ -17,5 +17,6 @@ from tests.schedulers import SD, assert_equal_to_diffusers
     ],
     ids=str,
 )
-def test_solvers_equal_diffusers(changes, num_steps):
-    assert_equal_to_diffusers("dpmsolver_multistep", SD | changes, num_steps)
+@pytest.mark.parametrize("name", ["dpmsolver_multistep", "dpmsolver_sde"])
+def test_solvers_equal_diffusers(name, changes, num_steps):
+    assert_equal_to_diffusers(name, SD | changes, num_steps)
