@@ -314,6 +314,8 @@ REFUSED = {
     "lambda_min_clipped": -5.1,
     "variance_type": "learned_range",
     "skip_prk_steps": False,
+    "solver_p": "DDIMScheduler",
+    "shift_terminal": 0.1,
 }
 
 
