@@ -81,8 +81,6 @@ NO_EFFECT = {
     "use_dynamic_shifting": "acts with a `mu` that no Stable Diffusion pipeline gives",
     "time_shift_type": "acts with use_dynamic_shifting",
 }
-# Fields that only solvers have that are not here; samplers have no use for them.
-_OF_UNIPC = {"predict_x0", "solver_p", "disable_corrector", "shift_terminal"}
 
 
 class Model(NamedTuple):
@@ -294,7 +292,7 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     every = _all().values()
     own = [each.defaults for each in every if each.scheduler == config.get("_class_name")]
     schedule = Schedule.from_config(config, *own[:1])
-    known = _OF_UNIPC.union(*(each.defaults for each in every))
+    known = set().union(*(each.defaults for each in every))
     if unknown := [n for n in schedule.config if n not in known and not n.startswith("_")]:
         told = ", ".join(f"{name}={schedule.config[name]!r}" for name in unknown)
         raise ValueError(f"scheduler_config.json has fields that no sampler knows: {told}.")
