@@ -55,7 +55,8 @@ def generator(
     if (path := spec.pop("refiner")) and refiner is None:
         refiner = load(config, mesh, path=path, kind="", lora=(), param_dtype=dtype)
     name = spec.pop("sampler")
-    used = {samplers.find(name, each.schedule) for each in (backbone, refiner) if each}
+    drawing = [backbone] if refiner is None else [backbone, refiner]
+    used = {samplers.find(name, each.schedule) for each in drawing}
     if len(used) > 1:
         raise ValueError(
             "The schedulers of base and refiner differ, and so do their latents' scales: name "

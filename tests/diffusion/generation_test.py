@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agfsync_jax import backbones
 from agfsync_jax.diffusion import generation
 from agfsync_jax.diffusion.generation import Generator, row_seed
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.samplers import ddim, euler
+from configs import micro
 
 PROMPTS = [f"prompt {index // 3}" for index in range(11)]
 SEEDS = [row_seed(0, 0, prompt, index % 3) for index, prompt in enumerate(PROMPTS)]
@@ -233,6 +235,19 @@ def test_a_refiner_goes_on_where_the_base_stops(params, grid):
         assert (np.abs(scored.astype(float) - plain).max() > 0.01) == differs
     with pytest.raises(ValueError, match="refiner_start=1.0"):
         make(refiner=same, refiner_start=1.0)
+
+
+def test_base_and_refiner_share_a_sampler(params):
+    config = micro.get_config("tiny")
+    base, refiner = FakeRefiner(params), FakeRefiner(params)
+    refiner.schedule = Schedule.from_config({"_class_name": "EulerDiscreteScheduler"})
+    mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="base and refiner differ"):
+        backbones.generator(config, mesh, base, refiner=refiner)
+    config.sample.sampler = "heun"
+    steps = config.sample.num_inference_steps
+    assert backbones.generator(config, mesh, base).num_calls == 2 * steps - 1
+    assert backbones.generator(config, mesh, base, refiner=refiner).num_calls == 2 * steps - 1
 
 
 def test_pooled_embeddings_are_perturbed_at_the_same_strength(params):
