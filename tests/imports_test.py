@@ -48,8 +48,10 @@ ALSO = {
     "evaluators/referee.py": {"micro"},  # the judge of that world
     "diffusion/generation.py": {"parallel"},  # batches are split over a mesh
 }
+# The micro world: each file builds on those before it, and on nothing else.
+WORLD = ("grammar", "scenes", "drawing", "questions", "referee")
 # A file -> all that it may import of the package.
-ONLY = {"micro/world.py": set()}
+ONLY = {f"micro/{name}.py": {"micro"} for name in WORLD}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
 SHARED = {"models": {"layers", "attention", "t5"}}  # a BLIP-2 contains a T5
 # A room -> the only libraries that it may import.
@@ -57,7 +59,7 @@ LIBRARIES = {
     "losses": {"jax", "jaxtyping"},
     "diffusion": {"jax", "jaxtyping", "numpy"},
     "samplers": {"jax", "jaxtyping", "numpy"},
-    "micro/world.py": {"numpy"},
+    **{f"micro/{name}.py": {"numpy"} for name in WORLD},
     "models": {"jax", "jaxtyping", "numpy", "flax"},
 }
 # What only the extra [torch] installs: where it may be used, inside functions.
@@ -139,6 +141,9 @@ def test_arrows(path):
     for found, part, what in _ours(path):
         place = f"agfsync_jax/{name}:{found.line} imports {found.name}"
         assert part in allowed, f"{place}; it may import {sorted(allowed)}"
+        if name in ONLY:
+            before = WORLD[: WORLD.index(path.stem)]
+            assert what in before, f"{place}; of the world it may import {before}"
         if part == room and part in SHARED:
             own = SHARED[part] | {""}
             assert what in own, f"{place}; of its own room it may import {SHARED[part]}"

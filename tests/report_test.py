@@ -19,7 +19,9 @@ from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.pairs import write_pairs
 from agfsync_jax.evaluation.comparison import compare
 from agfsync_jax.evaluators.referee import Evaluator
-from agfsync_jax.micro import world
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.questions import fixed_questions
+from agfsync_jax.micro.scenes import mutate, sample_scenes
 from agfsync_jax.reports import rounds
 
 METRICS = ["vqa", "clip", "aesthetic", "referee", "referee_strict"]
@@ -33,14 +35,14 @@ def get_config(**report_block) -> ConfigDict:
 
 def draw(scene, rng, skill: float) -> np.ndarray:
     """A picture of the scene, or, the more often the lower the skill, of one like it."""
-    drawn = scene if rng.random() < skill else world.mutate(scene, rng)
-    return world.render(drawn, rng)
+    drawn = scene if rng.random() < skill else mutate(scene, rng)
+    return render(drawn, rng)
 
 
 def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2) -> None:
     """Images, scores and answers of a base of skill 0.5 and a tuned model of skill `skill`."""
     rng = np.random.default_rng(0)
-    scenes = world.sample_scenes(rng, num_prompts, split="heldout", unique=True)
+    scenes = sample_scenes(rng, num_prompts, split="heldout", unique=True)
     captions = {f"p{i:03d}": scene.caption() for i, scene in enumerate(scenes)}
     evals = round_dir / "evals"
     shown = captions | {"p001": EVIL}
@@ -56,7 +58,7 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
                 columns = Evaluator()(image[None], [captions[prompt_id]])
                 judged = {name: float(value[0]) for name, value in columns.items()}
                 wrong = [rng.random() > 0.3 + 0.65 * judged["referee"] for _ in range(99)]
-                questions = world.questions(scene)
+                questions = fixed_questions(scene)
                 for number, question in enumerate(questions):
                     answers.append(
                         key
@@ -93,7 +95,7 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
 def make_training(round_dir, *, num_pairs: int = 20, seed: int = 0) -> None:
     """Prompts, candidates, scores, pairs, metrics and costs of a round."""
     rng = np.random.default_rng([1, seed])
-    scenes = world.sample_scenes(rng, num_pairs, unique=True)
+    scenes = sample_scenes(rng, num_pairs, unique=True)
     prompts, shard, scores, pairs = [], [], [], []
     for index, scene in enumerate(scenes):
         prompt_id = f"r000-{index:05d}"

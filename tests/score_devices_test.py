@@ -13,7 +13,9 @@ import pytest
 
 from agfsync_jax import score
 from agfsync_jax.data import images, records
-from agfsync_jax.micro import world
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.questions import fixed_questions
+from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import configs
 from tests.processes import ROOT, run_processes
@@ -37,7 +39,7 @@ def drawn(tmp_path_factory):
     """Candidates of six scenes in three shards, with their questions."""
     folder = tmp_path_factory.mktemp("drawn") / "round_000"
     rng = np.random.default_rng(0)
-    scenes = world.sample_scenes(rng, 6)
+    scenes = sample_scenes(rng, 6)
     ids = [f"p{n}" for n in range(6)]
     records.write_jsonl(
         folder / "prompts.jsonl",
@@ -49,7 +51,7 @@ def drawn(tmp_path_factory):
     asked = [
         {"id": i, "caption": scene.caption(), **row}
         for i, scene in zip(ids, scenes, strict=True)
-        for row in world.questions(scene)
+        for row in fixed_questions(scene)
     ]
     records.write_jsonl(folder / "questions.jsonl", asked)
     for shard in range(3):
@@ -58,7 +60,7 @@ def drawn(tmp_path_factory):
                 "prompt_id": ids[n],
                 "candidate": candidate,
                 "seed": 0,
-                "image": images.encode_png(world.render(scenes[n], rng)),
+                "image": images.encode_png(render(scenes[n], rng)),
                 "latents": np.zeros((2, 2, 4), np.float16),
             }
             for n in (2 * shard, 2 * shard + 1)

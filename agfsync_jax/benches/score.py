@@ -20,7 +20,9 @@ from PIL import Image
 from agfsync_jax.benches import Measured, Task, joined
 from agfsync_jax.benches._peers import Reference
 from agfsync_jax.benches._processes import HostMemory, Process, processor_name
-from agfsync_jax.micro import world
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.questions import training_questions
+from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa
 from agfsync_jax.scoring.engine import load_scorers, score_images
@@ -108,15 +110,15 @@ def inputs(
     """Images uint8 [b, h, w, 3], their prompts, and their questions with the whole "text"."""
     rng = np.random.default_rng(turn)
     images, prompts, questions = [], [], []
-    for scene in world.sample_scenes(rng, spec.num_prompts):
+    for scene in sample_scenes(rng, spec.num_prompts):
         asked: list[dict] = []
         while len(asked) < spec.num_questions:
-            for question, answer, _ in world.training_questions(scene, rng, spec.num_questions):
+            for question, answer, _ in training_questions(scene, rng, spec.num_questions):
                 if answer in ("yes", "no"):
                     row = {"question": question, "answer": answer, "choices": ["yes", "no"]}
                     asked.append(row | {"text": vqa.ask(prompt, row)})
         for _ in range(spec.num_candidates):
-            image = Image.fromarray(world.render(scene, rng))
+            image = Image.fromarray(render(scene, rng))
             images.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
             prompts.append(scene.caption())
             questions.append(asked[: spec.num_questions])

@@ -1,7 +1,7 @@
 """The micro world's referee: classical vision judges each image against its prompt.
 
 It shares nothing with the models that score and train, so it tells whether a higher score means
-better images. Only for prompts in the grammar of micro/world.py (the one room besides data
+better images. Only for prompts in the grammar of micro/grammar.py (the one room besides data
 that this file needs).
 """
 
@@ -13,11 +13,12 @@ from jaxtyping import Float, UInt8
 
 from agfsync_jax import evaluators
 from agfsync_jax.data.columns import Column
-from agfsync_jax.micro import world
+from agfsync_jax.micro import referee
+from agfsync_jax.micro.grammar import parse_caption
+from agfsync_jax.micro.questions import ELEMENT_TYPES
 
 _BY_TYPE = {
-    f"referee/{kind}": Column(f"the referee's checks about {kind}", "%")
-    for kind in world.ELEMENT_TYPES
+    f"referee/{kind}": Column(f"the referee's checks about {kind}", "%") for kind in ELEMENT_TYPES
 }
 
 
@@ -46,9 +47,9 @@ class Evaluator(evaluators.Evaluator):
         del questions
         columns = {name: np.full(len(prompts), np.nan, np.float32) for name in self.columns}
         for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            checks = world.referee(np.asarray(image), world.parse_caption(prompt))
-            columns["referee"][row] = world.referee_mean(checks)
-            columns["referee_strict"][row] = world.referee_strict(checks)
+            checks = referee.judge(np.asarray(image), parse_caption(prompt))
+            columns["referee"][row] = referee.mean(checks)
+            columns["referee_strict"][row] = referee.strict(checks)
             by_type = defaultdict(list)
             for check, true in checks.items():
                 by_type[check.partition(":")[0]].append(true)

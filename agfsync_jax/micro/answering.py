@@ -18,9 +18,20 @@ import optax
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import TextTokenizer
-from agfsync_jax.micro import folders, probes, world
+from agfsync_jax.micro import folders, probes, referee
+from agfsync_jax.micro.drawing import degrade, render
+from agfsync_jax.micro.grammar import Object, Scene
 from agfsync_jax.micro.painter import Painter
-from agfsync_jax.micro.training import clip_pixels, fit, in_batches, renders
+from agfsync_jax.micro.questions import ELEMENT_TYPES, fixed_questions, training_questions
+from agfsync_jax.micro.scenes import sample_scene, sample_scenes
+from agfsync_jax.micro.training import (
+    clip_pixels,
+    fit,
+    in_batches,
+    judged,
+    renders,
+    untrained,
+)
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.weights import networks as weights
@@ -67,9 +78,9 @@ def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> N
 class Picture(NamedTuple):
     """A training picture: its scene, pixels, and those of its objects that have no shape."""
 
-    scene: world.Scene
+    scene: Scene
     image: np.ndarray
-    malformed: Collection[world.Object] = ()
+    malformed: Collection[Object] = ()
 
 
 class Pictures:
@@ -87,9 +98,9 @@ class Pictures:
             return self.others[rng.integers(len(self.others))]
         if draw < (0.82 if self.others else 0.6):
             return self.rebuilt[rng.integers(len(self.rebuilt))]
-        scene = world.sample_scene(rng, "train")
-        image = world.render(scene, rng)
-        return Picture(scene, world.degrade(image, rng) if draw > 0.9 else image)
+        scene = sample_scene(rng, "train")
+        image = render(scene, rng)
+        return Picture(scene, degrade(image, rng) if draw > 0.9 else image)
 
 
 def bent(count: int, seed: int) -> list[Picture]:
@@ -98,7 +109,7 @@ def bent(count: int, seed: int) -> list[Picture]:
     rng = np.random.default_rng(seed)
     pictures = []
     for _ in range(count):
-        scene = world.sample_scene(rng, "train")
+        scene = sample_scene(rng, "train")
         malformed = [thing for thing in scene.objects if rng.random() < 0.6]
         amounts = {
             thing: (rng.uniform(0.09, 0.22), rng.uniform(0.0, 0.6))
@@ -106,7 +117,7 @@ def bent(count: int, seed: int) -> list[Picture]:
             else (rng.uniform(0.0, 0.04), rng.uniform(0.0, 0.1))
             for thing in scene.objects
         }
-        pictures.append(Picture(scene, world.render(scene, rng, amounts), malformed))
+        pictures.append(Picture(scene, render(scene, rng, amounts), malformed))
     return pictures
 
 
@@ -136,7 +147,7 @@ def ask(tokenizer: TextTokenizer, pictures: Sequence[Picture], rng, asked: int) 
     rows = [
         row
         for scene, _, malformed in pictures
-        for row in world.training_questions(scene, rng, asked, malformed)
+        for row in training_questions(scene, rng, asked, malformed)
     ]
     ids, mask = tokenizer([question for question, *_ in rows], folders.QUESTION_LENGTH)
     targets, _ = tokenizer([answer for _, answer, _ in rows], 2)  # the answer, the end
@@ -159,11 +170,7 @@ def train_blip2(
     folders.write_blip2_tokenizer(folder)
     tokenizer = TextTokenizer(folder)
     config = folders.blip2_config(tokenizer)
-    graph, params = weights.init_model(
-        Blip2ForConditionalGeneration,
-        Blip2ForConditionalGeneration.config_class.from_dict(config),
-        seed=5,
-    )
+    graph, params = untrained(Blip2ForConditionalGeneration, config, seed=5)
     _, clip = weights.load_model(CLIPModel, output / "clip")
     start_from_clip(params, clip, renders(64, "train", 36)[1])
     width = config["text_config"]["d_model"]
@@ -268,7 +275,7 @@ def _examine(graph, params, tokenizer, painter) -> dict[str, float]:
 
     def examine(scenes, images):
         """Rows (image, element type, right, probability of the right answer)."""
-        rows = [(i, row) for i, scene in enumerate(scenes) for row in world.questions(scene)]
+        rows = [(i, row) for i, scene in enumerate(scenes) for row in fixed_questions(scene)]
         ids, mask = tokenizer([row["question"] for _, row in rows], folders.QUESTION_LENGTH)
         tokens = in_batches(read, images)[[i for i, _ in rows]]
         logits = in_batches(answer, tokens, ids, mask, size=512)
@@ -281,22 +288,20 @@ def _examine(graph, params, tokenizer, painter) -> dict[str, float]:
     scenes, images = renders(1000, "heldout", 33)
     answers = list(examine(scenes, images))
     figures = {"all": float(np.mean([right for _, _, right, _ in answers]))}
-    for kind in world.ELEMENT_TYPES:
+    for kind in ELEMENT_TYPES:
         figures[kind] = float(np.mean([right for _, each, right, _ in answers if each == kind]))
     if painter.unet is not None:
-        scenes = world.sample_scenes(np.random.default_rng(34), 128, "heldout", unique=True)
+        scenes = sample_scenes(np.random.default_rng(34), 128, "heldout", unique=True)
         scenes = [scene for scene in scenes for _ in range(8)]
         captions = [scene.caption() for scene in scenes]
         drawn = painter.draw(captions, seed=35, steps=16, guidance=3.0)  # as configs/micro.py does
-        judged = [
-            world.referee_mean(world.referee(*pair)) for pair in zip(drawn, scenes, strict=True)
-        ]
+        means = np.array([referee.mean(checks) for checks in judged(drawn, scenes)])
         answers = list(examine(scenes, drawn))
         owner = np.array([i for i, *_ in answers])
         for label, column in (("accuracy", 2), ("probability", 3)):
             values = np.array([row[column] for row in answers], np.float64)
             score = np.bincount(owner, values) / np.bincount(owner)
-            figures[f"correlation_{label}"] = _correlation_within(score, np.array(judged), 8)
+            figures[f"correlation_{label}"] = _correlation_within(score, means, 8)
     return figures
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import ClipTokenizer, TextTokenizer
-from agfsync_jax.micro import world
+from agfsync_jax.micro.questions import VOCABULARY
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.weights import networks as weights
 
@@ -140,7 +140,7 @@ def write_tokenizer(folder: Path) -> None:
 
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = bytes_ + [token + "</w>" for token in bytes_]
-    merges = byte_pair_merges(world.VOCABULARY)
+    merges = byte_pair_merges(VOCABULARY)
     words = list(dict.fromkeys("".join(pair) for pair in merges))
     vocabulary = [*alphabet, *words, "<|startoftext|>", "<|endoftext|>"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -160,10 +160,10 @@ def write_tokenizer(folder: Path) -> None:
             "do_lower_case": True,
         },
     )
-    _write_preprocessor(folder, "CLIPImageProcessor", CLIP_MEAN, CLIP_STD)
 
 
-def _write_preprocessor(folder: Path, kind: str, mean, std) -> None:
+def write_preprocessor(folder: Path, kind: str) -> None:
+    """How images are made for CLIP or BLIP-2; `kind` is the class that transformers has for it."""
     size = {"height": 64, "width": 64}
     crop = {"do_center_crop": True, "crop_size": size} if kind == "CLIPImageProcessor" else {}
     write_json(
@@ -173,9 +173,9 @@ def _write_preprocessor(folder: Path, kind: str, mean, std) -> None:
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": list(mean),
+            "image_mean": list(CLIP_MEAN),
             "image_processor_type": kind,
-            "image_std": list(std),
+            "image_std": list(CLIP_STD),
             "resample": 3,
             "rescale_factor": 1 / 255,
             "size": {"shortest_edge": 64} if crop else size,
@@ -190,7 +190,6 @@ def write_text_encoder(folder: Path, clip: nnx.State, config: dict) -> None:
     written = {"architectures": ["CLIPTextModel"], "dtype": COMPUTE_DTYPE} | config["text_config"]
     weights.save_model(CLIPTextModel, folder / "text_encoder", text, written, dtype=np.float16)
     write_tokenizer(folder / "tokenizer")
-    (folder / "tokenizer" / "preprocessor_config.json").unlink()
 
 
 def write_pipeline(folder: Path) -> None:
@@ -220,13 +219,13 @@ def write_blip2_tokenizer(folder: Path) -> None:
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [("▁" + word, -1.0) for word in world.VOCABULARY]
+    pieces += [("▁" + word, -1.0) for word in VOCABULARY]
     pieces += [(character, -8.0) for character in map(chr, range(33, 127))]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
-    _write_preprocessor(folder, "BlipImageProcessor", CLIP_MEAN, CLIP_STD)
+    write_preprocessor(folder, "BlipImageProcessor")
     write_json(
         folder / "processor_config.json",
         {"num_query_tokens": NUM_QUERY_TOKENS, "processor_class": "Blip2Processor"},

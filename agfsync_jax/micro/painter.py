@@ -1,7 +1,6 @@
 """The micro suite's own Stable Diffusion while it is being trained."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from agfsync_jax.weights import networks as weights
 class Painter:
     """The suite's own Stable Diffusion, as far as it is trained."""
 
-    def __init__(self, output: Path, unet: tuple[Any, nnx.State] | None = None):
+    def __init__(self, output: Path):
         folder = output / "stable-diffusion"
         self.tokenize = ClipTokenizer(folder / "tokenizer")
         self.schedule = Schedule.from_config(folders.SCHEDULER)
@@ -34,9 +33,9 @@ class Painter:
         self.encode = jax.jit(lambda x: nnx.merge(vae_graph, vae).encode(pixels(x))[0] * factor)
         self.decode = jax.jit(lambda z: uint8(nnx.merge(vae_graph, vae).decode(z / factor)))
         self.blank = self.encode_text(self.tokenize([""]))  # [1, n, d]
-        if unet is None and (folder / "unet" / "config.json").exists():
-            unet = weights.load_model(UNet2DConditionModel, folder / "unet")
-        self.unet = unet
+        self.unet: tuple[nnx.GraphDef, nnx.State] | None = None
+        if (folder / "unet" / "config.json").exists():
+            self.unet = weights.load_model(UNet2DConditionModel, folder / "unet")
 
     def embed(self, captions: list[str]) -> np.ndarray:
         """Hidden states [b, n, d] of captions."""

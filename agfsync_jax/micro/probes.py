@@ -11,13 +11,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agfsync_jax.micro import world
+from agfsync_jax.micro.grammar import (
+    BACKGROUNDS,
+    COLORS,
+    COUNTS,
+    SHAPES,
+    Object,
+    Scene,
+    in_reading_order,
+)
 
-_BACKGROUNDS = list(world.BACKGROUNDS)
-_COLORS = [None, *world.COLORS]
-_SHAPES = [None, *world.SHAPES, "malformed"]
+_BACKGROUNDS = list(BACKGROUNDS)
+_COLORS = [None, *COLORS]
+_SHAPES = [None, *SHAPES, "malformed"]
 _ROLES = [None, "small", "large", "above", "below", "left", "right", "group"]
-_PLACES = [*_ROLES[:-1], *world.COUNTS]
+_PLACES = [*_ROLES[:-1], *COUNTS]
 _IN_READING_ORDER = {"above": ("above", "below"), "to the left of": ("left", "right")}
 
 Slots = dict[tuple[int, str], int]  # (token, fact) -> how many values the fact has
@@ -25,7 +33,7 @@ Slots = dict[tuple[int, str], int]  # (token, fact) -> how many values the fact 
 # What BLIP-2's queries tell of a picture: six of them look for a color each.
 IN_QUERIES: Slots = {
     **{(i, f"{color} {fact}"): len(values)
-       for i, color in enumerate(world.COLORS)
+       for i, color in enumerate(COLORS)
        for fact, values in (("shape", _SHAPES), ("role", _ROLES))},
     (6, "background"): len(_BACKGROUNDS),
     (7, "count"): 4,
@@ -45,9 +53,9 @@ IN_CAPTION: Slots = _OF_CAPTION | {
 }
 
 
-def of_picture(scene: world.Scene, malformed: Collection[world.Object] = ()) -> list[int]:
+def of_picture(scene: Scene, malformed: Collection[Object] = ()) -> list[int]:
     """The values of `IN_QUERIES`."""
-    scene = world.in_reading_order(scene)
+    scene = in_reading_order(scene)
     of_scene = _IN_READING_ORDER.get(scene.relation, (scene.size or "group",))
     seen = {
         thing.color: (
@@ -56,13 +64,13 @@ def of_picture(scene: world.Scene, malformed: Collection[world.Object] = ()) -> 
         )
         for thing, role in zip(scene.objects, of_scene, strict=True)
     }
-    values = [value for color in world.COLORS for value in seen.get(color, (0, 0))]
+    values = [value for color in COLORS for value in seen.get(color, (0, 0))]
     return [*values, _BACKGROUNDS.index(scene.background), scene.count - 1]
 
 
-def of_caption(scene: world.Scene) -> list[int]:
+def of_caption(scene: Scene) -> list[int]:
     """The values of `IN_CAPTION`."""
-    scene = world.in_reading_order(scene)
+    scene = in_reading_order(scene)
     of_scene = _IN_READING_ORDER.get(scene.relation, (scene.size or scene.count,))
     values = [0] * 6
     for index, (thing, place) in enumerate(zip(scene.objects, of_scene, strict=True)):

@@ -5,7 +5,8 @@
 Stages, each after what it needs: clip, vae, unet, blip2, blip2_generated, aesthetic. Without
 names all of them run. A stage resumes from its last checkpoint, is skipped when it is done, and
 ends with figures on captions that no stage trains on (figures.json in the output folder).
-Everything is drawn from `micro/world.py`; its referee only measures, it never trains anything.
+Everything is drawn from the micro world (micro/grammar.py); its referee only measures, it never
+trains anything.
 """
 
 import argparse
@@ -20,18 +21,22 @@ import optax
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import ClipTokenizer
-from agfsync_jax.micro import folders, probes, world
+from agfsync_jax.micro import folders, probes, referee
 from agfsync_jax.micro.answering import train_blip2, train_blip2_generated
+from agfsync_jax.micro.drawing import degrade, render
+from agfsync_jax.micro.grammar import Scene
 from agfsync_jax.micro.painter import Painter
+from agfsync_jax.micro.scenes import misread, mutate, sample_scene, sample_scenes
 from agfsync_jax.micro.training import (
     clip_pixels,
     fit,
     in_batches,
+    judged,
     pixels,
     renders,
-    strict,
     uint8,
     unit,
+    untrained,
 )
 from agfsync_jax.models.aesthetic import AestheticPredictor
 from agfsync_jax.models.clip import CLIPModel
@@ -52,14 +57,15 @@ def train_clip(
     2021); half of a batch are one-attribute changes of the other half, so that the towers must
     tell scenes apart and not only words."""
     folders.write_tokenizer(output / "clip")
+    folders.write_preprocessor(output / "clip", "CLIPImageProcessor")
     tokenize = ClipTokenizer(output / "clip")
     config = folders.clip_config(tokenize)
-    graph, params = weights.init_model(CLIPModel, CLIPModel.config_class.from_dict(config), seed=1)
+    graph, params = untrained(CLIPModel, config, seed=1)
     text = {"text_model": params["text_model"]}
     rest = {name: params[name] for name in params if name not in text}
 
     def caption_batch(rng, count=128):
-        scenes = [world.sample_scene(rng, "train") for _ in range(count)]
+        scenes = sample_scenes(rng, count, "train")
         slots = [probes.of_caption(scene) for scene in scenes]
         ids = tokenize([scene.caption() for scene in scenes])
         return {"ids": ids, "slots": np.array(slots, np.int32)}
@@ -79,9 +85,9 @@ def train_clip(
     folders.write_text_encoder(output / "stable-diffusion", nnx.State(text), config)
 
     def make_batch(rng, half=48):
-        scenes = [world.sample_scene(rng, "train") for _ in range(half)]
-        scenes += [world.mutate(scene, rng, "train") for scene in scenes]
-        images = np.stack([world.render(scene, rng) for scene in scenes])
+        scenes = sample_scenes(rng, half, "train")
+        scenes += [mutate(scene, rng, "train") for scene in scenes]
+        images = np.stack([render(scene, rng) for scene in scenes])
         return {"images": images, "ids": tokenize([scene.caption() for scene in scenes])}
 
     def whole(rest):
@@ -128,11 +134,11 @@ def retrieval(graph, params, tokenize) -> dict[str, float]:
     rng = np.random.default_rng(99)
     right, above = [], []
     for _ in range(10):
-        scenes = world.sample_scenes(rng, 100, "heldout", unique=True)
-        images = np.stack([world.render(scene, rng) for scene in scenes])
+        scenes = sample_scenes(rng, 100, "heldout", unique=True)
+        images = np.stack([render(scene, rng) for scene in scenes])
         image, text = both(scenes, images)
         right.append((np.argmax(image @ text.T, -1) == np.arange(100)).mean())
-        _, changed = both([world.mutate(scene, rng) for scene in scenes], images)
+        _, changed = both([mutate(scene, rng) for scene in scenes], images)
         above.append(((image * text).sum(-1) > (image * changed).sum(-1)).mean())
     return {"retrieval_of_100": float(np.mean(right)), "own_above_changed": float(np.mean(above))}
 
@@ -141,13 +147,10 @@ def retrieval(graph, params, tokenize) -> dict[str, float]:
 def train_vae(workdir: Path, output: Path, *, steps: int = 1600) -> dict[str, float]:
     """The autoencoder: L1 + 2 MSE + 1e-3 KL (both means), on renders."""
     config = folders.VAE
-    graph, params = weights.init_model(
-        AutoencoderKL, AutoencoderKL.config_class.from_dict(config), seed=2
-    )
+    graph, params = untrained(AutoencoderKL, config, seed=2)
 
     def make_batch(rng, count=16):
-        scenes = [world.sample_scene(rng, "train") for _ in range(count)]
-        return {"images": np.stack([world.render(scene, rng) for scene in scenes])}
+        return {"images": renders(count, "train", rng)[1]}
 
     def loss_fn(params, batch, key):
         model = nnx.merge(graph, params)
@@ -180,7 +183,7 @@ def train_vae(workdir: Path, output: Path, *, steps: int = 1600) -> dict[str, fl
     rebuilt = in_batches(decode, in_batches(encode, images))
     mse = np.square(rebuilt.astype(np.float32) - images).mean()
     return {
-        "referee_strict": strict(rebuilt, scenes),
+        "referee_strict": float(np.mean(list(map(referee.strict, judged(rebuilt, scenes))))),
         "psnr": float(10 * np.log10(255**2 / mse)),
         "scaling_factor": factor,
     }
@@ -198,14 +201,13 @@ def train_unet(
     that its scorers can see.
     """
     painter = Painter(output)
-    config = UNet2DConditionModel.config_class.from_dict(folders.UNET)
-    graph, params = weights.init_model(UNet2DConditionModel, config, seed=3)
+    graph, params = untrained(UNet2DConditionModel, folders.UNET, seed=3)
     scenes, images = renders(24_000, "train", 7)
     latents = in_batches(painter.encode, images)
     del images
     rng = np.random.default_rng(10)
     careless = [
-        world.misread(scene, rng, "train") if rng.random() < CARELESS_CAPTIONS else scene
+        misread(scene, rng, "train") if rng.random() < CARELESS_CAPTIONS else scene
         for scene in scenes
     ]
     # Distinct captions are few: their hidden states are computed once.
@@ -214,7 +216,7 @@ def train_unet(
     context = np.concatenate([painter.embed(captions), np.asarray(painter.blank)])
     alphas = jnp.asarray(painter.schedule.alphas_cumprod)
 
-    def batches(told: list[world.Scene]):
+    def batches(told: list[Scene]):
         rows = np.array([index[scene.caption()] for scene in told])
 
         def make_batch(rng, count=64):
@@ -248,12 +250,12 @@ def train_unet(
     )  # fmt: skip
     folders.write_pipeline(output / "stable-diffusion")
     painter.unet = (graph, params)
-    scenes = world.sample_scenes(np.random.default_rng(8), 400, "heldout", unique=True)
+    scenes = sample_scenes(np.random.default_rng(8), 400, "heldout", unique=True)
     drawn = painter.draw([scene.caption() for scene in scenes], seed=9)
-    checks = [world.referee(*pair) for pair in zip(drawn, scenes, strict=True)]
+    checks = judged(drawn, scenes)
     return {
-        "referee": float(np.mean([world.referee_mean(each) for each in checks])),
-        "referee_strict": float(np.mean([world.referee_strict(each) for each in checks])),
+        "referee": float(np.mean(list(map(referee.mean, checks)))),
+        "referee_strict": float(np.mean(list(map(referee.strict, checks)))),
     }
 
 
@@ -271,9 +273,7 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[st
     text = {name: clip[name] for name in ("text_model", "text_projection")}
     vision = {name: clip[name] for name in clip if name not in text}
     config = {"input_size": clip["visual_projection"]["kernel"].shape[-1]}
-    head_graph, head = weights.init_model(
-        AestheticPredictor, AestheticPredictor.config_class.from_dict(config), seed=4
-    )
+    head_graph, head = untrained(AestheticPredictor, config, seed=4)
     painter = Painter(output)
 
     def rough(images: np.ndarray, seed: int) -> np.ndarray:
@@ -290,9 +290,9 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[st
             if rng.random() < 0.25:
                 scene, image, worse = pool[rng.integers(len(pool))]
             else:
-                scene = world.sample_scene(rng, "train")
-                image = world.render(scene, rng)
-                worse = world.degrade(image, rng)
+                scene = sample_scene(rng, "train")
+                image = render(scene, rng)
+                worse = degrade(image, rng)
             scenes.append(scene)
             clean.append(image)
             spoiled.append(worse)
@@ -324,7 +324,7 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[st
 
     _, clean = renders(1000, "heldout", 23)
     rng = np.random.default_rng(24)
-    spoiled = np.stack([world.degrade(image, rng) for image in clean])
+    spoiled = np.stack([degrade(image, rng) for image in clean])
     spoiled[::4] = rough(clean[::4], 25)
     above = in_batches(score, clean) > in_batches(score, spoiled)
     return {"clean_above_degraded": float(above.mean())} | retrieval(graph, clip, tokenize)
@@ -358,7 +358,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: done before: {figures[name]}", flush=True)
             continue
         result = STAGES[name](options.workdir, options.output)
-        figures = json.loads(figures_path.read_text()) if figures_path.exists() else {}
         figures[name] = {key: round(value, 4) for key, value in result.items()}
         folders.write_json(figures_path, figures)
         print(f"{name}: {figures[name]}", flush=True)

@@ -10,14 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from agfsync_jax.micro import folders, world
+from agfsync_jax.micro import folders, referee
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.grammar import Scene
+from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import Stage
+from agfsync_jax.weights.networks import init_model
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
 SAVE_EVERY = 250
+
+
+def untrained(network: type, config: dict, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """A network of the sizes of a config.json, with random parameters."""
+    return init_model(network, network.config_class.from_dict(config), seed=seed)
 
 
 def fit(
@@ -29,33 +39,28 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
+    ema: float,
     weight_decay: float = 0.01,
-    b2: float = 0.99,
-    ema: float = 0.0,
-    seed: int = 0,
 ) -> PyTree:
     """Minimizes `loss_fn(params, batch, key)` with AdamW, warm-up and cosine decay.
 
-    Batch and key are functions of (seed, step), so a resumed run sees what an uninterrupted one
-    would. Returns the parameters, or their moving average of decay `ema`.
+    Batch and key are functions of the step, so a resumed run sees what an uninterrupted one would.
+    Returns the parameters' moving average of decay `ema`.
     """
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 4), steps)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=weight_decay)
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=weight_decay)
     )
 
     def init(params):
-        # Copied, since the state is donated.
-        averaged = jax.tree.map(jnp.copy, params) if ema else None
+        averaged = jax.tree.map(jnp.copy, params)  # since the state is donated
         return {"params": params, "ema": averaged, "opt_state": optimizer.init(params)}
 
     def update(state, batch, key):
         loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        averaged = state["ema"]
-        if ema:
-            averaged = optax.incremental_update(params, averaged, 1 - ema)
+        averaged = optax.incremental_update(params, state["ema"], 1 - ema)
         return {"params": params, "ema": averaged, "opt_state": opt_state}, loss
 
     update = jax.jit(update, donate_argnums=0)
@@ -67,8 +72,8 @@ def fit(
             stage.skipped(start, steps, "steps")
         losses: list[jax.Array] = []
         with stage.progress(steps - start) as progress:
-            for step, batch in enumerate(_ahead(make_batch, seed, start, steps), start):
-                key = jax.random.fold_in(jax.random.key(seed), step)
+            for step, batch in enumerate(_ahead(make_batch, start, steps), start):
+                key = jax.random.fold_in(jax.random.key(0), step)
                 state, loss = update(state, batch, key)
                 losses.append(loss)
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
@@ -79,14 +84,14 @@ def fit(
                     stage.print(f"step {step + 1}: loss {mean:.4f}")
                     checkpoints.save(step + 1, state)
                 progress.update()
-    return state["ema"] if ema else state["params"]
+    return state["ema"]
 
 
-def _ahead(make_batch, seed: int, start: int, steps: int) -> Iterator[Batch]:
+def _ahead(make_batch, start: int, steps: int) -> Iterator[Batch]:
     """The batches of steps start..steps, made on a thread while the device works."""
 
     def make(step: int) -> Batch:
-        return make_batch(np.random.default_rng((seed, step)))
+        return make_batch(np.random.default_rng((0, step)))
 
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(make, step) for step in range(start, min(start + 2, steps)))
@@ -124,17 +129,18 @@ def in_batches(function, *arrays: np.ndarray, size: int = 64) -> np.ndarray:
     return np.concatenate(outs)[:count]
 
 
-def renders(count: int, split: str, seed: int) -> tuple[list[world.Scene], np.ndarray]:
+def renders(
+    count: int, split: str, seed: int | np.random.Generator
+) -> tuple[list[Scene], np.ndarray]:
     """Scenes of a split and their pictures uint8 [count, 64, 64, 3]."""
     rng = np.random.default_rng(seed)
-    scenes = [world.sample_scene(rng, split) for _ in range(count)]
-    return scenes, np.stack([world.render(scene, rng) for scene in scenes])
+    scenes = sample_scenes(rng, count, split)
+    return scenes, np.stack([render(scene, rng) for scene in scenes])
 
 
-def strict(images: np.ndarray, scenes: list[world.Scene]) -> float:
-    """The share of pictures in which the referee finds everything right."""
-    pairs = zip(images, scenes, strict=True)
-    return float(np.mean([world.referee_strict(world.referee(*pair)) for pair in pairs]))
+def judged(images: np.ndarray, scenes: list[Scene]) -> list[dict[str, bool]]:
+    """The referee's checks of each picture."""
+    return [referee.judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
 
 
 def unit(x: jax.Array) -> jax.Array:

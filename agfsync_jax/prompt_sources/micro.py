@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from agfsync_jax.micro import world
+from agfsync_jax.micro.grammar import parse_caption
+from agfsync_jax.micro.questions import fixed_questions
+from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.prompt_sources import prompt_id
 
 
@@ -16,7 +18,7 @@ def prompts(num_prompts: int, *, split: str, seed: int, round_index: int) -> lis
     """
     rng = np.random.default_rng([seed, round_index])
     part = "heldout" if split == "test" else split
-    scenes = world.sample_scenes(rng, num_prompts, split=part, unique=True)
+    scenes = sample_scenes(rng, num_prompts, split=part, unique=True)
     return [
         {
             "id": prompt_id(split, round_index, index),
@@ -38,5 +40,5 @@ def questions(prompt_rows: list[dict], *, seed: int) -> list[dict]:
     return [
         {"id": row["id"], "caption": row["prompt"], **question}
         for row in prompt_rows
-        for question in world.questions(world.parse_caption(row["prompt"]))
+        for question in fixed_questions(parse_caption(row["prompt"]))
     ]

@@ -2,13 +2,16 @@ import numpy as np
 import pytest
 
 from agfsync_jax.evaluators.referee import Evaluator
-from agfsync_jax.micro import world
+from agfsync_jax.micro import referee
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.grammar import BACKGROUNDS, KINDS
+from agfsync_jax.micro.scenes import all_scenes, sample_scenes
 
 
 def test_clean_renders_pass_and_shuffled_ones_fail():
     rng = np.random.default_rng(0)
-    scenes = world.sample_scenes(rng, 60, split="heldout", unique=True)
-    images = np.stack([world.render(scene, rng) for scene in scenes])
+    scenes = sample_scenes(rng, 60, split="heldout", unique=True)
+    images = np.stack([render(scene, rng) for scene in scenes])
     prompts = [scene.caption() for scene in scenes]
 
     right = Evaluator()(images, prompts, [[]] * 60)
@@ -23,8 +26,8 @@ def test_clean_renders_pass_and_shuffled_ones_fail():
 
 def test_parts_agree_with_the_checks():
     rng = np.random.default_rng(1)
-    scenes = {kind: world.all_scenes(kind)[0] for kind in world.KINDS}
-    images = np.stack([world.render(scene, rng) for scene in scenes.values()])
+    scenes = {kind: all_scenes(kind)[0] for kind in KINDS}
+    images = np.stack([render(scene, rng) for scene in scenes.values()])
     columns = Evaluator()(images, [scene.caption() for scene in scenes.values()])
     single, pair, count = range(3)
     # The kinds that a scene has, and no others.
@@ -35,13 +38,13 @@ def test_parts_agree_with_the_checks():
     # A background of another color fails that check and, alone, no other.
     gray = images[single].copy()
     flat = (gray == gray[0, 0]).all(-1)
-    gray[flat] = world.BACKGROUNDS["gray"]
+    gray[flat] = BACKGROUNDS["gray"]
     scene = scenes["single"]
     assert scene.background != "gray"
     changed = Evaluator()(gray[None], [scene.caption()])
     assert changed["referee/background"][0] == 0
     assert changed["referee_strict"][0] == 0
-    checks = world.referee(gray, scene)
+    checks = referee.judge(gray, scene)
     assert changed["referee"][0] == pytest.approx(sum(checks.values()) / len(checks))
 
 

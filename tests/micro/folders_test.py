@@ -3,7 +3,8 @@
 import pytest
 
 from agfsync_jax.data.tokenizers import ClipTokenizer
-from agfsync_jax.micro import folders, world
+from agfsync_jax.micro import folders
+from agfsync_jax.micro.questions import VOCABULARY
 
 
 def test_the_most_frequent_pair_is_merged_first_and_ties_go_by_the_alphabet():
@@ -16,7 +17,7 @@ def test_the_most_frequent_pair_is_merged_first_and_ties_go_by_the_alphabet():
 
 
 def test_the_order_of_the_words_does_not_matter():
-    words = list(world.VOCABULARY)
+    words = list(VOCABULARY)
     assert folders.byte_pair_merges(words[::-1]) == folders.byte_pair_merges(words)
 
 
@@ -25,7 +26,7 @@ def test_each_word_is_one_token_for_us_and_for_transformers(tmp_path):
     folders.write_tokenizer(tmp_path)
     ours = ClipTokenizer(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-    ids = [theirs(word)["input_ids"] for word in world.VOCABULARY]
+    ids = [theirs(word)["input_ids"] for word in VOCABULARY]
     assert all(len(each) == 3 for each in ids)
     assert len({each[1] for each in ids}) == len(ids)
-    assert [row[:3].tolist() for row in ours(list(world.VOCABULARY))] == ids
+    assert [row[:3].tolist() for row in ours(list(VOCABULARY))] == ids

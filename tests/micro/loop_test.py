@@ -13,7 +13,8 @@ import pytest
 
 from agfsync_jax import cli
 from agfsync_jax.data import images, records
-from agfsync_jax.micro import world
+from agfsync_jax.micro import referee
+from agfsync_jax.micro.grammar import parse_caption
 
 pytestmark = pytest.mark.slow
 
@@ -49,10 +50,10 @@ def score_by_referee(round_dir: Path) -> None:
         scores = round_dir / "scores" / f"{path.stem}.parquet"
         rows = {(row["prompt_id"], row["candidate"]): row for row in records.read_parquet(scores)}
         for drawn in records.read_shard(path, records.CANDIDATE_FEATURES):
-            scene = world.parse_caption(prompts[drawn["prompt_id"]])
-            checks = world.referee(images.decode_png(drawn["image"]), scene)
+            scene = parse_caption(prompts[drawn["prompt_id"]])
+            checks = referee.judge(images.decode_png(drawn["image"]), scene)
             row = rows[drawn["prompt_id"], drawn["candidate"]]
-            row |= {"vqa": world.referee_mean(checks), "clip": 0.0, "aesthetic": 0.0}
+            row |= {"vqa": referee.mean(checks), "clip": 0.0, "aesthetic": 0.0}
         records.write_parquet(scores, list(rows.values()))
 
 

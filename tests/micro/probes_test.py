@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agfsync_jax.micro import probes, world
+from agfsync_jax.micro import probes
+from agfsync_jax.micro.grammar import in_reading_order, parse_caption
+from agfsync_jax.micro.scenes import sample_scenes
 
 
 def value(slots, name, values):
@@ -12,17 +14,17 @@ def value(slots, name, values):
 
 
 def test_a_caption_and_its_other_telling_say_the_same():
-    told = world.parse_caption("a red circle below a blue star on a gray background")
-    other = world.parse_caption("a blue star above a red circle on a gray background")
-    wrong = world.parse_caption("a red circle above a blue star on a gray background")
+    told = parse_caption("a red circle below a blue star on a gray background")
+    other = parse_caption("a blue star above a red circle on a gray background")
+    wrong = parse_caption("a red circle above a blue star on a gray background")
     assert probes.of_caption(told) == probes.of_caption(other) != probes.of_caption(wrong)
     assert probes.of_picture(told) == probes.of_picture(other) != probes.of_picture(wrong)
 
 
 def test_each_scene_of_the_world_has_values_of_its_own():
     rng = np.random.default_rng(0)
-    scenes = world.sample_scenes(rng, 400, "all", unique=True)
-    pictures = {world.in_reading_order(scene) for scene in scenes}
+    scenes = sample_scenes(rng, 400, "all", unique=True)
+    pictures = {in_reading_order(scene) for scene in scenes}
     for slots, of in (
         (probes.IN_CAPTION, probes.of_caption),
         (probes.IN_QUERIES, probes.of_picture),
@@ -34,7 +36,7 @@ def test_each_scene_of_the_world_has_values_of_its_own():
 
 
 def test_a_malformed_object_is_named_so():
-    scene = world.parse_caption("a red circle below a blue star on a gray background")
+    scene = parse_caption("a red circle below a blue star on a gray background")
     plain, bent = probes.of_picture(scene), probes.of_picture(scene, scene.objects[:1])
     assert value(probes.IN_QUERIES, "red shape", plain) != value(
         probes.IN_QUERIES, "red shape", bent

@@ -18,7 +18,8 @@ def loss_fn(params, batch, _):
 
 def fit(workdir, make=make_batch, steps=60):
     params = {"w": jnp.zeros(3)}
-    return training.fit("line", workdir, params, loss_fn, make, steps=steps, learning_rate=0.2)
+    rates = {"learning_rate": 0.2, "ema": 0.5}
+    return training.fit("line", workdir, params, loss_fn, make, steps=steps, **rates)
 
 
 def test_it_learns(tmp_path):

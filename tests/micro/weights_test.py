@@ -14,7 +14,10 @@ from flax import nnx
 
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.diffusion.generation import Generator
-from agfsync_jax.micro import world
+from agfsync_jax.micro import referee
+from agfsync_jax.micro.drawing import degrade
+from agfsync_jax.micro.questions import ELEMENT_TYPES, fixed_questions
+from agfsync_jax.micro.scenes import mutate, sample_scenes
 from agfsync_jax.micro.training import clip_pixels, renders
 from agfsync_jax.models.clip import CLIPModel
 from agfsync_jax.parallel.mesh import create_mesh
@@ -54,7 +57,7 @@ def test_the_figures_of_the_suite_meet_the_floors():
 def test_the_figures_of_blip2_meet_their_floors():
     vqa = FIGURES["blip2_generated"]
     assert vqa["all"] >= 0.95
-    assert min(vqa[kind] for kind in world.ELEMENT_TYPES) >= 0.90
+    assert min(vqa[kind] for kind in ELEMENT_TYPES) >= 0.90
 
 
 def test_blip2_tracks_the_referee_on_the_base_models_own_pictures():
@@ -114,7 +117,7 @@ def test_transformers_sees_the_clip_logits_that_we_see():
 
 def test_transformers_gives_the_answers_that_we_give():
     scenes, images, captions = held_out(20, 3)
-    asked = [world.questions(scene)[:10] for scene in scenes]
+    asked = [fixed_questions(scene)[:10] for scene in scenes]
     scorer = VqaScorer(one_device(), path="micro:blip2", prompt="{question}")
     ours = [row for of_image in scorer(images, captions, asked)["answers"] for row in of_image]
     rows = [(image, row) for image, each in zip(images, asked, strict=True) for row in each]
@@ -135,24 +138,24 @@ def test_transformers_gives_the_answers_that_we_give():
 def test_scorers_meet_their_floors_on_clean_renders():
     scenes, images, captions = held_out(200, 4)
     rng = np.random.default_rng(4)
-    asked = [world.questions(scene) for scene in scenes]
+    asked = [fixed_questions(scene) for scene in scenes]
     vqa = VqaScorer(one_device(), path="micro:blip2", prompt="{question}")
     assert vqa(images, captions, asked)["vqa"].mean() >= 0.95
 
     aesthetic = AestheticScorer(one_device(), path="micro:clip", head="micro:aesthetic.safetensors")
-    spoiled = np.stack([world.degrade(image, rng) for image in images])
+    spoiled = np.stack([degrade(image, rng) for image in images])
     clean = aesthetic(images, captions, asked)["aesthetic"]
     assert (clean > aesthetic(spoiled, captions, asked)["aesthetic"]).mean() >= 0.93
 
     clip = ClipScorer(one_device(), path="micro:clip")
     own = clip(images, captions, asked)["clip"]
-    changed = [world.mutate(scene, rng).caption() for scene in scenes]
+    changed = [mutate(scene, rng).caption() for scene in scenes]
     assert (own > clip(images, changed, asked)["clip"]).mean() >= 0.85
 
 
 @pytest.mark.parametrize("count", [96])
 def test_the_base_model_draws_recognizable_imperfect_scenes(count):
-    scenes = world.sample_scenes(np.random.default_rng(5), count, "heldout", unique=True)
+    scenes = sample_scenes(np.random.default_rng(5), count, "heldout", unique=True)
     backbone = StableDiffusion.load("micro:stable-diffusion")
     generator = Generator(
         backbone, one_device(), height=64, width=64, num_inference_steps=16, guidance_scale=3.0,
@@ -161,6 +164,6 @@ def test_the_base_model_draws_recognizable_imperfect_scenes(count):
     _, images = generator(
         backbone.params, [scene.caption() for scene in scenes], range(count), [False] * count
     )
-    checks = [world.referee(*pair) for pair in zip(images, scenes, strict=True)]
-    assert 0.25 <= np.mean([world.referee_strict(each) for each in checks]) <= 0.75
-    assert np.mean([world.referee_mean(each) for each in checks]) >= 0.75
+    checks = [referee.judge(*pair) for pair in zip(images, scenes, strict=True)]
+    assert 0.25 <= np.mean([referee.strict(each) for each in checks]) <= 0.75
+    assert np.mean([referee.mean(each) for each in checks]) >= 0.75

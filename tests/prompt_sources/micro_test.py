@@ -2,7 +2,9 @@
 
 import pytest
 
-from agfsync_jax.micro import world
+from agfsync_jax.micro.grammar import KINDS, parse_caption
+from agfsync_jax.micro.questions import ELEMENT_TYPES
+from agfsync_jax.micro.scenes import is_heldout
 from agfsync_jax.prompt_sources import micro
 
 
@@ -14,9 +16,9 @@ def test_prompts_are_different_captions_of_the_split():
     for split in ("train", "test"):
         rows = draw(split=split)
         assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == 60
-        assert all(world.is_heldout(row["prompt"]) == (split == "test") for row in rows)
-        assert {row["category"] for row in rows} == set(world.KINDS)
-        assert all(world.parse_caption(row["prompt"]).kind == row["category"] for row in rows)
+        assert all(is_heldout(parse_caption(row["prompt"])) == (split == "test") for row in rows)
+        assert {row["category"] for row in rows} == set(KINDS)
+        assert all(parse_caption(row["prompt"]).kind == row["category"] for row in rows)
     assert draw()[12]["id"] == "r000-00012"
     assert draw(split="test", round_index=2)[3]["id"] == "test-r002-00003"
     assert [r["prompt"] for r in draw(split="test")] == [r["prompt"] for r in draw(split="heldout")]
@@ -45,6 +47,6 @@ def test_questions_have_tifas_fields():
     for question in questions:
         assert question["caption"] == prompts[question["id"]]
         assert question["answer"] in question["choices"]
-        assert question["element_type"] in world.ELEMENT_TYPES
+        assert question["element_type"] in ELEMENT_TYPES
     with pytest.raises(ValueError, match="an astronaut"):
         micro.questions([{"id": "x", "prompt": "an astronaut"}], seed=0)

@@ -1,7 +1,6 @@
 """The VQA score equals what transformers' own processor and model make of the same folder."""
 
 import itertools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,14 +10,17 @@ from flax import nnx
 
 from agfsync_jax.data.images import preprocessing, resize_and_normalize
 from agfsync_jax.data.tokenizers import TextTokenizer
-from agfsync_jax.micro import world
+from agfsync_jax.micro.drawing import render
+from agfsync_jax.micro.questions import fixed_questions
+from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.scorers import vqa, vqascore
 from agfsync_jax.weights.networks import load_model
+from agfsync_jax.weights.places import resolve_path
 from tests.twins import blip2_folder, transformers_answers
 
-SHIPPED = Path(world.__file__).parent / "weights" / "blip2"
+SHIPPED = resolve_path("micro:blip2")
 YES_NO = ["yes", "no"]
 QUESTIONS = [
     ("Is there a red circle?", YES_NO, "yes"),
@@ -278,9 +280,9 @@ def test_errors(folder, mesh):
 def test_the_shipped_weights_equal_transformers(mesh):
     """transformers gives the answers that agfsync_jax gives, from the folder that ships."""
     rng = np.random.default_rng(0)
-    scenes = world.sample_scenes(rng, 25)
-    images = np.stack([world.render(scene, rng) for scene in scenes])
-    questions = [world.questions(scene)[:8] for scene in scenes]  # 200 in all
+    scenes = sample_scenes(rng, 25)
+    images = np.stack([render(scene, rng) for scene in scenes])
+    questions = [fixed_questions(scene)[:8] for scene in scenes]  # 200 in all
     scorer = vqa.Scorer(mesh, path="micro:blip2", prompt="{question}", batch_size=8)
     scores = scorer(images, [""] * 25, questions)
     greedy = compare(SHIPPED, images, questions, "{question}", scores, atol=2e-5)
