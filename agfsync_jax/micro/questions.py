@@ -54,26 +54,28 @@ def _ask_object(scene: Scene, thing: Object):
     return f"is there a {thing}?", _yes_no(thing in scene.objects), "object", str(thing)
 
 
+def _the(scene: Scene, noun: str) -> str:
+    return f"are the {plural(noun)}" if scene.kind == "count" else f"is the {noun}"
+
+
 def _ask_color(scene: Scene, thing: Object):
-    verb, noun = ("are", plural(thing.shape)) if scene.kind == "count" else ("is", thing.shape)
-    return f"what color {verb} the {noun}?", thing.color, "color", thing.color
+    return f"what color {_the(scene, thing.shape)}?", thing.color, "color", thing.color
 
 
 def _ask_if_color(scene: Scene, thing: Object, color: str):
-    verb, noun = ("are", plural(thing.shape)) if scene.kind == "count" else ("is", thing.shape)
-    return f"{verb} the {noun} {color}?", _yes_no(color == thing.color), "color", color
+    question = f"{_the(scene, thing.shape)} {color}?"
+    return question, _yes_no(color == thing.color), "color", color
 
 
 def _ask_shape(scene: Scene, thing: Object):
-    verb, noun = ("are", "objects") if scene.kind == "count" else ("is", "object")
-    return f"what shape {verb} the {thing.color} {noun}?", thing.shape, "shape", thing.shape
+    question = f"what shape {_the(scene, f'{thing.color} object')}?"
+    return question, thing.shape, "shape", thing.shape
 
 
 def _ask_if_shape(scene: Scene, thing: Object, shape: str):
-    many = scene.kind == "count"
-    subject = f"are the {thing.color} objects" if many else f"is the {thing.color} object"
-    noun = plural(shape) if many else f"a {shape}"
-    return f"{subject} {noun}?", _yes_no(shape == thing.shape), "shape", shape
+    noun = plural(shape) if scene.kind == "count" else f"a {shape}"
+    question = f"{_the(scene, f'{thing.color} object')} {noun}?"
+    return question, _yes_no(shape == thing.shape), "shape", shape
 
 
 def _ask_count(scene: Scene, thing: Object | None):
