@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from agfsync_jax.utils import configs
+from agfsync_jax.utils import configs, modules
 
 PACKAGE = Path(__file__).parent
 VERBS = (
@@ -45,7 +45,7 @@ FLAGS = {
     },
     "bench": {
         "stage": {
-            "choices": ("load", "sample", "score", "train"),
+            "choices": modules.names("benches"),
             "default": "load",
             "help": "what is measured",
         },
@@ -62,7 +62,7 @@ FLAGS = {
             "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
         },
         "verb": {
-            "choices": ("sample", "score", "train", "all"),
+            "choices": (*modules.names("plans"), "all"),
             "default": "sample",
             "help": "whose program is compiled",
         },

@@ -20,6 +20,7 @@ from agfsync_jax.data.columns import without_parts
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.evaluators import Evaluator
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.plans import Plan
 from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
 from agfsync_jax.scorers import Scorer
 from agfsync_jax.utils import modules
@@ -287,3 +288,12 @@ def test_bench_signature(module):
     assert module.UNIT and module.LIBRARIES
     assert set(module.PEERS) <= set(cli.FLAGS["bench"]["against"]["choices"])
     assert module.__name__.rpartition(".")[2] in cli.FLAGS["bench"]["stage"]["choices"]
+
+
+@pytest.mark.parametrize("module", members("plans"))
+def test_plan_signature(module):
+    """A verb of `agfsync plan`, whose batch is a key of the config."""
+    assert isinstance(module.PLAN, Plan)
+    assert positional(module.PLAN.work) == ["config", "devices", "name"]
+    block, key = module.PLAN.batch.split(".")
+    assert CONFIG[block][key] > 0

@@ -1,11 +1,9 @@
-"""What `agfsync plan --verb=NAME` compiles: a verb a file.
+"""What `agfsync plan --verb=NAME` compiles: a verb a file, which exports PLAN, a `Plan`."""
 
-A file has BATCH, the key of the config that says how large a batch is, and `work(config, devices,
-name) -> Work`, for the devices of a topology of that name, which reads no weights and raises
-ValueError or FileNotFoundError for a config that the verb cannot run.
-"""
-
+import dataclasses
+import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +54,21 @@ class Work(NamedTuple):
     unit: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a file of this room exports.
+
+    Attributes:
+        batch: the key of the config that says how large a batch is, "sample.batch_size".
+        work: `(config, devices, name)` -> what is compiled for the devices of a topology of that
+            name. It reads no weights; ValueError or FileNotFoundError for a config that the verb
+            cannot run.
+    """
+
+    batch: str
+    work: Callable[[Any, Sequence[jax.Device], str], Work]
+
+
 def placed(leaf: Any, sharding: Any, dtype: str) -> jax.ShapeDtypeStruct:
     """A parameter that is not there, with its place."""
     return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
@@ -64,3 +77,9 @@ def placed(leaf: Any, sharding: Any, dtype: str) -> jax.ShapeDtypeStruct:
 def is_here(path: str) -> bool:
     """Whether a checkpoint needs no download."""
     return bool(path) and (bool(re.fullmatch(_LOCAL, path)) or Path(path).expanduser().exists())
+
+
+def param_bytes(params: Any) -> int:
+    """Bytes of a pytree on one device."""
+    leaves = jax.tree.leaves(params)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

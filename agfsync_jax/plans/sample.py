@@ -12,13 +12,11 @@ from jax.sharding import Mesh
 from agfsync_jax import backbones
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.plans import Work, is_here, placed
+from agfsync_jax.plans import Plan, Work, is_here, placed
 from agfsync_jax.utils import flops
 from agfsync_jax.weights import skeletons
 from agfsync_jax.weights.networks import abstract_model
 from agfsync_jax.weights.pipeline_files import PipelineFiles
-
-BATCH = "sample.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -115,3 +113,6 @@ def abstract_backbone(config: Any, mesh: Mesh, path: str, kind: str, param_dtype
             )
         settings = {"dtype": config.backbone.dtype, "attention": config.backbone.attention}
         return cls(files, graphs, params, mesh=mesh, **settings)
+
+
+PLAN = Plan(batch="sample.batch_size", work=work)

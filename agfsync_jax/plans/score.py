@@ -6,6 +6,7 @@ beside it and are left out.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from jax.sharding import Mesh
 
 from agfsync_jax.data.images import preprocessing
 from agfsync_jax.models.blip2 import Blip2Config, Blip2ForConditionalGeneration
-from agfsync_jax.parallel import topologies
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import (
     batch_sharding,
@@ -26,14 +26,13 @@ from agfsync_jax.parallel.sharding import (
     replicated,
     round_up,
 )
-from agfsync_jax.plans import Work, is_here, placed
+from agfsync_jax.plans import Plan, Work, _chips, is_here, placed
 from agfsync_jax.scorers import _blip2
 from agfsync_jax.utils import flops
 from agfsync_jax.weights import skeletons
 from agfsync_jax.weights.networks import abstract_model, read_json
 from agfsync_jax.weights.places import local_files, resolve_path
 
-BATCH = "score.batch_size"
 QUESTIONS = 15  # an image; AGFSync's have about as many
 TOKENS = 32  # of a question with AGFSync's prompt, padded
 
@@ -48,12 +47,12 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     specs = [spec for spec in config.scorers.to_dict().values() if spec["name"] == "vqa"]
     if not specs:
         raise ValueError("no scorer named vqa in config.scorers: there is little to plan.")
-    mesh = create_mesh(config.score.mesh, devices=topologies.one_process(name, devices))
+    mesh = create_mesh(config.score.mesh, devices=_chips.one_process(name, devices))
     graph, params, resize = abstract_blip2(specs[0], mesh)
     shards = batch_shards(mesh)
     num_images = round_up(specs[0].get("batch_size") or config.score.batch_size, shards)
     size = round_up(specs[0].get("questions_per_batch") or 2 * num_images, shards)
-    num_steps = -(-num_images * QUESTIONS // size)
+    num_steps = math.ceil(num_images * QUESTIONS / size)
     read_images, score, _ = _blip2.programs(graph, mesh, resize)
 
     def abstract(*shape, dtype=jnp.int32):
@@ -128,3 +127,6 @@ def abstract_blip2(
     places = infer_shardings(abstract, mesh, spec.get("sharding", ()))
     named = functools.partial(placed, dtype=dtype)
     return graph, jax.tree.map(named, abstract, places), resize
+
+
+PLAN = Plan(batch="score.batch_size", work=work)

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
-from agfsync_jax.plans import Work, placed
+from agfsync_jax.plans import Plan, Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
-
-BATCH = "train.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -98,3 +96,6 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
             " formula.",
         ),
     )
+
+
+PLAN = Plan(batch="train.batch_size", work=work)
