@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from agfsync_jax import bench
-from agfsync_jax.benches import Task, load, score
+from agfsync_jax.benches import Task, _models, score
+from agfsync_jax.benches._results import figures, table
 from configs import micro
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
@@ -23,8 +24,8 @@ def config(tmp_path, monkeypatch):
         ignore = shutil.ignore_patterns("*.safetensors")
         shutil.copytree(tmp_path / "models" / kind, folder, ignore=ignore)
 
-    monkeypatch.setattr(load.skeletons, "KINDS", ("tiny", "tiny-xl"))
-    monkeypatch.setattr(load.skeletons, "write_skeleton", write_skeleton)
+    monkeypatch.setattr(_models.skeletons, "KINDS", ("tiny", "tiny-xl"))
+    monkeypatch.setattr(_models.skeletons, "write_skeleton", write_skeleton)
     config = micro.get_config()
     config.bench.model = "tiny"
     config.bench.repeats = 1
@@ -86,11 +87,11 @@ def test_utilization_is_of_the_devices_peak():
     rows[2]["seconds"], rows[3]["seconds"] = 8.0, 4.0  # a slow turn of ours
     sides, device = ["agfsync", "diffusers"], "TPU v5 lite"
     task = Task("", "images", 8, 197e12, rows)
-    result = bench._result(task, sides, device=device)
+    result = figures(task, sides, device)
     assert result["ours"]["items_per_second"] == 4 and result["ours"]["mfu"] == 0.5
     assert result["ours"]["compile_seconds"] == 7 and result["peer"]["mfu"] == 0.25
     assert result["ratio"] == {"median": 2.0, "min": 0.5, "max": 2.0}
-    shown = bench.table(task, result, device, "diffusers")
+    shown = table(task, result, device, "diffusers")
     assert "| agfsync | 4 | 0.1 | 50.0% | 0.00 | 7.0 |" in shown
     assert "2.00 times as fast (0.50 to 2.00)" in shown
 
@@ -128,14 +129,14 @@ def test_a_peer_that_is_not_there(config, tmp_path, monkeypatch):
 
 
 def test_a_side_that_fails_says_why(config, tmp_path, monkeypatch):
-    write = load.write_random
+    write = _models.write_random
 
     def cut_off(kind, folder, *args, **kwargs):
         size = write(kind, folder, *args, **kwargs)
         (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
         return size
 
-    monkeypatch.setattr(load, "write_random", cut_off)
+    monkeypatch.setattr(_models, "write_random", cut_off)
     with pytest.raises(ValueError, match="agfsync failed in `load`: .*unet"):
         bench.main(config, tmp_path)
     assert not (tmp_path / "bench" / "tiny").exists()

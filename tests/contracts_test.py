@@ -15,6 +15,7 @@ import pytest
 
 import agfsync_jax
 from agfsync_jax import cli, samplers
+from agfsync_jax.benches import Bench
 from agfsync_jax.data import questions
 from agfsync_jax.data.columns import without_parts
 from agfsync_jax.diffusion.schedules import Schedule
@@ -282,12 +283,14 @@ def test_verb(verb):
 
 @pytest.mark.parametrize("module", members("benches"))
 def test_bench_signature(module):
-    """A stage of `agfsync bench`, which the command line knows."""
-    assert positional(module.check) == ["config", "against", "platform"]
-    assert positional(module.measure) == ["config", "home", "against", "clock"]
-    assert module.UNIT and module.LIBRARIES
-    assert set(module.PEERS) <= set(cli.FLAGS["bench"]["against"]["choices"])
-    assert module.__name__.rpartition(".")[2] in cli.FLAGS["bench"]["stage"]["choices"]
+    """A stage of `agfsync bench`, whose peers the command line knows."""
+    bench = module.BENCH
+    assert isinstance(bench, Bench)
+    assert positional(bench.check) == ["config", "against", "platform"]
+    assert positional(bench.measure) == ["config", "home", "against", "clock"]
+    assert bench.unit and bench.libraries
+    assert set(bench.peers) <= set(cli.FLAGS["bench"]["against"]["choices"])
+    assert list(bench.sides(None)) == ["agfsync"]
 
 
 @pytest.mark.parametrize("module", members("plans"))

@@ -1,12 +1,7 @@
-"""What `agfsync bench --stage=NAME` measures: a stage a file.
+"""What `agfsync bench --stage=NAME` measures: a stage a file, which exports BENCH, a `Bench`."""
 
-A file has `UNIT`, what its progress counts; `PEERS`, name -> class that does the same work
-(benches/_peers.py), and `LIBRARIES`, which that needs; `check(config, against, platform)`, which
-raises ValueError for settings that cannot be; and `measure(config, home, against, clock) ->
-Measured`, which keeps its files in the folder `home`. Each side lives in a process of its own, so
-that memory and libraries do not mix.
-"""
-
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -45,6 +40,33 @@ class Measured(NamedTuple):
     about: dict[str, Any]
     settings: dict[str, Any]
     label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a file of this room exports.
+
+    Attributes:
+        unit: what its progress counts, in the plural.
+        ours: the class that does the work with this package, and
+        peers: name -> class that does the same with others (benches/_peers.py). Each side lives in
+            a process of its own, so that memory and libraries do not mix.
+        libraries: what the peers need.
+        check: `(config, against, platform)`; ValueError for settings that cannot be.
+        measure: `(config, home, against, clock)` -> what was measured, of us and the peer named
+            `against`, if any; files are kept in the folder `home`.
+    """
+
+    unit: str
+    ours: type
+    peers: Mapping[str, type]
+    libraries: tuple[str, ...]
+    check: Callable[[Any, str | None, str], None]
+    measure: Callable[..., Measured]
+
+    def sides(self, against: str | None) -> dict[str, type]:
+        """Who takes turns, and its class."""
+        return {"agfsync": self.ours} | ({against: self.peers[against]} if against else {})
 
 
 def joined(about: dict[str, dict]) -> dict[str, Any]:

@@ -12,19 +12,52 @@ import numpy as np
 from agfsync_jax.benches._processes import HostMemory, processor_name
 
 
-class Diffusers:
-    """Its pipeline, on the GPU where there is one.
+class _Torch:
+    """What the peers share: torch, on the GPU where there is one."""
+
+    libraries = ("torch", "diffusers")
+
+    def __init__(self):
+        # OpenMP's waiting threads sleep, as XLA's do: spinning, they lose much time wherever
+        # another program wants the cores too. It is read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import torch
+
+        self._cuda = torch.cuda.is_available()
+        self._device = "cuda" if self._cuda else "cpu"
+        torch.ones(1).sum()
+
+    def _wait(self) -> None:
+        """Until the GPU has done all that it was given."""
+        import torch
+
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _peak_bytes(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
+
+    def about(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "device": torch.cuda.get_device_name() if self._cuda else processor_name(),
+            "versions": {name: version(name) for name in self.libraries},
+        }
+
+
+class Diffusers(_Torch):
+    """Its pipeline.
 
     Set up as it runs fastest: channels last, torch.compile on a GPU; attention is torch's
     scaled_dot_product_attention anyway.
     """
 
     def __init__(self):
-        # OpenMP's waiting threads sleep, as XLA's do: spinning, they lose much time wherever
-        # another program wants the cores too. It is read when torch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        super().__init__()
         import diffusers
-        import torch
         import transformers
         from diffusers import (  # noqa: F401 - imports are not measured
             AutoencoderKL,
@@ -41,7 +74,6 @@ class Diffusers:
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
             library.utils.logging.set_verbosity_error()
-        torch.ones(1).sum()
 
     def load(self, folder: Path, dtype: str) -> dict[str, float]:
         import torch
@@ -73,7 +105,6 @@ class Diffusers:
         self._options = options
         for network in (pipeline.unet, pipeline.vae):
             network.to(memory_format=torch.channels_last)
-        self._cuda = torch.cuda.is_available()
         if self._cuda:
             pipeline.to("cuda")
             pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
@@ -97,21 +128,20 @@ class Diffusers:
         return seconds
 
     def draw(self, prompts: Sequence[str], seed: int) -> dict[str, float]:
-        import torch
-
         self._step()  # the system may have laid pages aside while the other side drew
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         start = time.perf_counter()
         self._draw(prompts, seed)
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         self._step()
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         step_seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
-        return {"seconds": seconds, "step_seconds": step_seconds, "peak_bytes": peak}
+        return {
+            "seconds": seconds,
+            "step_seconds": step_seconds,
+            "peak_bytes": self._peak_bytes(),
+        }
 
     def _draw(self, prompts: Sequence[str], seed: int) -> None:
         import torch
@@ -119,25 +149,18 @@ class Diffusers:
         generator = torch.Generator().manual_seed(seed)
         self._pipeline(list(prompts), generator=generator, output_type="np", **self._options)
 
-    def about(self) -> dict[str, Any]:
-        import torch
 
-        cuda = torch.cuda.is_available()
-        return {
-            "device": torch.cuda.get_device_name() if cuda else processor_name(),
-            "versions": {name: version(name) for name in ("torch", "diffusers")},
-        }
-
-
-class Reference:
-    """transformers in the procedure of the released code of AGFSync and TIFA, on a GPU if any.
+class Reference(_Torch):
+    """transformers in the procedure of the released code of AGFSync and TIFA.
 
     One image and one question a call: the image is prepared and read anew for each question, and
     `generate` writes the answer. CLIP and the aesthetic head: a call an image each.
     """
 
+    libraries = ("torch", "transformers")
+
     def __init__(self):
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as above
+        super().__init__()
         import torch
         import transformers
         from transformers import (  # noqa: F401 - imports are not measured
@@ -149,10 +172,7 @@ class Reference:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self._cuda = torch.cuda.is_available()
-        self._device = "cuda" if self._cuda else "cpu"
         torch.set_grad_enabled(False)
-        torch.ones(1).sum()
 
     def load(self, specs: Mapping[str, dict], batch_size: int) -> None:
         """`batch_size` is not theirs: they have none."""
@@ -188,7 +208,6 @@ class Reference:
         questions: Sequence[Sequence[Mapping]],
     ) -> dict[str, Any]:
         """Seconds, peak memory so far and, a scorer, answers or scores."""
-        import torch
         from PIL import Image
 
         pictures = [Image.fromarray(image) for image in images]
@@ -225,25 +244,15 @@ class Reference:
                     features = getattr(features, "pooler_output", features).float()
                     score = self._head(features / features.norm(dim=-1, keepdim=True))
                 columns[name].append(float(score))
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
         columns = {name: np.array(values) for name, values in columns.items()}
-        return {"seconds": seconds, "peak_bytes": peak, "columns": columns}
+        return {"seconds": seconds, "peak_bytes": self._peak_bytes(), "columns": columns}
 
     def _answer(self, model, processor, ready, image, text: str) -> str:
         inputs = ready(processor(images=image, text=text, return_tensors="pt"))
         made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=10)
         return processor.batch_decode(made, skip_special_tokens=True)[0].strip()
-
-    def about(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            "device": torch.cuda.get_device_name() if self._cuda else processor_name(),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-        }
 
 
 def _aesthetic_head(file: str) -> Any:
@@ -284,7 +293,7 @@ def random_batch(
     return made
 
 
-class TorchTraining:
+class TorchTraining(_Torch):
     """Diffusion-DPO with diffusers' UNet, as its training scripts write a step.
 
     Chosen and rejected go through the networks as one batch, with the same noise; the reference
@@ -293,11 +302,8 @@ class TorchTraining:
     """
 
     def __init__(self):
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as above
-        import torch
+        super().__init__()
         from diffusers import UNet2DConditionModel  # noqa: F401 - imports are not measured
-
-        torch.ones(1).sum()
 
     def load(self, folder: Path, dtype: str, settings: Mapping[str, Any]) -> None:
         import copy
@@ -306,8 +312,6 @@ class TorchTraining:
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
         self._memory = HostMemory()
-        self._cuda = torch.cuda.is_available()
-        self._device = "cuda" if self._cuda else "cpu"
         self._dtype = getattr(torch, dtype)
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
         unet.to(self._device, memory_format=torch.channels_last).train()
@@ -347,18 +351,14 @@ class TorchTraining:
 
     def train(self, turn: int, num_steps: int) -> dict[str, float]:
         """Seconds of some steps, the last one's loss, peak memory so far."""
-        import torch
-
         batches = [self._batch(turn * num_steps + i) for i in range(num_steps)]
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         start = time.perf_counter()
         for batch in batches:
             loss = self._step(*batch)
         loss = float(loss)
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self._cuda else self._memory.peak()
-        return {"seconds": seconds, "loss": loss, "peak_bytes": peak}
+        return {"seconds": seconds, "loss": loss, "peak_bytes": self._peak_bytes()}
 
     def _batch(self, seed: int) -> tuple[Any, dict[str, Any]]:
         import torch
@@ -413,11 +413,3 @@ class TorchTraining:
         self._adamw.step()
         self._adamw.zero_grad()
         return loss
-
-    def about(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            "device": torch.cuda.get_device_name() if self._cuda else processor_name(),
-            "versions": {name: version(name) for name in ("torch", "diffusers")},
-        }

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from agfsync_jax import samplers
-from agfsync_jax.benches import Measured, Task, joined, load
+from agfsync_jax.benches import Bench, Measured, Task, _models, joined, load
+from agfsync_jax.benches._ours import check_one_device
 from agfsync_jax.benches._peers import Diffusers
 from agfsync_jax.benches._processes import Process
 from agfsync_jax.diffusion.denoising import guide
@@ -25,32 +26,25 @@ from agfsync_jax.utils import flops, modules
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.weights.networks import read_json
 
-PEERS = {"diffusers": Diffusers}
-LIBRARIES = ("torch", "diffusers")
-UNIT = "images"
 _DRAWING = ("height", "width", "num_inference_steps", "guidance_scale", "batch_size", "sampler")
 
 
 def check(config: Any, against: str | None, platform: str) -> None:
     """Raises ValueError for an unknown model, dtype or sampler, or where the two cannot compete."""
-    load.check(config, against, platform)
+    _models.check(config)
     modules.check("samplers", config.bench.sampler)
-    if against and platform not in ("cpu", "gpu"):
-        raise ValueError(f"--against=diffusers draws on a CPU or a GPU, and JAX on a {platform}")
-    if jax.process_count() > 1:
-        raise ValueError("agfsync bench --stage=sample measures one device: run one process")
+    check_one_device("sample", against, platform)
 
 
 def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measured:
     """Draws in turn."""
-    with load.random_weights(config, home, clock) as (folder, _):
+    with _models.random_weights(config, home, clock) as (folder, _):
         return _measure(config, folder, against, clock)
 
 
 def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Measured:
     spec = config.bench
     settings = spec.to_dict()
-    sides = {"agfsync": Agfsync} | ({against: PEERS[against]} if against else {})
     pipeline = read_json(folder / "model_index.json")["_class_name"]
     if "Img2Img" in pipeline:
         raise ValueError(
@@ -59,7 +53,7 @@ def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Me
     drawing = {key: settings[key] for key in _DRAWING}
     batch = drawing["batch_size"]
     for key in ("height", "width"):
-        drawing[key] = drawing[key] or load.trained_size(folder)
+        drawing[key] = drawing[key] or _models.trained_size(folder)
     flop = _flop(folder, **drawing)  # raises for sizes and steps that cannot be
     clock.print(
         f"{drawing['height']}x{drawing['width']} pixels, {drawing['num_inference_steps']} steps, "
@@ -73,7 +67,10 @@ def _measure(config: Any, folder: Path, against: str | None, clock: Stage) -> Me
     }
     rows, about, first = [], {}, {}
     with contextlib.ExitStack() as stack, clock.progress(settings["repeats"] * batch) as progress:
-        processes = {side: stack.enter_context(Process(make, side)) for side, make in sides.items()}
+        processes = {
+            side: stack.enter_context(Process(make, side))
+            for side, make in BENCH.sides(against).items()
+        }
         for side, process in processes.items():
             process.ask("load", folder, settings["dtype"])
             first[side] = process.ask("prepare", _prompts(batch, 0), asked[side])
@@ -110,12 +107,9 @@ def _flop(
     Raises:
         ValueError: a size or a number of steps that the model cannot do.
     """
-    cls = modules.load("backbones", load.backbone_of(folder)).Backbone
-    files, fitted = cls.inspect(folder)
-    params = {name: each.abstract for name, each in fitted.items()}
-    graphs = {name: each.graph for name, each in fitted.items()}
-    backbone = cls(files, graphs, params, attention="plain")  # whose products are all counted
-    schedule = backbone.schedule
+    # Plain attention's products are all counted.
+    backbone = _models.abstract_backbone(folder, attention="plain")
+    params, schedule = backbone.params, backbone.schedule
     num_calls = samplers.find(sampler, schedule).num_calls(schedule, num_inference_steps)
     guided = guidance_scale != 1
     rows = batch_size * (2 if guided else 1)
@@ -177,6 +171,18 @@ class Agfsync(load.Agfsync):
         start = time.perf_counter()
         self._step()
         step_seconds = time.perf_counter() - start
-        found = self.device.memory_stats() or {}
-        peak = found.get("peak_bytes_in_use") or self.memory.peak()
-        return {"seconds": seconds, "step_seconds": step_seconds, "peak_bytes": peak}
+        return {
+            "seconds": seconds,
+            "step_seconds": step_seconds,
+            "peak_bytes": self.peak_bytes(),
+        }
+
+
+BENCH = Bench(
+    unit="images",
+    ours=Agfsync,
+    peers={"diffusers": Diffusers},
+    libraries=("torch", "diffusers"),
+    check=check,
+    measure=measure,
+)

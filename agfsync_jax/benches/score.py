@@ -6,20 +6,18 @@ must be the same. What is measured is the scorers' work on images in memory, not
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
-from agfsync_jax.benches import Measured, Task, joined
+from agfsync_jax.benches import Bench, Measured, Task, joined
+from agfsync_jax.benches._ours import Ours, check_one_device
 from agfsync_jax.benches._peers import Reference
-from agfsync_jax.benches._processes import HostMemory, Process, processor_name
+from agfsync_jax.benches._processes import HostMemory, Process
 from agfsync_jax.micro.drawing import render
 from agfsync_jax.micro.questions import training_questions
 from agfsync_jax.micro.scenes import sample_scenes
@@ -29,9 +27,6 @@ from agfsync_jax.scoring.engine import load_scorers, score_images
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.weights.places import local_files, resolve_path
 
-PEERS = {"reference": Reference}
-LIBRARIES = ("torch", "transformers")
-UNIT = "images"
 # Scorers that are measured together: what shares a tower is one task.
 TASKS = {"vqa": ("vqa",), "clip, aesthetic": ("clip", "aesthetic")}
 
@@ -47,10 +42,7 @@ def check(config: Any, against: str | None, platform: str) -> None:
     for key in ("num_prompts", "num_candidates", "num_questions"):
         if config.bench[key] < 1:
             raise ValueError(f"config.bench.{key}={config.bench[key]}: expected at least 1")
-    if against and platform not in ("cpu", "gpu"):
-        raise ValueError(f"--against=reference runs on a CPU or a GPU, and JAX on a {platform}")
-    if jax.process_count() > 1:
-        raise ValueError("agfsync bench --stage=score measures one device: run one process")
+    check_one_device("score", against, platform)
 
 
 def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measured:
@@ -64,7 +56,7 @@ def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measu
     rows: dict[str, list[dict]] = {name: [] for name in tasks}
     found: dict[str, list] = {}
     about = {}
-    sides = {"agfsync": Agfsync} | ({against: PEERS[against]} if against else {})
+    sides = BENCH.sides(against)
     num_images = spec.num_prompts * spec.num_candidates
     with contextlib.ExitStack() as stack, clock.progress(spec.repeats * num_images) as progress:
         processes = {s: stack.enter_context(Process(make, s)) for s, make in sides.items()}
@@ -144,18 +136,12 @@ def _same(parts: Sequence[str], found: Mapping[str, list]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-class Agfsync:
-    """This package's scorers on one device. Made where it is measured, as its peer is."""
-
-    def __init__(self):
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves the peer its part of a GPU
-        jax.config.update("jax_enable_compilation_cache", False)  # its time is a figure
-        self._device = jax.local_devices()[0]
-        jax.device_put(0.0).block_until_ready()
+class Agfsync(Ours):
+    """This package's scorers."""
 
     def load(self, specs: Mapping[str, dict], batch_size: int) -> None:
-        self._memory = HostMemory()
-        mesh = create_mesh(devices=[self._device])
+        self.memory = HostMemory()
+        mesh = create_mesh(devices=[self.device])
         own = {
             name: {k: v for k, v in each.items() if k not in ("folder", "head_file")}
             for name, each in specs.items()
@@ -177,13 +163,14 @@ class Agfsync:
         seconds = time.perf_counter() - start
         for name, given in answers.items():
             columns[name] = np.array([[str(a["answer"]) for a in each] for each in given])
-        found = self._device.memory_stats() or {}
-        peak = found.get("peak_bytes_in_use") or self._memory.peak()
-        return {"seconds": seconds, "peak_bytes": peak, "columns": columns}
+        return {"seconds": seconds, "peak_bytes": self.peak_bytes(), "columns": columns}
 
-    def about(self) -> dict[str, Any]:
-        cpu = self._device.platform == "cpu"
-        return {
-            "device": processor_name() if cpu else self._device.device_kind,
-            "versions": {name: version(name) for name in ("jax", "flax")},
-        }
+
+BENCH = Bench(
+    unit="images",
+    ours=Agfsync,
+    peers={"reference": Reference},
+    libraries=("torch", "transformers"),
+    check=check,
+    measure=measure,
+)

@@ -17,24 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from agfsync_jax.benches import Measured, Task, joined, load
+from agfsync_jax.benches import Bench, Measured, Task, _models, joined
+from agfsync_jax.benches._ours import Ours, check_one_device
 from agfsync_jax.benches._peers import SIDES, TorchTraining, random_batch
 from agfsync_jax.benches._processes import HostMemory, Process
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
-from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
-
-PEERS = {"diffusers": TorchTraining}
-LIBRARIES = ("torch", "diffusers", "peft")
-UNIT = "pairs"
 
 
 def check(config: Any, against: str | None, platform: str) -> None:
     """Raises ValueError for an unknown model, another loss or optimizer than both sides have."""
-    load.check(config, against, platform)
+    _models.check(config)
     if config.bench.num_train_steps < 1:
         raise ValueError(
             f"config.bench.num_train_steps={config.bench.num_train_steps}: expected at least 1"
@@ -44,20 +40,17 @@ def check(config: Any, against: str | None, platform: str) -> None:
             f"agfsync bench --stage=train measures diffusion_dpo with adamw, not"
             f" {config.loss.name} with {config.train.optimizer}"
         )
-    if against and platform not in ("cpu", "gpu"):
-        raise ValueError(f"--against=diffusers trains on a CPU or a GPU, and JAX on a {platform}")
-    if jax.process_count() > 1:
-        raise ValueError("agfsync bench --stage=train measures one device: run one process")
+    check_one_device("train", against, platform)
 
 
 def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measured:
     """Both sides load and compile once, then take turns."""
     spec = config.bench
-    sides = {"agfsync": Agfsync} | ({against: PEERS[against]} if against else {})
+    sides = BENCH.sides(against)
     pairs = spec.num_train_steps * spec.batch_size
     rows, about, first = [], {}, {}
     with contextlib.ExitStack() as stack, clock.progress(spec.repeats * pairs) as progress:
-        folder, _ = stack.enter_context(load.random_weights(config, home, clock))
+        folder, _ = stack.enter_context(_models.random_weights(config, home, clock))
         shapes, work = _work(config, folder)
         clock.print(
             f"latents {list(shapes['latents'])}, {spec.dtype}: a step of {spec.batch_size} pairs is"
@@ -85,14 +78,10 @@ def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measu
 def _work(config: Any, folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     """Shapes of one example, latents and conditioning; and the FLOP of a step by formula."""
     spec = config.bench
-    cls = modules.load("backbones", load.backbone_of(folder)).Backbone
-    files, fitted = cls.inspect(folder)
-    params = {name: each.abstract for name, each in fitted.items()}
-    graphs = {name: each.graph for name, each in fitted.items()}
-    backbone = cls(files, graphs, params, dtype=spec.dtype)
-    pixels = spec.height or load.trained_size(folder)
+    backbone = _models.abstract_backbone(folder, dtype=spec.dtype)
+    pixels = spec.height or _models.trained_size(folder)
     latents = backbone.latent_shape(pixels, spec.width or pixels)
-    given = jax.eval_shape(backbone.encode_prompt, params, backbone.tokenize([""]))
+    given = jax.eval_shape(backbone.encode_prompt, backbone.params, backbone.tokenize([""]))
     shapes = {name: leaf.shape[1:] for name, leaf in given.items()}
     rows = {
         name: jax.ShapeDtypeStruct((spec.batch_size, *shape), jnp.float32)
@@ -100,16 +89,16 @@ def _work(config: Any, folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     }
     pair = jax.ShapeDtypeStruct((spec.batch_size, *latents), jnp.float32)
     settings = program.settings_of(config, backbone, 0)
-    work = program.step_flops(settings, params["unet"], {"chosen_latents": pair}, rows)
+    work = program.step_flops(settings, backbone.params["unet"], {"chosen_latents": pair}, rows)
     return {"latents": latents, **shapes}, work
 
 
-class Agfsync(load.Agfsync):
+class Agfsync(Ours):
     """This package, training."""
 
     def load(self, folder: Path, dtype: str, settings: dict[str, Any]) -> None:
         self.memory = HostMemory()
-        cls = modules.load("backbones", load.backbone_of(folder)).Backbone
+        cls = _models.backbone_class(folder)
         self._mesh = create_mesh(devices=[self.device])
         self.backbone = cls.load(folder, dtype=dtype, mesh=self._mesh, only=["unet"])
 
@@ -138,12 +127,20 @@ class Agfsync(load.Agfsync):
             self._state, metrics = self._step(self._state, self._frozen, batch)
         loss = float(metrics["loss"])
         seconds = time.perf_counter() - start
-        found = self.device.memory_stats() or {}
-        peak = found.get("peak_bytes_in_use") or self.memory.peak()
-        return {"seconds": seconds, "loss": loss, "peak_bytes": peak}
+        return {"seconds": seconds, "loss": loss, "peak_bytes": self.peak_bytes()}
 
     def _batch(self, seed: int) -> dict[str, Any]:
         arrays = random_batch(self._shapes, self._size, seed)
         batch = {f"{side}_latents": arrays.pop(f"{side}_latents") for side in SIDES}
         batch |= {"example": np.arange(self._size, dtype=np.int32), "conditioning": arrays}
         return jax.device_put(batch, batch_sharding(self._mesh))
+
+
+BENCH = Bench(
+    unit="pairs",
+    ours=Agfsync,
+    peers={"diffusers": TorchTraining},
+    libraries=("torch", "diffusers", "peft"),
+    check=check,
+    measure=measure,
+)
