@@ -249,8 +249,7 @@ def print_help(
     verb: str, flags: argparse.ArgumentParser, spec: str, overrides: dict[str, str]
 ) -> None:
     """The verb's docstring, the flags, and the keys that it reads with their meaning."""
-    common = (configs.BESIDE_PACKAGE / "configs" / "common.py").read_text()
-    meaning = dict(re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", common, re.MULTILINE))
+    meaning = configs.meanings()
     blocks = (*ALSO_READS.get(verb, ()), verb)
     rows = []
     for key, value in configs.flatten(configs.load(spec, overrides)).items():

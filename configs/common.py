@@ -25,26 +25,24 @@ def get_config() -> ConfigDict:
 
     c.prompts = ConfigDict()
     c.prompts.source = "micro"  # a file of agfsync_jax/prompt_sources
-    c.prompts.num_prompts = 512
-    c.prompts.split = "train"
+    c.prompts.num_prompts = 512  # a round
+    c.prompts.split = "train"  # of the source: what training may see
 
     c.questions = ConfigDict()
-    c.questions.source = "micro"
+    c.questions.source = "micro"  # a file of agfsync_jax/prompt_sources
 
     c.sample = ConfigDict()
-    c.sample.height = 512
-    c.sample.width = 512
-    c.sample.num_inference_steps = 20
-    c.sample.guidance_scale = 7.5
+    c.sample.height = 512  # pixels
+    c.sample.width = 512  # pixels
+    c.sample.num_inference_steps = 20  # of the sampler
+    c.sample.guidance_scale = 7.5  # classifier-free guidance; 1: none
     c.sample.num_candidates = 8  # a prompt
     c.sample.guidance_rescale = 0.0  # 0 to 1: keeps strong guidance from overexposure
     c.sample.sampler = ""  # a file of agfsync_jax/samplers; empty: the checkpoint's own
     c.sample.batch_size = 16  # images on all devices together
-    c.sample.conditioning_noise = (
-        0.1  # std of the noise on the text embedding, candidates 1, 2, ...
-    )
-    c.sample.negative_prompt = ""
-    c.sample.prompts_per_shard = 32
+    c.sample.conditioning_noise = 0.1  # std of noise on the text embedding, candidates 1, 2, ...
+    c.sample.negative_prompt = ""  # what guidance leads away from
+    c.sample.prompts_per_shard = 32  # a shard is whole or absent
     c.sample.param_dtype = "float32"  # bfloat16: parameters take half the memory while drawing
     c.sample.refiner = ""  # a second checkpoint of the same kind, for the end of the trajectory
     c.sample.refiner_start = 0.8  # the fraction of the trajectory where it takes over
@@ -83,12 +81,12 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.batch_size = 32  # pairs on all devices together
-    c.train.num_steps = 200
-    c.train.learning_rate = 1e-5
-    c.train.warmup_steps = 20
+    c.train.num_steps = 200  # of batch_size pairs each
+    c.train.learning_rate = 1e-5  # its highest value
+    c.train.warmup_steps = 20  # in which the learning rate rises to it
     c.train.schedule = "constant"  # or cosine
-    c.train.weight_decay = 0.01
-    c.train.max_grad_norm = 1.0
+    c.train.weight_decay = 0.01  # decoupled, as AdamW has it
+    c.train.max_grad_norm = 1.0  # longer gradients are scaled down to it
     c.train.optimizer = "adamw"  # or adafactor, lion
     c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
@@ -99,16 +97,16 @@ def get_config() -> ConfigDict:
     c.train.save_every = 100  # steps
     c.train.keep = 2  # checkpoints, the newest
     c.train.validate_every = 0  # steps; 0: never. Held-out prompts are drawn and scored
-    c.train.num_validation_prompts = 16
+    c.train.num_validation_prompts = 16  # the first of the held-out ones
     c.train.best = ""  # a validation's metric, such as vqa: the best checkpoint by it stays too
     c.train.tensorboard = True  # events in checkpoints/tensorboard
     c.train.wandb = ""  # a project of Weights & Biases, if wanted
-    c.train.seed = 0
+    c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()
-    c.evaluate.source = "micro"
+    c.evaluate.source = "micro"  # a file of agfsync_jax/prompt_sources
     c.evaluate.split = "heldout"  # prompts that training never sees
-    c.evaluate.num_prompts = 300
+    c.evaluate.num_prompts = 300  # that base and tuned draw alike
     c.evaluate.num_seeds = 2  # images a prompt
     c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers
 
@@ -119,16 +117,16 @@ def get_config() -> ConfigDict:
 
     c.bench = ConfigDict()
     c.bench.model = "stable-diffusion-v1-5"  # its sizes, with random weights
-    c.bench.file_dtype = "float16"
+    c.bench.file_dtype = "float16"  # load: of the files
     c.bench.repeats = 3  # turns of each side
     c.bench.param_dtype = "float32"  # load: what is held in memory
     c.bench.dtype = ""  # sample: float32 on a CPU, bfloat16 elsewhere
     c.bench.height = 0  # sample: pixels, 0 for what the model was trained on
-    c.bench.width = 0
-    c.bench.num_inference_steps = 20
-    c.bench.guidance_scale = 7.5
-    c.bench.batch_size = 8
-    c.bench.sampler = "ddim"
+    c.bench.width = 0  # the same
+    c.bench.num_inference_steps = 20  # sample
+    c.bench.guidance_scale = 7.5  # sample
+    c.bench.batch_size = 8  # images, or pairs for train
+    c.bench.sampler = "ddim"  # sample
     c.bench.unet_width = 1.0  # the share of the UNet's channels that are left
     c.bench.num_train_steps = 2  # train: a turn
     c.bench.num_prompts = 4  # score: a turn

@@ -64,6 +64,12 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def meanings() -> dict[str, str]:
+    """What configs/common.py says of each key, and of a block, in the comment behind it."""
+    text = (BESIDE_PACKAGE / "configs" / "common.py").read_text()
+    return dict(re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", text, re.MULTILINE))
+
+
 def public(block: dict[str, Any]) -> dict[str, Any]:
     """The block without secrets."""
     return {
