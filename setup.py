@@ -1,4 +1,4 @@
-"""pip install -e . ; extras: tpu, cuda, gcs, torch (export and its check), wandb, test."""
+"""pip install -e . ; extras: tpu, cuda, gcs, torch (export and its check), wandb, docs, test."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "agfsync_jax/__init__.py").read_text())[1]
 README = ROOT / "README.md"
 
+DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo"]
 TORCH = ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft"]
 # A workdir on gs://, where Orbax takes them to list and to remove checkpoints.
 GCS = ["google-cloud-storage", "google-cloud-storage-control"]
@@ -61,8 +62,10 @@ setup(
         "torch": TORCH,
         "wandb": ["wandb"],
         "gcs": GCS,
+        "docs": DOCS,
         # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
-        "test": TORCH
+        "test": DOCS
+        + TORCH
         + [
             "pytest>=8",
             "pytest-timeout",
