@@ -34,24 +34,24 @@ _LIBRARIES = "jax|jaxlib|jaxtyping|numpy|flax|optax|ml_collections|PIL"
 _STANDARD = "argparse|collections|contextlib|os|pathlib|types"
 nitpick_ignore_regex = [
     ("py:class", rf"({_LIBRARIES}|{_STANDARD})\..*"),
-    ("py:class", "ndarray|ArrayTree"),  # as numpy and optax name them
+    ("py:class", "Array|ndarray|ArrayTree"),  # as jaxtyping and optax name them
 ]
 
 
 def config_keys() -> str:
-    """Every key of configs/common.py: one table for the experiment as a whole, then one a block."""
-    config, meanings = configs.load("configs/common.py", {}), configs.meanings()
-    flat = configs.flatten(config)
-    tables = {"the experiment": [key for key in flat if "." not in key]}
-    for block in config:
-        if block not in flat:
-            tables[block] = [key for key in flat if key.startswith(f"{block}.")]
+    """Every key of configs/common.py, in its order: a table for the experiment, then a block."""
+    flat, told = configs.flatten(configs.load("configs/common.py", {})), configs.meanings()
+    place = {name: index for index, name in enumerate(told)}
+    tables = {"experiment": []}
+    for key in sorted(flat, key=lambda key: place.get(key, place.get(key.rpartition(".")[0]))):
+        block = key.partition(".")[0] if "." in key else "experiment"
+        tables.setdefault(block, []).append(key)
     lines = []
-    for title, keys in tables.items():
-        lines += [f"## {title}", "", meanings.get(title, ""), ""]
-        lines += ["| key | default | meaning |", "| --- | --- | --- |"] if keys else []
+    for block, keys in tables.items():
+        lines += [f"## {block}", "", told.get(block, ""), ""]
+        lines += ["| key | default | meaning |", "| --- | --- | --- |"]
         for key in keys:
-            meaning = meanings.get(key, "").replace("|", r"\|")
+            meaning = told.get(key, "").replace("|", r"\|")
             lines.append(f"| `config.{key}` | `{flat[key]!r}` | {meaning} |")
         lines.append("")
     return "\n".join(lines)
@@ -98,6 +98,13 @@ def _inline(found: re.Match) -> str:
     return f"``{code}``" + ("\\ " if next_letter else "")
 
 
+def shorten(app, what, name, obj, options, signature, result) -> tuple[str | None, ...]:
+    """`Float[Array, "b c"]` as it is written, not with the module where jax hides its Array."""
+    return tuple(
+        text and re.sub(r"\b(jax\.)?jaxlib\._jax\.", "", text) for text in (signature, result)
+    )
+
+
 def skip_fields(app, what, name, obj, skip, options) -> bool | None:
     """A NamedTuple's fields stand in its signature; "alias for field 0" says nothing."""
     return True if type(obj).__name__ == "_tuplegetter" else None
@@ -105,4 +112,5 @@ def skip_fields(app, what, name, obj, skip, options) -> bool | None:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", plain_to_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", skip_fields)
