@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.backbone.kind = ""  # of a single file that does not say itself what it is
     c.backbone.lora = ()  # (path, scale) of LoRA files, added to the weights
     c.backbone.dtype = "float32"  # of the computation: float32, bfloat16 or float16
-    c.backbone.attention = "auto"  # the kernel, by device and shape; models/attention.py has others
+    c.backbone.attention = "auto"  # the kernel, by device and shape; others: parallel/placement.py
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices an axis; -1: all that are left
     c.sharding = ()  # (path regex, axes) rules, the first match wins; unmatched is replicated

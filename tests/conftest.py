@@ -1,5 +1,6 @@
 """Every test runs on 8 fake CPU devices and fails on implicit rank promotion."""
 
+import functools
 import os
 import signal
 
@@ -28,3 +29,12 @@ def compile_once(tmp_path_factory):
     yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Pallas kernels for TPUs run as plain XLA programs."""
+    from jax.experimental import pallas
+
+    call = functools.partial(pallas.pallas_call, interpret=True)
+    monkeypatch.setattr(pallas, "pallas_call", call)

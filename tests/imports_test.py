@@ -53,7 +53,7 @@ WORLD = ("grammar", "scenes", "drawing", "questions", "referee")
 # A file -> all that it may import of the package.
 ONLY = {f"micro/{name}.py": {"micro"} for name in WORLD}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
-SHARED = {"models": {"layers", "attention", "t5"}}  # a BLIP-2 contains a T5
+SHARED = {"models": {"hooks", "layers", "attention", "t5"}}  # a BLIP-2 contains a T5
 # A room -> the only libraries that it may import.
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},
@@ -147,6 +147,13 @@ def test_arrows(path):
         if part == room and part in SHARED:
             own = SHARED[part] | {""}
             assert what in own, f"{place}; of its own room it may import {SHARED[part]}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=_id)
+def test_models_know_nothing_of_where_they_run(path):
+    """That is the business of parallel/, which hands it in through models/hooks.py."""
+    found = re.findall(r"(?i)\w*(?:mesh|shard|partitionspec|device)\w*", path.read_text())
+    assert not found, f"agfsync_jax/{_id(path)} speaks of {found}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)

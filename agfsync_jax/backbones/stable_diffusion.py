@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import shutil
@@ -20,13 +21,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.diffusion.schedules import Schedule
-from agfsync_jax.models import attention as kernels
+from agfsync_jax.models import hooks
 from agfsync_jax.models.clip import CLIPTextModel
 from agfsync_jax.models.lora import merge
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.placement import Placement
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.samplers import read_schedule
 from agfsync_jax.weights.lora_files import load_lora
@@ -62,8 +64,8 @@ class StableDiffusion:
     ):
         self.params = params
         self._files, self._graphs, self.dtype = files, graphs, jnp.dtype(dtype)
-        self._mesh = create_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-        self._attention = attention
+        mesh = create_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        self._placement = Placement(mesh, attention)
         self._tokenize = self._tokenizers(files)
         self.schedule = _schedule(files)
         self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
@@ -71,7 +73,7 @@ class StableDiffusion:
     def plain(self) -> "StableDiffusion":
         """The same with plain attention, all of whose FLOP can be counted."""
         twin = copy.copy(self)
-        twin._attention = "plain"
+        twin._placement = dataclasses.replace(self._placement, kernel="plain")
         return twin
 
     @classmethod
@@ -100,7 +102,7 @@ class StableDiffusion:
             variant: of the files in a folder: "fp16" for model.fp16.safetensors.
             kind: of a single file that does not tell: one of weights/skeletons.py.
             lora: (path, scale) of LoRA files, whose products are added to the weights.
-            attention: one of models/attention.py's KERNELS.
+            attention: one of parallel/placement.py's KERNELS.
             only: the networks whose parameters are read, where not all are needed.
 
         Raises:
@@ -246,7 +248,7 @@ class StableDiffusion:
         if dtype != self.dtype:
             why = f"as it would overflow in {self.dtype} (force_upcast in its config.json)"
         return [
-            kernels.describe(self._attention, self._mesh),
+            self._placement.describe(),
             f"autoencoder in {dtype}, {why}",
         ]
 
@@ -302,9 +304,9 @@ class StableDiffusion:
         return self._run("unet", params, latents, timesteps, hidden).astype(jnp.float32)
 
     def _run(self, name: str, params: dict, *arguments: Array, method: str = "__call__") -> Any:
-        """A network's output, with the attention that was chosen."""
+        """A network's output, placed on the mesh."""
         network = apply(self._graphs[name], params[name])
-        with kernels.using(self._attention, self._mesh):
+        with hooks.using(self._placement):
             return getattr(network, method)(*arguments)
 
 

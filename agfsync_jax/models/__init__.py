@@ -1,1 +1,1 @@
-"""Plain NNX networks: no mesh, no config file, no input or output."""
+"""Plain NNX networks: arrays in, arrays out. Where they run is others' business (hooks.py)."""

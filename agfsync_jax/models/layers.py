@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agfsync_jax.models.attention import by_example, gathered
+from agfsync_jax.models import hooks
 
 # What of a block is kept for its gradient; the rest is computed again (arXiv:1604.06174).
 REMAT = {
@@ -22,7 +22,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # only what goes into a block
 }
-# The policy of `rematerialized`; as in attention.py, a part of JAX's caches' keys.
+# The policy of `rematerialized`; as in hooks.py, a part of JAX's caches' keys.
 _REMAT = jax.make_user_context("none")
 
 # Bookkeeping and generation settings that save_pretrained writes into every config.json, nested
@@ -219,16 +219,18 @@ def Conv(  # noqa: N802
 
 
 def _dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return _by_example(jax.lax.dot_general, x, kernel, *args, **kwargs)
+    return _product(jax.lax.dot_general, x, kernel, *args, **kwargs)
 
 
 def _conv_general_dilated(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    return _by_example(jax.lax.conv_general_dilated, x, kernel, *args, **kwargs)
+    return _product(jax.lax.conv_general_dilated, x, kernel, *args, **kwargs)
 
 
-def _by_example(product: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    """A layer's product; activations stay split by examples, its weights are gathered for it."""
-    return by_example(product(by_example(x), gathered(kernel), *args, **kwargs))
+def _product(function: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+    """A layer's product of activations and weights, each as the hooks want it."""
+    hook = hooks.current()
+    out = function(hook.activations(x), hook.weights(kernel), *args, **kwargs)
+    return hook.activations(out)
 
 
 class GroupNorm(nnx.Module):
@@ -305,8 +307,8 @@ def stacked(modules: Sequence[nnx.Module], x: Array, *args: Any) -> Array:
     """`x` through modules that are alike, each `module(x, *args)`, as `checkpointed`.
 
     Where blocks are rematerialized it is a loop over their stacked parameters: a program of one
-    block instead of ten, and sharded parameters are gathered when it is their turn. The stack is a
-    copy, for which sampling, that keeps nothing for a gradient, would have no use.
+    block instead of ten, whose weights are taken up (`hooks.weights`) when it is their turn. The
+    stack is a copy, for which sampling, that keeps nothing for a gradient, would have no use.
     """
     policy = REMAT[_REMAT.value]
     if policy is None or len(modules) == 1:
