@@ -1,25 +1,174 @@
 """Whole text-to-image systems, a file each; and here the one that `config.backbone` names."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
 
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
 
 from agfsync_jax import samplers
 from agfsync_jax.diffusion.generation import Generator
+from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import Fitted
+from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 # Keys of config.sample that are not the Generator's.
 _OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype")
 
 
-def backbone_class(config: Any) -> type:
+class Backbone(Protocol):
+    """All that verbs know of a text-to-image system; a file's own is its class `Backbone`.
+
+    Methods that take `params` are pure functions of them, to be compiled.
+
+    Attributes:
+        pipelines: diffusers' names of the checkpoints that it reads.
+        networks: name -> class of every network that such a checkpoint may have.
+        denoiser_name: the network that is trained.
+        negative_conditioning: what guidance steers away from has these values instead of those
+            that `encode_prompt` gives.
+        params: the networks' parameters, as loaded.
+        dtype: of the computation.
+        schedule: the noise schedule that the denoiser was trained with.
+    """
+
+    pipelines: tuple[str, ...]
+    networks: Mapping[str, type]
+    denoiser_name: str
+    negative_conditioning: Mapping[str, float]
+    params: dict[str, Any]
+    dtype: np.dtype
+    schedule: Schedule
+
+    def __init__(
+        self,
+        files: PipelineFiles,
+        graphs: dict[str, nnx.GraphDef],
+        params: dict[str, Any],
+        *,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        attention: str = "auto",
+    ):
+        """One whose networks are there; `load` says what the arguments are."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        rules: Sequence[tuple[str, Sequence[Any]]] = (),
+        variant: str = "",
+        kind: str = "",
+        lora: Sequence[tuple[str, float]] = (),
+        attention: str = "auto",
+        only: Sequence[str] = (),
+    ) -> Self:
+        """Loads a checkpoint; every part is looked at before the first tensor is read.
+
+        Args:
+            path: a diffusers folder, a repository of the Hub, gs://, a single file, or "micro:NAME"
+                (weights/places.py).
+            dtype: of the computation.
+            param_dtype: the one that parameters are kept in.
+            mesh, rules: where parameters go (parallel/sharding.py); one device without a mesh.
+            variant: of the files in a folder: "fp16" for model.fp16.safetensors.
+            kind: of a single file that does not tell: one of weights/skeletons.py.
+            lora: (path, scale) of LoRA files, whose products are added to the weights.
+            attention: one of parallel/placement.py's KERNELS.
+            only: the networks whose parameters are read, where not all are needed.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: another kind of pipeline, parts that are missing, files that are not whole,
+                tensors that do not fit, a LoRA of another model: all are listed.
+        """
+
+    @classmethod
+    def inspect(
+        cls, path: str | Path, *, dtype: Any = jnp.float32, variant: str = "", kind: str = ""
+    ) -> tuple[PipelineFiles, dict[str, Fitted]]:
+        """Compares every part of a checkpoint with its network, from the files' headers alone.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`.
+        """
+
+    @classmethod
+    def tokenizer(
+        cls, path: str | Path, *, variant: str = "", kind: str = ""
+    ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
+        """`tokenize` without the networks."""
+
+    @classmethod
+    def read_schedule(cls, path: str | Path, *, variant: str = "", kind: str = "") -> Schedule:
+        """`schedule` without the networks."""
+
+    @classmethod
+    def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
+        """What a network, of which `config` says the sizes, computes in where `dtype` is wanted."""
+
+    def plain(self) -> Self:
+        """The same with plain attention, all of whose FLOP can be counted."""
+
+    def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
+        """Writes a folder that diffusers' `from_pretrained` loads, without a safety checker.
+
+        Every process calls it, the main one writes.
+
+        Raises:
+            FileExistsError: the folder is there and holds something.
+        """
+
+    def describe(self) -> list[str]:
+        """What was chosen for this machine, a line each."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image; ValueError for a size that cannot be drawn."""
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than the text encoder takes; the rest is cut off."""
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        """Token ids, int32, cut and padded to the text encoder's length."""
+
+    def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
+        """What `denoise` is conditioned on, each [b, ...]."""
+
+    def encode_image(
+        self, params: dict, images: UInt8[Array, "b H W 3"]
+    ) -> Float[Array, "b h w c"]:
+        """Scaled latents, float32: the mean of the posterior."""
+
+    def decode_latents(
+        self, params: dict, latents: Float[Array, "b h w c"]
+    ) -> UInt8[Array, "b H W 3"]:
+        """Images of scaled latents."""
+
+    def denoise(
+        self,
+        params: dict,
+        latents: Float[Array, "b h w c"],
+        timesteps: Array,
+        conditioning: dict[str, Array],
+    ) -> Float[Array, "b h w c"]:
+        """The denoiser's prediction, float32, of the kind that `schedule.prediction_type` says."""
+
+
+def backbone_class(config: Any) -> type[Backbone]:
     """The class that `config.backbone.name` names."""
     return modules.load("backbones", config.backbone.name).Backbone
 
 
-def load(config: Any, mesh: Mesh, **changes: Any) -> Any:
+def load(config: Any, mesh: Mesh, **changes: Any) -> Backbone:
     """The backbone of `config.backbone`, its parameters on `mesh` as `config.sharding` says.
 
     Args:
@@ -36,7 +185,12 @@ def load(config: Any, mesh: Mesh, **changes: Any) -> Any:
 
 
 def generator(
-    config: Any, mesh: Mesh, backbone: Any, *, refiner: Any = None, **changes: Any
+    config: Any,
+    mesh: Mesh,
+    backbone: Backbone,
+    *,
+    refiner: Backbone | None = None,
+    **changes: Any,
 ) -> Generator:
     """The generator of `config.sample`, with the refiner if one is named.
 
@@ -65,7 +219,7 @@ def generator(
     return Generator(backbone, mesh, sampler=used.pop(), refiner=refiner, **spec)
 
 
-def inspect(config: Any) -> tuple[Any, dict[str, Fitted]]:
+def inspect(config: Any) -> tuple[PipelineFiles, dict[str, Fitted]]:
     """Its files and the shapes of its networks; no tensor is read."""
     spec = config.backbone
     return backbone_class(config).inspect(spec.path, variant=spec.variant, kind=spec.kind)

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., arXiv:2112.10752), whole.
 
-`params` is {"unet", "vae", "text_encoder"}, each a pytree; every method is a pure function of it.
+`params` is {"unet", "vae", "text_encoder"}, each a pytree. What the methods are for, and what they
+raise, is said once for all backbones in backbones/__init__.py.
 """
 
 import contextlib
@@ -37,20 +38,13 @@ from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 
 class StableDiffusion:
-    """Tokenizer, text encoder, autoencoder, denoiser and noise schedule of one checkpoint.
+    """Tokenizer, text encoder, autoencoder, denoiser and noise schedule of one checkpoint."""
 
-    Attributes:
-        params: {"unet", "vae", "text_encoder"}: parameters as loaded.
-        denoiser_name: the one that is trained.
-        schedule: the noise schedule that the denoiser was trained with.
-    """
-
-    denoiser_name = "unet"
     pipelines = ("StableDiffusionPipeline",)
-    # What guidance steers away from has these values instead of those that `encode_prompt` gives.
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    denoiser_name = "unet"
     negative_conditioning: dict[str, float] = {}
     heeds_force_upcast = False  # diffusers' pipelines of SD 1 and 2 do not either
-    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
     def __init__(
         self,
@@ -71,7 +65,6 @@ class StableDiffusion:
         self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
 
     def plain(self) -> "StableDiffusion":
-        """The same with plain attention, all of whose FLOP can be counted."""
         twin = copy.copy(self)
         twin._placement = dataclasses.replace(self._placement, kernel="plain")
         return twin
@@ -91,25 +84,6 @@ class StableDiffusion:
         attention: str = "auto",
         only: Sequence[str] = (),
     ) -> "StableDiffusion":
-        """Loads a checkpoint; every part is looked at before the first tensor is read.
-
-        Args:
-            path: a diffusers folder, a repository of the Hub, gs://, a single file, or "micro:NAME"
-                (weights/places.py).
-            dtype: of the computation.
-            param_dtype: the one that parameters are kept in.
-            mesh, rules: where parameters go (parallel/sharding.py); one device without a mesh.
-            variant: of the files in a folder: "fp16" for model.fp16.safetensors.
-            kind: of a single file that does not tell: one of weights/skeletons.py.
-            lora: (path, scale) of LoRA files, whose products are added to the weights.
-            attention: one of parallel/placement.py's KERNELS.
-            only: the networks whose parameters are read, where not all are needed.
-
-        Raises:
-            FileNotFoundError: nothing is there.
-            ValueError: another kind of pipeline, parts that are missing, files that are not whole,
-                tensors that do not fit, a LoRA of another model: all are listed.
-        """
         files, fitted = cls.inspect(path, dtype=dtype, variant=variant, kind=kind)
         problems: list[str] = []
         adapters = []
@@ -140,11 +114,6 @@ class StableDiffusion:
     def inspect(
         cls, path: str | Path, *, dtype: Any = jnp.float32, variant: str = "", kind: str = ""
     ) -> tuple[PipelineFiles, dict[str, Fitted]]:
-        """Compares every part of a checkpoint with its network, from the files' headers alone.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load`.
-        """
         files = cls._open(path, variant=variant, kind=kind)
         fitted, problems = {}, []
         for name in cls._parts(files):
@@ -175,7 +144,6 @@ class StableDiffusion:
 
     @classmethod
     def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
-        """What a network computes in, where `dtype` is wanted."""
         dtype = jnp.dtype(dtype)
         overflows = name == "vae" and cls.heeds_force_upcast and config.force_upcast
         return jnp.dtype(jnp.float32) if overflows and dtype == jnp.float16 else dtype
@@ -184,12 +152,10 @@ class StableDiffusion:
     def tokenizer(
         cls, path: str | Path, *, variant: str = "", kind: str = ""
     ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
-        """`tokenize` without the networks."""
         return cls._tokenizers(cls._open(path, variant=variant, kind=kind))
 
     @classmethod
     def read_schedule(cls, path: str | Path, *, variant: str = "", kind: str = "") -> Schedule:
-        """`schedule` without the networks."""
         return _schedule(cls._open(path, variant=variant, kind=kind))
 
     @classmethod
@@ -214,13 +180,6 @@ class StableDiffusion:
         return ClipTokenizer(files.folder / "tokenizer")
 
     def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
-        """Writes a folder that diffusers' `from_pretrained` loads, without a safety checker.
-
-        Every process calls it, the main one writes.
-
-        Raises:
-            FileExistsError: the folder is there and holds something.
-        """
         path = Path(path)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: give a new folder to save to.")
@@ -242,7 +201,6 @@ class StableDiffusion:
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def describe(self) -> list[str]:
-        """What was chosen for this machine, a line each."""
         dtype = self.dtype_of("vae", self._vae, self.dtype)
         why = "as all else"
         if dtype != self.dtype:
@@ -253,11 +211,9 @@ class StableDiffusion:
         ]
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts have more tokens than the text encoder takes; the rest is cut off."""
         return self._tokenize.count_truncated(prompts)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image; ValueError for a size that cannot be drawn."""
         multiple = self._vae.downscale * 2 ** (len(self._unet.block_out_channels) - 1)
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(
@@ -268,7 +224,6 @@ class StableDiffusion:
         return height // scale, width // scale, self._vae.latent_channels
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
-        """Token ids, int32, cut and padded to the text encoder's length."""
         return self._tokenize(prompts)
 
     def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
@@ -279,7 +234,6 @@ class StableDiffusion:
     def encode_image(
         self, params: dict, images: UInt8[Array, "b H W 3"]
     ) -> Float[Array, "b h w c"]:
-        """Scaled latents, float32: the mean of the posterior."""
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
         mean, _ = self._run("vae", params, pixels, method="encode")
         return mean.astype(jnp.float32) * self._vae.scaling_factor
@@ -287,7 +241,6 @@ class StableDiffusion:
     def decode_latents(
         self, params: dict, latents: Float[Array, "b h w c"]
     ) -> UInt8[Array, "b H W 3"]:
-        """Images of scaled latents."""
         latents = latents / self._vae.scaling_factor
         pixels = self._run("vae", params, latents, method="decode").astype(jnp.float32)
         return jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
@@ -299,7 +252,6 @@ class StableDiffusion:
         timesteps: Array,
         conditioning: dict[str, Array],
     ) -> Float[Array, "b h w c"]:
-        """The denoiser's prediction, float32, of the kind that `schedule.prediction_type` says."""
         hidden = conditioning["encoder_hidden_states"]
         return self._run("unet", params, latents, timesteps, hidden).astype(jnp.float32)
 
