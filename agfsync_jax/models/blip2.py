@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.attention import attention
+from agfsync_jax.models.attention import attention, merge_heads, split_heads
 from agfsync_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, ModelConfig, param
 from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
 
@@ -123,10 +123,10 @@ class Blip2Attention(nnx.Module):
         self.projection = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, states: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        batch, length, width = states.shape
+        batch, length, _ = states.shape
         qkv = self.qkv(states).reshape(batch, length, 3, self.num_heads, -1)
         out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return self.projection(out.reshape(batch, length, width))
+        return self.projection(merge_heads(out))
 
 
 class Blip2MLP(nnx.Module):
@@ -196,13 +196,10 @@ class Blip2QFormerMultiHeadAttention(nnx.Module):
         self.value = Linear(key_size, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, states: Float[Array, "b s d"], source: Float[Array, "b k e"]):
-        def heads(x):
-            return x.reshape(*x.shape[:2], self.num_heads, -1)
-
-        out = attention(
-            heads(self.query(states)), heads(self.key(source)), heads(self.value(source))
-        )
-        return out.reshape(states.shape)
+        q = split_heads(self.query(states), self.num_heads)
+        k = split_heads(self.key(source), self.num_heads)
+        v = split_heads(self.value(source), self.num_heads)
+        return merge_heads(attention(q, k, v))
 
 
 class Blip2QFormerOutput(nnx.Module):

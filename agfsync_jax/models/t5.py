@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from agfsync_jax.models.attention import attention
+from agfsync_jax.models.attention import attention, merge_heads, split_heads
 from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, RMSNorm
 
 
@@ -122,16 +122,14 @@ class T5Attention(nnx.Module):
         )
         return jnp.transpose(self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1))[None]
 
-    def split_heads(self, states: Float[Array, "b s inner"]) -> Float[Array, "b s heads d"]:
-        return states.reshape(*states.shape[:2], self.config.num_heads, self.config.d_kv)
-
     def keys_values(self, states: Float[Array, "b s d_model"]) -> tuple[Array, Array]:
-        return self.split_heads(self.k(states)), self.split_heads(self.v(states))
+        heads = self.config.num_heads
+        return split_heads(self.k(states), heads), split_heads(self.v(states), heads)
 
     def __call__(self, states, keys_values, *, mask=None, bias=None) -> Float[Array, "b s d_model"]:
-        query = self.split_heads(self.q(states))
+        query = split_heads(self.q(states), self.config.num_heads)
         out = attention(query, *keys_values, mask=mask, bias=bias, scale=1.0)
-        return self.o(out.reshape(*states.shape[:2], -1))
+        return self.o(merge_heads(out))
 
 
 class T5DenseReluDense(nnx.Module):
