@@ -8,8 +8,17 @@ of ours.
 import importlib
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from flax import nnx
+
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
-from agfsync_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from agfsync_jax.models.clip import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionTransformer,
+)
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 
@@ -30,6 +39,20 @@ class Part(NamedTuple):
         if package == "diffusers":
             return cls.from_config(self.config)
         return cls(cls.config_class.from_dict(self.config))
+
+
+class VisionTower(nnx.Module):
+    """CLIP's vision tower alone, which nothing but tests reads."""
+
+    config_class = CLIPVisionConfig
+    key_aliases = ((r"^(?!vision_model\.)", "vision_model."),)
+    ignored_keys = (r"vision_model\.embeddings\.position_ids",)
+
+    def __init__(self, config, *, rngs, dtype=jnp.float32):
+        self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixel_values):
+        return self.vision_model(pixel_values)
 
 
 def _unet(parameters, **config):

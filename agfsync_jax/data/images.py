@@ -16,6 +16,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZE_MODES = ("shortest", "longest", "squash")
 CENTERS = ("floor", "round")
+_THREADS = 8  # PNG is packed and unpacked outside the interpreter's lock
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
@@ -37,24 +38,22 @@ def decode_png(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         raise ValueError(f"{len(data)} bytes are not a whole image: {error}") from error
 
 
-def encode_pngs(images: UInt8[np.ndarray, "b h w 3"], *, num_threads: int = 8) -> list[bytes]:
-    """Encodes a batch in threads (zlib runs outside the interpreter's lock)."""
-    with ThreadPoolExecutor(num_threads) as pool:
+def encode_pngs(images: UInt8[np.ndarray, "b h w 3"]) -> list[bytes]:
+    """Encodes a batch in threads."""
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(encode_png, images))
 
 
-def decode_pngs(data: Sequence[bytes], *, num_threads: int = 8) -> UInt8[np.ndarray, "b h w 3"]:
+def decode_pngs(data: Sequence[bytes]) -> UInt8[np.ndarray, "b h w 3"]:
     """Decodes a batch in threads. Raises ValueError for a broken image, and for two sizes."""
-    images = decode_each(data, num_threads=num_threads)
+    images = decode_each(data)
     for image in images:
         if isinstance(image, ValueError):
             raise image
     return stack_images(images)
 
 
-def decode_each(
-    data: Sequence[bytes], *, num_threads: int = 8
-) -> list[UInt8[np.ndarray, "h w 3"] | ValueError]:
+def decode_each(data: Sequence[bytes]) -> list[UInt8[np.ndarray, "h w 3"] | ValueError]:
     """Decodes images in threads; a broken one gives its error instead of pixels."""
 
     def decode(each: bytes) -> np.ndarray | ValueError:
@@ -63,7 +62,7 @@ def decode_each(
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(decode, data))
 
 

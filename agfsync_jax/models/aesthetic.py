@@ -1,11 +1,12 @@
 """The LAION aesthetic predictor: a CLIP image embedding in, one number out.
 
-Five linear layers with dropout and no activation between them, so the whole is one affine map.
+Five linear layers with no activation between them, so the whole is one affine map.
 Source: christophschuhmann/improved-aesthetic-predictor, whose weights
 sac+logos+ava1-l14-linearMSE take the 768 numbers of CLIP ViT-L/14.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,27 +30,22 @@ class AestheticPredictor(nnx.Module):
         def dense(size_in: int, size_out: int) -> nnx.Linear:
             return Linear(size_in, size_out, rngs=rngs, dtype=dtype)
 
+        # Nothing is dropped here: dropout keeps its place in the checkpoint's numbering.
+        dropout = functools.partial(nnx.Dropout, 0.0, deterministic=True)
         self.layers = nnx.List(
             [
                 dense(config.input_size, 1024),
-                nnx.Dropout(0.2),
+                dropout(),
                 dense(1024, 128),
-                nnx.Dropout(0.2),
+                dropout(),
                 dense(128, 64),
-                nnx.Dropout(0.1),
+                dropout(),
                 dense(64, 16),
                 dense(16, 1),
             ]
         )
 
-    def __call__(
-        self, embedding: Float[Array, "b c"], *, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, " b"]:
-        """Scores embeddings. Dropout is on in training, which is when `rngs` is given."""
-        x = embedding
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, " b"]:
         for layer in self.layers:
-            if isinstance(layer, nnx.Dropout):
-                x = layer(x, deterministic=rngs is None, rngs=rngs)
-            else:
-                x = layer(x)
+            x = layer(x)
         return x[:, 0]  # [b, 1] -> [b]

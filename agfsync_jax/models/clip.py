@@ -274,23 +274,6 @@ class CLIPTextModelWithProjection(nnx.Module):
         return output._replace(text_embeds=self.text_projection(output.pooler_output))
 
 
-class CLIPVisionModel(nnx.Module):
-    """The vision tower alone."""
-
-    config_class = CLIPVisionConfig
-    key_aliases = ((r"^(?!vision_model\.)", "vision_model."),)
-    ignored_keys = (r"vision_model\.embeddings\.position_ids",)
-
-    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, pixel_values: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-        """The last hidden states, and the class token's after the post norm."""
-        return self.vision_model(pixel_values)
-
-
 class CLIPModel(nnx.Module):
     """Both towers, with their projections into one space."""
 

@@ -10,9 +10,7 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
-from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from agfsync_jax.scorers.aesthetic import load_head
-from agfsync_jax.weights.networks import init_model
 
 REAL = Path(__file__).parents[2].parent / "shared/data/sac+logos+ava1-l14-linearMSE.pth"
 
@@ -70,14 +68,6 @@ def test_the_published_weights(tmp_path):
     actual = scores(tmp_path / "head.safetensors", x)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
     assert np.all((actual > 0) & (actual < 10))
-
-
-def test_dropout_is_on_only_with_rngs():
-    graph, params = init_model(AestheticPredictor, AestheticConfig(input_size=8))
-    model, x = nnx.merge(graph, params), jnp.asarray(embeddings(8))
-    still = model(x)
-    np.testing.assert_array_equal(model(x), still)
-    assert np.abs(model(x, rngs=nnx.Rngs(0)) - still).max() > 0
 
 
 def test_a_file_that_is_no_head(tmp_path):

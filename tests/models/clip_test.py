@@ -19,13 +19,9 @@ from transformers import CLIPTextModelWithProjection as TorchProjected
 from transformers import CLIPVisionModel as TorchVision
 
 from agfsync_jax.models.clip import CLIPConfig as OurConfig
-from agfsync_jax.models.clip import (
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionModel,
-)
+from agfsync_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from agfsync_jax.weights.networks import init_model, load_model, read_json, save_model
+from tests.released import VisionTower
 from tests.twins import assert_same_gradients, relative_error, spread
 
 SHARED = {"intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -182,7 +178,7 @@ def test_the_config_must_be_supported():
     with pytest.raises(ValueError, match='hidden_act=.mish. .supported: `"gelu"` or'):
         CLIPTextModel.config_class.from_dict({"hidden_act": "mish"})
     with pytest.raises(ValueError, match="image_size=.*a whole number"):
-        CLIPVisionModel.config_class.from_dict({"image_size": [224, 224]})
+        VisionTower.config_class.from_dict({"image_size": [224, 224]})
     with pytest.raises(ValueError, match="pruned_heads"):
         CLIPTextModel.config_class.from_dict({"pruned_heads": {"0": [1]}})
 
@@ -191,12 +187,12 @@ def test_the_config_must_be_supported():
 def test_vision_model(tmp_path, activation):
     twin = spread(TorchVision(CLIPVisionConfig(**VISION, hidden_act=activation)))
     twin.save_pretrained(tmp_path)
-    graph, params = load_model(CLIPVisionModel, tmp_path)
+    graph, params = load_model(VisionTower, tmp_path)
     out = twin(torch_pixels())
     hidden, pooled = jax.jit(lambda p: nnx.merge(graph, p)(make_pixels()))(params)
     assert relative_error(hidden, out.last_hidden_state) <= 1e-5
     assert relative_error(pooled, out.pooler_output) <= 1e-5
-    assert_loads_back(CLIPVisionModel, twin, params, tmp_path)
+    assert_loads_back(VisionTower, twin, params, tmp_path)
 
 
 def test_both_towers_meet(tmp_path):

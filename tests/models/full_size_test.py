@@ -21,9 +21,8 @@ import torch
 from flax import nnx
 
 from agfsync_jax.models.__main__ import page
-from agfsync_jax.models.clip import CLIPVisionModel
 from agfsync_jax.weights.networks import abstract_model, checkpoint_key
-from tests.released import CHECKPOINTS, NETWORKS, Part
+from tests.released import CHECKPOINTS, NETWORKS, Part, VisionTower
 from tests.twins import relative_error, unit_gain
 
 
@@ -265,7 +264,7 @@ def test_text_tower_at_full_size(name):
 def test_vision_tower_at_full_size():
     whole = CHECKPOINTS["openai/clip-vit-large-patch14"]["clip"]
     config = whole.config["vision_config"]
-    part = Part(CLIPVisionModel, "transformers.CLIPVisionModel", config)
+    part = Part(VisionTower, "transformers.CLIPVisionModel", config)
     pixels = normal(2, 224, 224, 3)
 
     def torch_run(twin):
