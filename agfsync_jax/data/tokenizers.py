@@ -5,6 +5,7 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -17,7 +18,25 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _OPEN_CLIP_START, _OPEN_CLIP_END = "<start_of_text>", "<end_of_text>"
 
 
-class ClipTokenizer:
+class _OfTransformers:
+    """What any tokenizer of transformers tells."""
+
+    _tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    @property
+    def pad_id(self) -> int:
+        return self._tokenizer.pad_token_id
+
+    @property
+    def eos_id(self) -> int:
+        return self._tokenizer.eos_token_id
+
+
+class ClipTokenizer(_OfTransformers):
     """CLIP's byte-pair tokenizer: `ClipTokenizer(folder)(texts)` -> int32 [b, max_length].
 
     Texts are cut to `max_length` with begin and end kept, and padded with the folder's pad token
@@ -41,18 +60,6 @@ class ClipTokenizer:
         """How many of the texts have more tokens than `max_length`, begin and end included."""
         lengths = self._tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return sum(len(ids) > self.max_length for ids in lengths)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
-    def pad_id(self) -> int:
-        return self._tokenizer.pad_token_id
-
-    @property
-    def eos_id(self) -> int:
-        return self._tokenizer.eos_token_id
 
 
 class OpenClipTokenizer:
@@ -196,7 +203,7 @@ def _open_clip_text_config(path: Path) -> dict:
     return config
 
 
-class TextTokenizer:
+class TextTokenizer(_OfTransformers):
     """A text model's tokenizer (T5): `TextTokenizer(folder)(texts, length)` -> ids, mask."""
 
     def __init__(self, folder: str | Path):
@@ -231,18 +238,6 @@ class TextTokenizer:
         if token not in vocab:
             raise ValueError(f"{token!r} is not among the tokenizer's {len(vocab)} tokens.")
         return vocab[token]
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
-    def pad_id(self) -> int:
-        return self._tokenizer.pad_token_id
-
-    @property
-    def eos_id(self) -> int:
-        return self._tokenizer.eos_token_id
 
 
 def _tokenizer_folder(folder: str | Path, *layouts: tuple[str, ...]) -> Path:

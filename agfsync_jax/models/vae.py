@@ -115,6 +115,15 @@ class Downsample2D(nnx.Module):
         return self.conv(x)
 
 
+def _resnets(
+    features_in: int, features_out: int, layers: int, groups: int, *, dtype, rngs
+) -> nnx.List:
+    widths = [features_in] + [features_out] * (layers - 1)
+    return nnx.List(
+        [ResnetBlock2D(each, features_out, groups, dtype=dtype, rngs=rngs) for each in widths]
+    )
+
+
 class DownEncoderBlock2D(nnx.Module):
     """Resnets, then a downsampler in all blocks but the last."""
 
@@ -129,13 +138,7 @@ class DownEncoderBlock2D(nnx.Module):
         dtype,
         rngs,
     ):
-        widths = [features_in] + [features_out] * layers
-        self.resnets = nnx.List(
-            [
-                ResnetBlock2D(widths[i], features_out, groups, dtype=dtype, rngs=rngs)
-                for i in range(layers)
-            ]
-        )
+        self.resnets = _resnets(features_in, features_out, layers, groups, dtype=dtype, rngs=rngs)
         if downsample:
             self.downsamplers = nnx.List([Downsample2D(features_out, dtype=dtype, rngs=rngs)])
 
@@ -159,13 +162,7 @@ class UpDecoderBlock2D(nnx.Module):
         dtype,
         rngs,
     ):
-        widths = [features_in] + [features_out] * layers
-        self.resnets = nnx.List(
-            [
-                ResnetBlock2D(widths[i], features_out, groups, dtype=dtype, rngs=rngs)
-                for i in range(layers)
-            ]
-        )
+        self.resnets = _resnets(features_in, features_out, layers, groups, dtype=dtype, rngs=rngs)
         if upsample:
             self.upsamplers = nnx.List([Upsample2D(features_out, dtype=dtype, rngs=rngs)])
 

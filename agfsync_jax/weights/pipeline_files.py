@@ -20,7 +20,7 @@ class PipelineFiles:
     Args:
         path: see weights/places.py.
         variant: of the files in a folder, such as "fp16".
-        kind: of a single file, one of `data.skeletons.KINDS`; needed only where the file does not
+        kind: of a single file, one of `skeletons.KINDS`; needed only where the file does not
             tell.
 
     Attributes:

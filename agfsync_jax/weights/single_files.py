@@ -93,7 +93,7 @@ def split_single_file(
 
     Args:
       tensors: by the file's keys.
-      kind: which model it is, one of `data.skeletons.KINDS`; needed where the file does not tell.
+      kind: which model it is, one of `skeletons.KINDS`; needed where the file does not tell.
 
     Returns:
       (kind, {"unet", "vae", "text_encoder" and / or "text_encoder_2": tensors by the keys that
