@@ -21,6 +21,7 @@ from agfsync_jax.data import questions
 from agfsync_jax.data.columns import without_parts
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.evaluators import Evaluator
+from agfsync_jax.losses import Residuals, pair_errors
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import Plan
 from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
@@ -112,58 +113,61 @@ def test_scorer_runs(name):
         np.testing.assert_allclose(alone[key], values[1:2], rtol=1e-4, atol=1e-4, err_msg=key)
 
 
-LOSS_FACTS = "uses_reference", "same_noise", "uses_products", "is_listwise", "is_batchwise"
-
-
 @pytest.mark.parametrize("module", members("losses"))
 def test_loss(module):
-    """Errors in, loss [B] and metrics out; a row depends on its own errors only, if it says so."""
-    for fact in LOSS_FACTS:
-        assert isinstance(getattr(module, fact), bool), fact
-    parameters = inspect.signature(module.loss).parameters
-    assert isinstance(parameters["beta"].default, float)
+    """Residuals in, loss [B] and metrics out; a row depends on its own only, unless it says so."""
+    loss = module.LOSS
+    parameters = inspect.signature(loss.formula).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert isinstance(settings["beta"], float)
+    assert inspect.Parameter.empty not in settings.values()
     # Policy and reference are near each other, as no loss is steep far from there.
     rng = np.random.default_rng(0)
-    size, rows = (5, 3) if module.is_listwise else (5,), jnp.arange(5)
-    references = rng.uniform(0.05, 0.2, (2, *size))
-    policies = references + rng.uniform(-2e-5, 2e-5, (2, *size))
-    policy, *rest = (jnp.asarray(x, jnp.float32) for x in (*policies, *references))
-    keywords = {}
-    if module.is_listwise:
-        assert positional(module.loss) == ["policy", "reference", "scores", "mask"]
-        scores = jnp.broadcast_to(jnp.array([3.0, 1.0, 2.0]), size)  # candidate 0 is the best
-        rest = [rest[1], scores, jnp.ones(size, bool)]
-    else:
-        pair = ["chosen", "rejected"]
-        names = [f"{model}_{image}" for model in ("policy", "reference") for image in pair]
-        assert positional(module.loss) == names
-        if module.uses_products:
-            keywords = {"chosen_product": rest[1], "rejected_product": rest[2]}
-        if "num_elements" in parameters:
-            keywords["num_elements"] = 64
+    size, rows = (5, 3 if loss.is_listwise else 2), jnp.arange(5)
+    reference = rng.uniform(0.2, 0.4, (*size, 4)) * rng.choice([-1, 1], (*size, 4))
+    policy = jnp.asarray(reference * rng.uniform(0.9999, 1.0001, (*size, 1)), jnp.float32)
+    residuals = Residuals(
+        policy,
+        jnp.asarray(reference, jnp.float32) if loss.uses_reference else None,
+        jnp.broadcast_to(jnp.array([3.0, 1.0, 2.0])[: size[1]], size),  # candidate 0 is the best
+        jnp.ones(size, bool),
+    )
+    names = positional(loss.formula)
+    assert len(names) == len(loss.inputs(residuals))
+    if loss.inputs is pair_errors:
+        models = ["policy", "reference"] if loss.uses_reference else ["policy"]
+        assert names == [f"{model}_{image}" for model in models for image in ("chosen", "rejected")]
 
-    def loss(policy):
-        values, metrics = module.loss(policy, *rest, **keywords)
+    def compute(policy):
+        values, metrics = loss(residuals._replace(policy=policy))
         return values, (values, metrics)
 
-    slope, (values, metrics) = jax.jit(jax.jacobian(loss, has_aux=True))(policy)
+    slope, (values, metrics) = jax.jit(jax.jacobian(compute, has_aux=True))(policy)
     assert values.shape == (5,) and values.dtype == jnp.float32
     assert np.isfinite(values).all()
     for name, metric in metrics.items():
         assert metric.shape in {(), (5,)}, name
         assert np.isfinite(metric).all(), name
-    if module.uses_reference:
+    if loss.uses_reference:
         wanted = {f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")}
         assert wanted <= set(metrics)
-    if module.is_listwise:
-        slope = slope[..., 0]
-    own = slope[rows, rows]
+    farther = jnp.sum(slope * policy[None], axis=-1)[..., 0]  # all chosen residuals grow
+    own = farther[rows, rows]
     assert (own > 0).all(), "a better denoised chosen image must lower the loss"
-    if not module.is_batchwise:
-        np.testing.assert_array_equal(slope, jnp.diag(own))
-    if not module.uses_reference:
-        alone = module.loss(policy, rest[0], None, None, **keywords)[0]
-        np.testing.assert_allclose(alone, values, rtol=1e-6)
+    if not loss.is_batchwise:
+        np.testing.assert_array_equal(farther, jnp.diag(own))
+
+
+def test_a_loss_has_no_settings_but_its_own():
+    loss = modules.load("losses", "cdpo").LOSS
+    assert loss.configured(beta=0.0).formula.keywords == {}
+    assert loss.configured(beta=3.0, label_smoothing=0.0).formula.keywords == {
+        "beta": 3.0,
+        "label_smoothing": 0.0,
+    }
+    for name in ("margin", "policy_chosen"):
+        with pytest.raises(ValueError, match=f"config.loss has {name}, .*: it has beta, label_sm"):
+            loss.configured(**{name: 1.0})
 
 
 BACKBONE_METHODS = [

@@ -27,7 +27,7 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import restore_denoiser
-from agfsync_jax.training.objective import Loss, draw_noise
+from agfsync_jax.training.objective import draw_noise
 from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import Settings, init_state, train_step
 from agfsync_jax.utils import modules
@@ -212,7 +212,7 @@ def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, *
     """init(base) -> state; step(state, base, batch) -> (state, metrics)."""
     optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
     settings = Settings(
-        backbone, Loss.of(loss, beta=BETA), optimizer, learning_rate, seed=7
+        backbone, loss.LOSS.configured(beta=BETA), optimizer, learning_rate, seed=7
     )._replace(**(changes or {}))
     quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
     step = jax.jit(functools.partial(train_step, settings=settings), compiler_options=quick)
@@ -454,7 +454,7 @@ def test_rankings_train_listwise(tmp_path, backbone):
 def test_every_loss_trains(backbone, name):
     batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
     optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
-    loss = Loss.of(modules.load("losses", name))
+    loss = modules.load("losses", name).LOSS
     settings = Settings(backbone, loss, optimizer, rate, seed=7)
     base = backbone.params["unet"] if loss.uses_reference else None
     state, values = jax.jit(

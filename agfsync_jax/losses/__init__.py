@@ -1,16 +1,119 @@
-"""Preference losses, a file each: per-example denoising errors in, per-example loss out.
+"""Preference losses, a file each: residuals of denoising in, a loss an example out.
 
-An error is the squared error of a prediction, as the mean over a latent's elements. Every file says
-of itself all of these:
+A file has a formula, a pure function of arrays, and `LOSS = Loss(formula)`, which says what the
+formula is given. For most that is the default, denoising errors of pairs:
 
-    uses_reference  the loss needs the errors of the reference; else they may be None
-    same_noise      chosen and rejected get the same noise (they share the timestep in any case)
-    uses_products   the loss also takes `chosen_product` and `rejected_product` [b]: the mean over
-                    elements of policy residual times reference residual (prediction - target)
-    is_listwise     loss(policy, reference, scores, mask, *, beta): lists of candidates, not pairs
-    is_batchwise    a row's loss depends on other rows, too
+    def loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta=2000.0):
+        ...
+        return values, metrics  # values [b]; each metric [b] or a scalar
 
-Pairs: loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta, ...). A
-loss that declares the keyword `num_elements` is given the number of a latent's elements. All return
-(loss [b], metrics), each metric [b] or a scalar.
+    LOSS = Loss(loss)
 """
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+
+class Residuals(NamedTuple):
+    """All that a loss may look at: residuals (prediction - target) of b examples of k images.
+
+    An example is a pair, chosen then rejected, or a ranking, whose images are its candidates. What
+    is not asked for costs nothing in a compiled step.
+
+    Attributes:
+        policy: of the model that is trained.
+        reference: of the model that it is compared with; None for a loss without one.
+        scores: of rankings, more is better.
+        mask: of rankings, False where there is no candidate.
+    """
+
+    policy: Float[Array, "b k ..."]
+    reference: Float[Array, "b k ..."] | None = None
+    scores: Float[Array, "b k"] | None = None
+    mask: Bool[Array, "b k"] | None = None
+
+    @property
+    def policy_errors(self) -> Float[Array, "b k"]:
+        """Squared errors, as the mean over an image's elements."""
+        return _mean(jnp.square(self.policy))
+
+    @property
+    def reference_errors(self) -> Float[Array, "b k"]:
+        """The same of the reference."""
+        return _mean(jnp.square(self.reference))
+
+    @property
+    def products(self) -> Float[Array, "b k"]:
+        """Policy times reference, as the mean over an image's elements."""
+        return _mean(self.policy * self.reference)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of an image, over which its error is the mean."""
+        return math.prod(self.policy.shape[2:])
+
+
+def pair_errors(residuals: Residuals) -> tuple[Float[Array, " b"], ...]:
+    """policy_chosen, policy_rejected and, if there is one, reference_chosen, reference_rejected."""
+    errors = [residuals.policy_errors]
+    if residuals.reference is not None:
+        errors.append(residuals.reference_errors)
+    return tuple(of_model[:, image] for of_model in errors for image in (0, 1))
+
+
+def ranking_errors(residuals: Residuals) -> tuple[Shaped[Array, "b k"], ...]:
+    """policy, reference, scores and mask of all candidates."""
+    return residuals.policy_errors, residuals.reference_errors, residuals.scores, residuals.mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a file of losses/ says of its formula.
+
+    Attributes:
+        formula: (*inputs, settings by keyword) -> (loss [b], metrics, each [b] or a scalar). Its
+            settings are the keys of config.loss and have defaults; all have a beta.
+        inputs: what the formula takes by place, from the residuals.
+        uses_reference: else residuals have none.
+        same_noise: an example's images get the same noise (they share the timestep in any case).
+        is_listwise: examples are rankings, not pairs.
+        is_batchwise: an example's loss depends on the other examples of its batch, too.
+    """
+
+    formula: Callable[..., tuple[Float[Array, " b"], dict[str, Array]]]
+    inputs: Callable[[Residuals], tuple] = pair_errors
+    uses_reference: bool = True
+    same_noise: bool = True
+    is_listwise: bool = False
+    is_batchwise: bool = False
+
+    def __call__(self, residuals: Residuals) -> tuple[Float[Array, " b"], dict[str, Array]]:
+        """The loss of each example, and metrics."""
+        return self.formula(*self.inputs(residuals))
+
+    def configured(self, **settings: Any) -> "Loss":
+        """This loss with settings of `config.loss`; a beta of 0 is the loss's own.
+
+        Raises:
+            ValueError: a setting that the formula does not have.
+        """
+        parameters = inspect.signature(self.formula).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(
+                f"config.loss has {', '.join(unknown)}, which {self.formula.__module__} does not"
+                f" take: it has {', '.join(known)}."
+            )
+        given = {name: value for name, value in settings.items() if value or name != "beta"}
+        return dataclasses.replace(self, formula=functools.partial(self.formula, **given))
+
+
+def _mean(x: Float[Array, "b k ..."]) -> Float[Array, "b k"]:
+    return jnp.mean(x, axis=tuple(range(2, x.ndim)))

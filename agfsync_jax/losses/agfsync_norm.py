@@ -12,13 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from agfsync_jax.losses import Loss, pair_errors
 from agfsync_jax.losses._rewards import reward_metrics
-
-uses_reference = True
-same_noise = False
-uses_products = False
-is_listwise = False
-is_batchwise = True
 
 
 def loss(
@@ -26,8 +21,8 @@ def loss(
     policy_rejected: Float[Array, " b"],
     reference_chosen: Float[Array, " b"],
     reference_rejected: Float[Array, " b"],
-    *,
     num_elements: int,
+    *,
     beta: float = 1.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, ""]]]:
     """The batch's loss, repeated [b], and scalar metrics, from denoising errors [b].
@@ -49,3 +44,11 @@ def loss(
     rejected = -beta * (norm(policy_rejected) - norm(reference_rejected))
     value = -jax.nn.log_sigmoid(chosen - rejected)
     return jnp.broadcast_to(value, policy_chosen.shape), reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(
+    loss,
+    inputs=lambda r: (*pair_errors(r), r.num_elements),
+    same_noise=False,
+    is_batchwise=True,
+)

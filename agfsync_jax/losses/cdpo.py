@@ -8,13 +8,8 @@ log((1 - label_smoothing) / label_smoothing) instead of never.
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -40,9 +35,12 @@ def loss(
             f"label_smoothing is {label_smoothing}, expected at least 0 and less than 0.5: at 0.5 "
             "the labels say nothing. Set config.loss.label_smoothing."
         )
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     right = jax.nn.log_sigmoid(chosen - rejected)
     swapped = jax.nn.log_sigmoid(rejected - chosen)
     result = -(1 - label_smoothing) * right - label_smoothing * swapped
     return result, reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(loss)

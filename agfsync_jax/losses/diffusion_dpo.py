@@ -9,13 +9,8 @@ v-prediction alike: errors are taken at the model's own target.
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -32,6 +27,9 @@ def loss(
     reference error): ln 2 where policy and reference are equal. Paper: beta 2000 for Stable
     Diffusion 1.5, 5000 for SDXL; its code has 5000 for both.
     """
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     return -jax.nn.log_sigmoid(chosen - rejected), reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(loss)

@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = True
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss, pair_errors
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -24,9 +19,8 @@ def loss(
     policy_rejected: Float[Array, " b"],
     reference_chosen: Float[Array, " b"],
     reference_rejected: Float[Array, " b"],
-    *,
     chosen_product: Float[Array, " b"],
-    rejected_product: Float[Array, " b"] | None = None,
+    *,
     beta: float = 0.001,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
@@ -38,12 +32,14 @@ def loss(
     Beta is a share of a residual: 0.001 in the code, searched in {0.001, 0.01, 0.05}. With c so
     small, nearly all of the loss is the error on the chosen, as in sft.
     """
-    del rejected_product
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     share = beta * jax.nn.sigmoid(rejected - chosen)  # 1 - sigmoid(x) = sigmoid(-x)
     # The square of (1 - c) a + c r, term by term.
     kept = 1 - share
     result = jnp.square(kept) * policy_chosen + 2 * kept * share * chosen_product
     result += jnp.square(share) * reference_chosen
     return result, reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(loss, inputs=lambda r: (*pair_errors(r), r.products[:, 0]))

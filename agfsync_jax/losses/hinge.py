@@ -7,13 +7,8 @@ Unlike Diffusion-DPO, a pair whose margin has reached 1 is left alone, and all o
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -29,6 +24,9 @@ def loss(
     loss = max(0, 1 - margin); margin and beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5,
     5000 for SDXL). The script leaves out Diffusion-DPO's half: its 2500 is 5000 here.
     """
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     return jax.nn.relu(1 - (chosen - rejected)), reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(loss)

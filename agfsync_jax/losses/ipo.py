@@ -8,13 +8,8 @@ already told apart do not drive the policy away from the reference.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -31,6 +26,9 @@ def loss(
     (h - 1/(2 beta))^2, which is 1e-7 at the usual beta and lost in an optimizer's epsilon. Margin
     and beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL).
     """
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     return jnp.square(chosen - rejected - 0.5), reward_metrics(chosen, rejected)
+
+
+LOSS = Loss(loss)

@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses._rewards import reward_metrics, rewards
-
-uses_reference = True
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = True
+from agfsync_jax.losses import Loss
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -35,9 +30,12 @@ def loss(
     where kl = max(0, mean reward of the 2 b images), without a gradient. Reward and beta as in
     Diffusion-DPO; the code leaves out its half: the paper's best beta, 5000, is 10000 here.
     """
-    errors = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-    chosen, rejected = rewards(*errors, beta)
+    chosen = reward(policy_chosen, reference_chosen, beta)
+    rejected = reward(policy_rejected, reference_rejected, beta)
     kl = jax.lax.stop_gradient(jnp.maximum(0.5 * jnp.mean(chosen + rejected), 0))
     desirable = desirable_weight * jax.nn.sigmoid(kl - chosen)  # 1 - sigmoid(x) = sigmoid(-x)
     undesirable = undesirable_weight * jax.nn.sigmoid(rejected - kl)
     return 0.5 * (desirable + undesirable), reward_metrics(chosen, rejected) | {"kl": kl}
+
+
+LOSS = Loss(loss, is_batchwise=True)

@@ -10,18 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-uses_reference = False
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
 
 
 def loss(
     policy_chosen: Float[Array, " b"],
     policy_rejected: Float[Array, " b"],
-    reference_chosen: Float[Array, " b"] | None = None,
-    reference_rejected: Float[Array, " b"] | None = None,
     *,
     beta: float = 0.1,
     snr_value: float = 0.5,
@@ -33,7 +27,6 @@ def loss(
     s error / (exp(s error) - 1) in (0, 1), s = snr_value, T = num_train_timesteps. Beta weighs the
     second term against a mean squared error: 0.1 in the code, not Diffusion-DPO's thousands.
     """
-    del reference_chosen, reference_rejected
 
     def likelihood(error):
         return snr_value * error / jnp.expm1(snr_value * error)
@@ -47,3 +40,6 @@ def loss(
         "likelihood/accuracy": (margin > 0).astype(margin.dtype),
     }
     return policy_chosen - beta * jax.nn.log_sigmoid(margin), metrics
+
+
+LOSS = Loss(loss, uses_reference=False)

@@ -11,13 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses._rewards import reward_metrics
-
-uses_reference = True
-same_noise = True  # as Diffusion-DPO's code; the paper's algorithm draws one for each candidate
-uses_products = False
-is_listwise = True
-is_batchwise = False
+from agfsync_jax.losses import Loss, ranking_errors
+from agfsync_jax.losses._rewards import reward, reward_metrics
 
 
 def loss(
@@ -36,18 +31,22 @@ def loss(
 
     Metrics: of best against worst [b]; rewards/accuracy of all pairs of the batch, a scalar.
     """
-    reward = jnp.where(mask, -0.5 * beta * (policy - reference), 0)
+    rewards = jnp.where(mask, reward(policy, reference, beta), 0)
     better = scores[:, :, None] > scores[:, None, :]  # [b i j]
     better &= mask[:, :, None] & mask[:, None, :]
     others = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True) - 1, 1)
     gain = jnp.exp2(jnp.sum(better, axis=2) / others) - 1
     discount = 1 / jnp.log(2.0 + jnp.sum(better, axis=1))  # rank = 1 + how many are better
     gains, discounts = (jnp.abs(x[:, :, None] - x[:, None, :]) for x in (gain, discount))
-    margin = reward[:, :, None] - reward[:, None, :]
+    margin = rewards[:, :, None] - rewards[:, None, :]
     pairs = jnp.where(better, -gains * discounts * jax.nn.log_sigmoid(margin), 0)
 
     best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
     worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
-    ends = (jnp.take_along_axis(reward, end, axis=1)[:, 0] for end in (best, worst))
+    ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
     right = jnp.sum(better & (margin > 0)) / jnp.maximum(jnp.sum(better), 1)
     return jnp.sum(pairs, axis=(1, 2)), reward_metrics(*ends) | {"rewards/accuracy": right}
+
+
+# Candidates share their noise, as in Diffusion-DPO's code; the paper draws one for each.
+LOSS = Loss(loss, inputs=ranking_errors, is_listwise=True)

@@ -5,21 +5,18 @@ Unlike Diffusion-DPO, it learns nothing from the rejected and has neither a refe
 
 from jaxtyping import Array, Float
 
-uses_reference = False
-same_noise = True
-uses_products = False
-is_listwise = False
-is_batchwise = False
+from agfsync_jax.losses import Loss
 
 
 def loss(
     policy_chosen: Float[Array, " b"],
-    policy_rejected: Float[Array, " b"] | None = None,
-    reference_chosen: Float[Array, " b"] | None = None,
-    reference_rejected: Float[Array, " b"] | None = None,
+    policy_rejected: Float[Array, " b"],
     *,
     beta: float = 0.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Per-pair loss [b]: the policy's error on the chosen image; nothing else plays a part."""
-    del policy_rejected, reference_chosen, reference_rejected, beta
+    del policy_rejected, beta
     return policy_chosen, {}
+
+
+LOSS = Loss(loss, uses_reference=False)

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from agfsync_jax.models.layers import REMAT
 from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings, replicated
-from agfsync_jax.training.objective import Loss
 from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import Settings, init_state, train_step
 from agfsync_jax.utils import flops, modules
@@ -52,7 +51,7 @@ def settings_of(config: Any, backbone: Any, round_index: int) -> Settings:
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
     return Settings(
         backbone=backbone,
-        loss=Loss.of(modules.load("losses", loss.pop("name")), **loss),
+        loss=modules.load("losses", loss.pop("name")).LOSS.configured(**loss),
         optimizer=optimizer,
         learning_rate=learning_rate,
         seed=seed,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from agfsync_jax.losses import Loss
 from agfsync_jax.models import lora
 from agfsync_jax.models.layers import rematerialized
-from agfsync_jax.training.objective import Loss, preference_loss
+from agfsync_jax.training.objective import preference_loss
 
 
 class TrainState(NamedTuple):
@@ -28,7 +29,7 @@ class Settings(NamedTuple):
 
     Attributes:
         backbone: see backbones/; its `params` are not read.
-        loss: see training/objective.py.
+        loss: see losses/, with its settings.
         optimizer, learning_rate: see training/optimizer.py.
         seed: of noise and timesteps.
         lora_rank: 0 if all of the denoiser is trained.
@@ -111,7 +112,7 @@ def train_step(
             reference = _cast(reference, backbone.dtype)
         return preference_loss(
             _cast(params, backbone.dtype),
-            reference if settings.loss.uses_reference else None,
+            reference,
             part,
             loss=settings.loss,
             denoise=denoise,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from agfsync_jax.losses import Residuals
 from agfsync_jax.utils import modules
 
 RNG = np.random.default_rng(0)
@@ -32,7 +33,7 @@ SETTINGS = {
 
 
 def settings(name):
-    return dict(SETTINGS.get(name, {"beta": 40.0}))
+    return SETTINGS.get(name, {"beta": 40.0})
 
 
 def error(residual):
@@ -131,24 +132,18 @@ FORMULAS = {
 @functools.cache
 def ours(name):
     """Compiled: predictions [b n 4 4 4] of the policy -> ((mean loss, metrics), gradient)."""
-    module = modules.load("losses", name)
-    count = 4 if module.is_listwise else 2
+    loss = modules.load("losses", name).LOSS.configured(**settings(name))
+    count = 4 if loss.is_listwise else 2
 
     def mean_loss(prediction):
-        policy = prediction[:, :count] - TARGET[:, :count]
-        reference = jnp.asarray(REFERENCE[:, :count])
-        errors = [jnp.mean(jnp.square(x), axis=(2, 3, 4)) for x in (policy, reference)]
-        keywords = settings(name)
-        if module.is_listwise:
-            loss, metrics = module.loss(*errors, jnp.asarray(SCORES), jnp.asarray(MASK), **keywords)
-        else:
-            if module.uses_products:
-                chosen, rejected = jnp.mean(policy * reference, axis=(2, 3, 4)).T
-                keywords |= {"chosen_product": chosen, "rejected_product": rejected}
-            if name == "agfsync_norm":
-                keywords |= {"num_elements": 4 * 4 * 4}
-            loss, metrics = module.loss(*errors[0].T, *errors[1].T, **keywords)
-        return jnp.mean(loss), metrics
+        residuals = Residuals(
+            prediction[:, :count] - TARGET[:, :count],
+            jnp.asarray(REFERENCE[:, :count]) if loss.uses_reference else None,
+            jnp.asarray(SCORES),
+            jnp.asarray(MASK),
+        )
+        values, metrics = loss(residuals)
+        return jnp.mean(values), metrics
 
     return jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
 
