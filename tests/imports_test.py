@@ -31,6 +31,9 @@ ARROWS = {
     "samplers": {"diffusion", "utils"},
     "diffusion": set(),
     "losses": set(),
+    "training": set(
+        "losses diffusion models data backbones scorers evaluators parallel utils".split()
+    ),
     # A checkpoint's folder holds its tokenizer and how its images are made, which are data's.
     "weights": {"models", "data", "parallel", "utils"},
     "steps": {"weights", "parallel", "utils"},
@@ -41,7 +44,6 @@ ARROWS = {
     "micro": ROOMS,  # its trainers are programs, like verbs
     "benches": ROOMS,  # parts of a verb, as the next
     "plans": ROOMS,
-    "training": ROOMS,
 }
 # A file -> what it alone may import besides.
 ALSO = {

@@ -371,10 +371,10 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
     config.train.update(num_steps=2, batch_size=8, warmup_steps=0)
-    state, step, *_ = train.prepare(config, [workdir / "round_000"], None, 0)
-    losses = []
+    training = train.prepare(config, [workdir / "round_000"], None, 0)
+    state, losses = training.state, []
     for index in range(2):
-        state, metrics = step(state, index)
+        state, metrics = training.step(state, index)
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4)
     assert np.isfinite(losses[1]) and losses[1] != losses[0]

@@ -15,7 +15,7 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import _chips, _estimates, param_bytes, sample
 from agfsync_jax.plans import train as train_plan
 from agfsync_jax.plans._tables import too_large
-from agfsync_jax.training import program as step_program
+from agfsync_jax.training.program import forward_passes, step_spec
 from agfsync_jax.utils import flops
 from configs import micro
 from tests.twins import tiny_stable_diffusion
@@ -149,9 +149,9 @@ def test_training(config, capsys, monkeypatch):
     assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
     assert "8 passes of an image each by formula" in out and "| optimizer |" in out
     config.train.lora_rank = 2
-    assert step_program.passes(step_program.settings_of(config, None, 0)) == 6
+    assert forward_passes(step_spec(config)) == 6
     config.loss.name = "sft"
-    assert step_program.passes(step_program.settings_of(config, None, 0)) == 4
+    assert forward_passes(step_spec(config)) == 4
 
 
 class TestWithLibtpu:

@@ -29,7 +29,7 @@ from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.training.objective import draw_noise
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import Settings, init_state, train_step
+from agfsync_jax.training.step import StepSpec, init_state, train_step
 from agfsync_jax.utils import modules
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from agfsync_jax.weights.networks import load_model
@@ -211,17 +211,16 @@ def make_batch(backbone, tokens, size):
 def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, **optimizer):
     """init(base) -> state; step(state, base, batch) -> (state, metrics)."""
     optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
-    settings = Settings(
-        backbone, loss.LOSS.configured(beta=BETA), optimizer, learning_rate, seed=7
-    )._replace(**(changes or {}))
+    loss = loss.LOSS.configured(beta=BETA)
+    spec = StepSpec(loss, optimizer, learning_rate, seed=7, backbone=backbone)
+    spec = spec._replace(**(changes or {}))
     quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
-    step = jax.jit(functools.partial(train_step, settings=settings), compiler_options=quick)
+    step = jax.jit(functools.partial(train_step, spec=spec), compiler_options=quick)
 
     def init(base):
-        shardings = program.state_shardings(base, settings, mesh, rules) if mesh else None
-        return jax.jit(functools.partial(init_state, settings=settings), out_shardings=shardings)(
-            base
-        )
+        if mesh:
+            return program.init_program(base, spec, mesh, rules)(base)
+        return jax.jit(functools.partial(init_state, spec=spec))(base)
 
     return init, lambda state, base, batch: step(state, {"base": base, "text": {}}, batch)
 
@@ -364,9 +363,10 @@ def test_less_memory_is_the_same_step(backbone, changes):
 def test_the_text_encoder_may_run_in_the_step(run, tmp_path):
     make_workdir(tmp_path)
     config = make_config(**{"train.embeddings": "step", "train.num_steps": 2})
-    state, step, *_ = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    training = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    state = training.state
     for index, want in enumerate(metrics(run)[:2]):
-        state, got = step(state, index)
+        state, got = training.step(state, index)
         assert float(got["loss"]) == pytest.approx(want["loss"], rel=1e-5)
 
 
@@ -374,15 +374,16 @@ def test_the_moving_average_is_what_training_makes(run, tmp_path):
     """With diffusers' warm-up of the decay."""
     make_workdir(tmp_path)
     config = make_config(**{"train.ema_decay": 0.9})
-    state, step, final, *_ = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    training = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    state = training.state
     average = jax.tree.map(np.array, state.params)
     for index in range(4):
-        state, _ = step(state, index)
+        state, _ = training.step(state, index)
         decay = min(0.9, (2 + index) / (11 + index))
         average = jax.tree.map(
             lambda old, new, d=decay: d * old + (1 - d) * np.array(new), average, state.params
         )
-    assert largest_difference(final(state).params, average) < 1e-6
+    assert largest_difference(training.result(state).params, average) < 1e-6
     assert largest_difference(state.params, average) > 1e-4
 
 
@@ -455,12 +456,12 @@ def test_every_loss_trains(backbone, name):
     batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
     optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
     loss = modules.load("losses", name).LOSS
-    settings = Settings(backbone, loss, optimizer, rate, seed=7)
+    spec = StepSpec(loss, optimizer, rate, seed=7, backbone=backbone)
     base = backbone.params["unet"] if loss.uses_reference else None
     state, values = jax.jit(
-        functools.partial(train_step, settings=settings),
+        functools.partial(train_step, spec=spec),
         compiler_options={"xla_backend_optimization_level": "0"},
-    )(init_state(backbone.params["unet"], settings), {"base": base, "text": {}}, batch)
+    )(init_state(backbone.params["unet"], spec), {"base": base, "text": {}}, batch)
     assert np.isfinite(values["loss"]) and values["grad_norm"] > 0
     assert largest_difference(state.params, backbone.params["unet"]) > 1e-5
 
@@ -518,9 +519,10 @@ def test_a_finished_run_is_skipped(run, capsys, monkeypatch):
 def test_stored_embeddings_need_no_text_encoder(run, tmp_path, monkeypatch):
     make_workdir(tmp_path, embeddings=True)
     monkeypatch.setattr(TinyBackbone, "encode_prompt", None)
-    state, step, *_ = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
+    training = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
+    state = training.state
     for index, want in enumerate(metrics(run)[:2]):
-        state, got = step(state, index)
+        state, got = training.step(state, index)
         got = jax.device_get(got)
         for name in ("loss", "chosen_error", "rejected_error"):
             # float16 has 11 binary digits

@@ -7,7 +7,6 @@ are those of `config.bench.dtype` and `config.train`, for both sides.
 """
 
 import contextlib
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from agfsync_jax.benches._processes import HostMemory, Process
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
-from agfsync_jax.training.step import frozen_base, init_state
 from agfsync_jax.utils.clock import Stage
 
 
@@ -88,9 +86,11 @@ def _work(config: Any, folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
         for name, shape in shapes.items()
     }
     pair = jax.ShapeDtypeStruct((spec.batch_size, *latents), jnp.float32)
-    settings = program.settings_of(config, backbone, 0)
-    work = program.step_flops(settings, backbone.params["unet"], {"chosen_latents": pair}, rows)
-    return {"latents": latents, **shapes}, work
+    batch = {"chosen_latents": pair, "conditioning": rows}
+    step = program.step_spec(config, backbone=backbone)
+    return {"latents": latents, **shapes}, program.step_flops(
+        step, backbone.params["unet"], batch, {}
+    )
 
 
 class Agfsync(Ours):
@@ -107,16 +107,11 @@ class Agfsync(Ours):
         config = ConfigDict(config)
         self._shapes, self._size = shapes, config.bench.batch_size
         config.train.batch_size = self._size
-        settings = program.settings_of(config, self.backbone, 0)
-        base = self.backbone.params.pop("unet")
-        shardings = program.state_shardings(base, settings, self._mesh, ())
-        make = functools.partial(init_state, settings=settings)
-        self._state = jax.jit(make, out_shardings=shardings)(base)
-        places = jax.tree.map(lambda leaf: leaf.sharding, base)
-        freeze = functools.partial(frozen_base, settings=settings)
-        base = jax.jit(freeze, out_shardings=places, donate_argnums=0)(base)
-        self._frozen = {"base": base, "text": {}}
-        self._step = program.compile_step(settings, shardings, self._frozen, self._mesh)
+        spec = program.step_spec(config, backbone=self.backbone)
+        unet = self.backbone.params.pop("unet")
+        self._state = program.init_program(unet, spec, self._mesh, ())(unet)
+        self._frozen = {"base": program.freeze_program(unet, spec)(unet), "text": {}}
+        self._step = program.step_program(self._state, self._frozen, spec, self._mesh)
         return self.train(0, 1)["seconds"]
 
     def train(self, turn: int, num_steps: int) -> dict[str, float]:

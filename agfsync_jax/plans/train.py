@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings
+from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.plans import Plan, Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
-from agfsync_jax.training.step import frozen_base, init_state
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -30,21 +29,17 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     source = config.backbone.path, config.backbone.kind
     backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
     plain = backbone.plain()
-    settings = program.settings_of(config, backbone, 0)
-    if settings.loss.is_listwise:
+    step = program.step_spec(config, backbone=backbone)
+    if step.loss.is_listwise:
         raise ValueError(
             f"config.loss.name={config.loss.name} is of rankings: plan knows pairs alone."
         )
     base = backbone.params[backbone.denoiser_name]
-    shardings = program.state_shardings(base, settings, mesh, config.sharding)
-    state = jax.eval_shape(lambda base: init_state(base, settings), base)
-    state = jax.tree.map(lambda x, place: placed(x, place, x.dtype), state, shardings)
+    state = jax.eval_shape(program.init_program(base, step, mesh, config.sharding), base)
     frozen: dict[str, Any] = {"base": None, "text": {}}
-    if settings.needs_base:
-        kept = jax.eval_shape(lambda base: frozen_base(base, settings), base)
-        places = infer_shardings(kept, mesh, config.sharding)
-        frozen["base"] = jax.tree.map(lambda x, place: placed(x, place, x.dtype), kept, places)
-    if settings.encode:
+    if step.needs_base:
+        frozen["base"] = jax.eval_shape(program.freeze_program(base, step), base)
+    if step.encode:
         text = (name for name in backbone.params if name.startswith("text_encoder"))
         frozen["text"] = {name: backbone.params[name] for name in text}
 
@@ -57,21 +52,19 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     size = spec.batch_size
     tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
     latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
-    conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
     batch = {
         "chosen_latents": split(latents),
         "rejected_latents": split(latents),
         "example": split(jax.ShapeDtypeStruct((size,), jnp.int32)),
     }
-    if settings.encode:
+    if step.encode:
         batch["token_ids"] = split(tokens)
     else:
+        conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
         batch["conditioning"] = jax.tree.map(split, conditioning)
-    compiled = program.compile_step(settings, shardings, frozen, mesh)
-
-    step_flops = program.step_flops(settings, base, batch, conditioning)
+    step_flops = program.step_flops(step, base, batch, frozen["text"])
     return Work(
-        lowered=compiled.lower(state, frozen, batch),
+        lowered=program.step_program(state, frozen, step, mesh).lower(state, frozen, batch),
         mesh=mesh,
         params=state,
         images=size,
@@ -92,7 +85,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         optimizer=(state.opt_state, state.ema),
         unit=spec.accumulate,
         notes=(
-            f"a step is of {size} pairs, {program.passes(settings)} passes of an image each by"
+            f"a step is of {size} pairs, {program.forward_passes(step)} passes of an image each by"
             " formula.",
         ),
     )

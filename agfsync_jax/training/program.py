@@ -1,7 +1,11 @@
-"""The compiled step of a config: for `agfsync train`, and ahead of time for `agfsync plan`."""
+"""The programs of a config's training, for `agfsync train`, and ahead of time for `agfsync plan`.
+
+Each is compiled when it is first called; jax.eval_shape tells the shapes and shardings of what it
+gives.
+"""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from agfsync_jax.models.layers import REMAT
-from agfsync_jax.parallel.sharding import batch_sharding, infer_shardings, replicated
+from agfsync_jax.parallel.sharding import Rule, batch_sharding, infer_shardings, replicated
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import Settings, init_state, train_step
+from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
 from agfsync_jax.utils import flops, modules
 
 EMBEDDINGS = ("cached", "step")
@@ -19,7 +23,7 @@ _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_d
     momentum_dtype""".split()
 
 
-def settings_of(config: Any, backbone: Any, round_index: int) -> Settings:
+def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSpec:
     """The step that `config.train` and `config.loss` describe.
 
     Raises:
@@ -49,8 +53,7 @@ def settings_of(config: Any, backbone: Any, round_index: int) -> Settings:
     optimizer, learning_rate = make_optimizer(**{name: spec[name] for name in _OPTIMIZER})
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
-    return Settings(
-        backbone=backbone,
+    return StepSpec(
         loss=modules.load("losses", loss.pop("name")).LOSS.configured(**loss),
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -60,52 +63,68 @@ def settings_of(config: Any, backbone: Any, round_index: int) -> Settings:
         ema_decay=spec.ema_decay,
         remat=spec.remat,
         encode=spec.embeddings == "step",
+        backbone=backbone,
     )
 
 
-def state_shardings(base: Any, settings: Settings, mesh: Mesh, rules: Any) -> Any:
-    """Where a state's arrays are; adapters are small, and whole on every device."""
-    abstract = jax.eval_shape(functools.partial(init_state, settings=settings), base)
-    return infer_shardings(abstract, mesh, () if settings.lora_rank else rules)
+def init_program(
+    base: Any, spec: StepSpec, mesh: Mesh, rules: Sequence[Rule]
+) -> Callable[[Any], TrainState]:
+    """base -> the state before the first step; adapters are small, and whole on every device."""
+    init = functools.partial(init_state, spec=spec)
+    places = infer_shardings(jax.eval_shape(init, base), mesh, () if spec.lora_rank else rules)
+    return jax.jit(init, out_shardings=places)
 
 
-def compile_step(
-    settings: Settings, shardings: Any, frozen: Mapping[str, Any], mesh: Mesh
-) -> Callable:
-    """The step as one program, which takes the state's memory."""
+def freeze_program(base: Any, spec: StepSpec) -> Callable[[Any], Any]:
+    """base -> what steps read of it, in the memory of `base`, which is gone then."""
+    places = jax.tree.map(lambda x: x.sharding, base)
     return jax.jit(
-        functools.partial(train_step, settings=settings),
-        in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, frozen), batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        functools.partial(frozen_base, spec=spec), out_shardings=places, donate_argnums=0
+    )
+
+
+def step_program(
+    state: TrainState, frozen: Mapping[str, Any], spec: StepSpec, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, frozen, batch) -> (state, metrics), see `train_step`; takes the state's memory.
+
+    Args:
+        state, frozen: arrays, or their shapes and shardings.
+    """
+    state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    return jax.jit(
+        functools.partial(train_step, spec=spec),
+        in_shardings=(state, frozen, batch_sharding(mesh)),
+        out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def passes(settings: Settings) -> int:
+def forward_passes(spec: StepSpec) -> int:
     """Forward passes of an image that a pair costs by formula: 3 for policy and gradient and 1 for
     the reference, for both images; one less with LoRA, whose base needs no gradient."""
-    return 2 * (3 - bool(settings.lora_rank) + settings.loss.uses_reference)
+    return 2 * (3 - bool(spec.lora_rank) + spec.loss.uses_reference)
 
 
 def step_flops(
-    settings: Settings, base: Any, batch: Mapping[str, Any], conditioning: Any | None
+    spec: StepSpec, denoiser: Any, batch: Mapping[str, Any], text: Mapping[str, Any]
 ) -> int:
-    """FLOP of a step by formula, on all devices.
+    """FLOP of a step by formula, on all devices; without those of the text encoders.
 
     Args:
-        base: the denoiser's parameters, or their shapes.
-        batch: see `train_step`; arrays or their shapes.
-        conditioning: of the batch, or None where the step makes it.
+        denoiser: its parameters, or their shapes.
+        batch, text: see `train_step`; arrays or their shapes.
     """
     latents = batch.get("latents", batch.get("chosen_latents"))
     size = latents.shape[0] * (latents.shape[1] / 2 if latents.ndim == 5 else 1)
-    plain = settings.backbone.plain()
-    if conditioning is None:
-        tokens = batch["token_ids"]
-        conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), conditioning)
+    plain = spec.backbone.plain()
+    if spec.encode:
+        conditioning = jax.eval_shape(plain.encode_prompt, text, batch["token_ids"])
+    else:
+        conditioning = batch["conditioning"]
     rows = jax.ShapeDtypeStruct((latents.shape[0], *latents.shape[-3:]), latents.dtype)
     times = jax.ShapeDtypeStruct(rows.shape[:1], "int32")
-    denoise = plain.denoise
-    forward = flops.count(denoise, {plain.denoiser_name: base}, rows, times, first)
-    return round(passes(settings) * forward * size / rows.shape[0])
+    params = {plain.denoiser_name: denoiser}
+    forward = flops.count(plain.denoise, params, rows, times, conditioning)
+    return round(forward_passes(spec) * forward * size / rows.shape[0])

@@ -23,12 +23,16 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: Any  # the moving average of params, or None
 
+    @property
+    def averaged(self) -> Any:
+        """What training has made: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema
 
-class Settings(NamedTuple):
+
+class StepSpec(NamedTuple):
     """What a step is made of; all of it is static.
 
     Attributes:
-        backbone: see backbones/; its `params` are not read.
         loss: see losses/, with its settings.
         optimizer, learning_rate: see training/optimizer.py.
         seed: of noise and timesteps.
@@ -38,9 +42,9 @@ class Settings(NamedTuple):
         remat: what blocks keep for their gradient; models/layers.py, REMAT.
         encode: whether a batch has token_ids, which the frozen text encoder reads in every step,
             instead of conditioning.
+        backbone: see backbones/; its `params` are not read. None until it is loaded.
     """
 
-    backbone: Any
     loss: Loss
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -50,6 +54,7 @@ class Settings(NamedTuple):
     ema_decay: float = 0.0
     remat: str = "none"
     encode: bool = False
+    backbone: Any = None
 
     @property
     def needs_base(self) -> bool:
@@ -57,27 +62,27 @@ class Settings(NamedTuple):
         return bool(self.lora_rank or self.loss.uses_reference)
 
 
-def init_state(base: Any, settings: Settings) -> TrainState:
+def init_state(base: Any, spec: StepSpec) -> TrainState:
     """The state before the first step, with parameters of its own: steps overwrite them."""
-    if settings.lora_rank:
-        key = jax.random.key(settings.seed)
-        params = lora.init_adapters(key, base, rank=settings.lora_rank)
+    if spec.lora_rank:
+        key = jax.random.key(spec.seed)
+        params = lora.init_adapters(key, base, rank=spec.lora_rank)
     else:
         params = jax.tree.map(jnp.copy, base)
-    ema = jax.tree.map(jnp.copy, params) if settings.ema_decay else None
-    return TrainState(jnp.int32(0), params, settings.optimizer.init(params), ema)
+    ema = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
+    return TrainState(jnp.int32(0), params, spec.optimizer.init(params), ema)
 
 
-def frozen_base(base: Any, settings: Settings) -> Any:
+def frozen_base(base: Any, spec: StepSpec) -> Any:
     """`base` as steps read it: at the precision of the computation, half the memory in bfloat16.
 
     The base of LoRA stays as it is: adapters are added to it before anything is rounded.
     """
-    return base if settings.lora_rank else _cast(base, settings.backbone.dtype)
+    return base if spec.lora_rank else _cast(base, spec.backbone.dtype)
 
 
 def train_step(
-    state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any], *, settings: Settings
+    state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any], *, spec: StepSpec
 ) -> tuple[TrainState, dict[str, Array]]:
     """The next state, and metrics.
 
@@ -96,46 +101,46 @@ def train_step(
     if "latents" not in batch:
         pair = batch.pop("chosen_latents"), batch.pop("rejected_latents")
         batch["latents"] = jnp.stack(pair, axis=1)
-    backbone, name = settings.backbone, settings.backbone.denoiser_name
+    backbone, name = spec.backbone, spec.backbone.denoiser_name
 
     def denoise(params, *args):
-        with rematerialized(settings.remat):
+        with rematerialized(spec.remat):
             return backbone.denoise({name: params}, *args)
 
     def objective(trained, part):
-        if settings.encode:
+        if spec.encode:
             tokens = part.pop("token_ids")
             part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
         params, reference = trained, frozen["base"]
-        if settings.lora_rank:
+        if spec.lora_rank:
             params = lora.merge(frozen["base"], trained)
             reference = _cast(reference, backbone.dtype)
         return preference_loss(
             _cast(params, backbone.dtype),
             reference,
             part,
-            loss=settings.loss,
+            loss=spec.loss,
             denoise=denoise,
             schedule=backbone.schedule,
-            seed=settings.seed,
+            seed=spec.seed,
             step=state.step,
         )
 
     differentiate = jax.grad(objective, has_aux=True)
-    if settings.accumulate == 1:
+    if spec.accumulate == 1:
         grads, metrics = differentiate(state.params, batch)
     else:
         grads, metrics = _accumulated(
-            functools.partial(differentiate, state.params), batch, settings.accumulate
+            functools.partial(differentiate, state.params), batch, spec.accumulate
         )
     metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
-    metrics["learning_rate"] = jnp.asarray(settings.learning_rate(state.step))
-    updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
+    metrics["learning_rate"] = jnp.asarray(spec.learning_rate(state.step))
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params, ema = optax.apply_updates(state.params, updates), state.ema
-    if settings.ema_decay:
+    if spec.ema_decay:
         # As diffusers' EMAModel: early averages forget faster.
         count = state.step.astype(jnp.float32) + 1
-        decay = jnp.minimum(settings.ema_decay, (1 + count) / (10 + count))
+        decay = jnp.minimum(spec.ema_decay, (1 + count) / (10 + count))
         ema = optax.incremental_update(params, ema, 1 - decay)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 

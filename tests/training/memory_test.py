@@ -20,10 +20,10 @@ def num_bytes(tree):
 
 def held(config, backbone):
     """Bytes of the base and of (state, frozen base)."""
-    settings = program.settings_of(config, backbone, 0)
+    spec = program.step_spec(config, backbone=backbone)
     base = backbone.params["unet"]
-    state = jax.eval_shape(lambda base: init_state(base, settings), base)
-    frozen = jax.eval_shape(lambda base: frozen_base(base, settings), base)
+    state = jax.eval_shape(lambda base: init_state(base, spec), base)
+    frozen = jax.eval_shape(lambda base: frozen_base(base, spec), base)
     return num_bytes(base), num_bytes(state), num_bytes(frozen), num_bytes(state.params)
 
 
@@ -49,15 +49,15 @@ def test_lora_holds_the_base_once_and_its_adapters():
 def measure(config):
     """Bytes that training's state takes in this process, and those that were counted."""
     backbone = abstract(config)
-    settings = program.settings_of(config, backbone, 0)
+    spec = program.step_spec(config, backbone=backbone)
     base, state, frozen, _ = held(config, backbone)
-    counted = state + frozen + (0 if settings.lora_rank else base)
+    counted = state + frozen + (0 if spec.lora_rank else base)
     rng = np.random.default_rng(0)
     memory = HostMemory()
     base = jax.tree.map(
         lambda x: jax.device_put(rng.standard_normal(x.shape, np.float32)), backbone.params["unet"]
     )
-    jax.block_until_ready((frozen_base(base, settings), init_state(base, settings)))
+    jax.block_until_ready((frozen_base(base, spec), init_state(base, spec)))
     return memory.peak(), counted
 
 

@@ -1,0 +1,202 @@
+"""The loop over steps: metrics, validations and checkpoints of a training."""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from agfsync_jax.data.embeddings import PromptEmbeddings
+from agfsync_jax.data.images import encode_png
+from agfsync_jax.data.loader import PairLoader
+from agfsync_jax.data.records import write_file
+from agfsync_jax.models import lora
+from agfsync_jax.parallel import multihost
+from agfsync_jax.training import program
+from agfsync_jax.training.checkpoints import Checkpoints
+from agfsync_jax.training.objective import NUM_BINS
+from agfsync_jax.training.step import StepSpec, TrainState
+from agfsync_jax.training.validation import Validation
+from agfsync_jax.utils import flops
+from agfsync_jax.utils.clock import Progress, Stage
+from agfsync_jax.utils.metrics import MetricWriter
+from agfsync_jax.utils.signals import hold_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training that is ready to go on.
+
+    Attributes:
+        spec: what a step is made of.
+        state: where it goes on; the first step takes its memory.
+        frozen: what no step changes, see `train_step`.
+        compiled_step: see `step_program`.
+        loader: the pairs, or rankings.
+        embeddings: of the loader's rows; None where steps make them.
+        validation: None where nothing is drawn.
+    """
+
+    spec: StepSpec
+    state: TrainState
+    frozen: Mapping[str, Any]
+    compiled_step: Callable
+    loader: PairLoader
+    embeddings: PromptEmbeddings | None = None
+    validation: Validation | None = None
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
+        """The state after step `index`, from 0, and its metrics; takes the state's memory."""
+        return self.compiled_step(state, self.frozen, self.batch(index))
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """What step `index` learns from."""
+        batch = self.loader.batch(index)
+        if self.embeddings:
+            del batch["token_ids"]
+            batch["conditioning"] = self.embeddings(self.loader.rows(index))
+        return batch
+
+    def denoiser(self, state: TrainState) -> Any:
+        """The parameters that a state has come to, with its adapters merged."""
+        if not self.spec.lora_rank:
+            return state.averaged
+        return jax.jit(lora.merge)(self.frozen["base"], state.averaged)
+
+    def result(self, state: TrainState) -> Any:
+        """What the last checkpoint holds: other verbs read a whole denoiser, named "params"."""
+        if self.spec.lora_rank:
+            return {"params": self.denoiser(state), "adapters": state.averaged}
+        return state._replace(params=state.averaged, ema=None)
+
+    def step_flops(self) -> int:
+        """FLOP of a step by formula, on all devices."""
+        denoiser = jax.eval_shape(self.denoiser, self.state)
+        return program.step_flops(self.spec, denoiser, self.batch(0), self.frozen["text"])
+
+
+def fit(spec: Any, training: Training, start: int, stage: Stage, checkpoints: Checkpoints) -> None:
+    """Takes the steps from `start` to `spec.num_steps`, with metrics and checkpoints.
+
+    A signal saves the step under way and is raised then.
+
+    Args:
+        spec: `config.train`.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is not finite; names the step.
+    """
+    folder = checkpoints.folder
+    with (
+        MetricWriter(
+            folder / "metrics.jsonl",
+            start,
+            multihost.is_main(),
+            tensorboard=folder / "tensorboard" if spec.tensorboard else None,
+            wandb=spec.wandb,
+        ) as writer,
+        stage.progress((spec.num_steps - start) * spec.batch_size) as progress,
+        hold_signals(signal.SIGINT, signal.SIGTERM) as held,
+    ):
+        _Loop(spec, training, stage, checkpoints, writer, progress).run(start, held)
+
+
+class _Loop:
+    """Devices never wait: the metrics of a step are read when the next one is dispatched."""
+
+    def __init__(
+        self,
+        spec: Any,
+        training: Training,
+        stage: Stage,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        progress: Progress,
+    ):
+        self.spec, self.training = spec, training
+        self.stage, self.checkpoints = stage, checkpoints
+        self.writer, self.progress = writer, progress
+        self.peak = flops.peak(jax.devices()[0].device_kind)  # None where it is not known
+        self.step_flops = training.step_flops() if self.peak else 0
+        self.unread: tuple[int, Mapping[str, Array]] | None = None
+        self.clock = stage.seconds  # when the last metrics were read
+
+    def run(self, start: int, held: Sequence[int]) -> None:
+        """Steps until the last one, or the one in which a signal is held."""
+        spec, state, stop_together = self.spec, self.training.state, multihost.StopTogether()
+        for step in range(start + 1, spec.num_steps + 1):
+            state, metrics = self.training.step(state, step - 1)
+            self.report()  # the step before, while the one just dispatched runs
+            self.unread, scores = (step, metrics), None
+            stop, last = stop_together(step, bool(held)), step == spec.num_steps
+            if self.training.validation and not stop and (last or step % spec.validate_every == 0):
+                jax.block_until_ready(metrics)  # else its time would count as the validation's
+                scores = self.validate(step, state)
+            save = stop or last or step % spec.save_every == 0
+            if save or scores:
+                self.report(scores)  # only a state that is known to be good is saved
+            if save:
+                with self.stage.pause():
+                    self.writer.flush()
+                    kept = self.training.result(state) if last else state
+                    self.checkpoints.save(step, kept, wait=stop, metrics=scores)
+            if stop and not last:
+                if not held:  # another process was told to
+                    raise KeyboardInterrupt("SIGTERM")
+                break
+
+    def validate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Scores of held-out prompts; the pictures go to TensorBoard and to a file."""
+        with self.stage.pause():
+            scores, grid = self.training.validation(self.training.denoiser(state))
+            if grid is not None:
+                self.writer.write_image(step, "validation", grid)
+                if multihost.is_main():
+                    path = self.checkpoints.folder / "validation" / f"{step:06d}.png"
+                    write_file(path, [encode_png(grid)])
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self.stage.print(f"step {step}, held-out prompts: {listed}")
+        return scores
+
+    def report(self, scores: Mapping[str, float] | None = None) -> None:
+        """Writes the metrics that are unread, if any, with a validation's scores."""
+        if self.unread is None:
+            return
+        (step, metrics), self.unread = self.unread, None
+        values = as_numbers(jax.device_get(metrics))
+        self.check(step, values)
+        now = self.stage.seconds
+        values["seconds"], self.clock = now - self.clock, now
+        note = f"loss {values['loss']:.4g}"
+        if self.peak:
+            speed = self.step_flops / values["seconds"]
+            values["mfu"] = speed / self.peak / jax.device_count()
+            note += f", MFU {values['mfu']:.0%}"
+        values |= {f"validation/{name}": value for name, value in (scores or {}).items()}
+        self.writer.write(step, values)
+        self.progress.update(self.spec.batch_size, note=note)
+
+    def check(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises FloatingPointError for a loss or gradient that is not finite."""
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"train, step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}, "
+                f"expected finite numbers. {self.checkpoints.folder} keeps the state of step "
+                f"{self.checkpoints.latest_step() or 0}. Lower config.train.learning_rate or "
+                "config.loss.beta, or set config.backbone.dtype=float32, in a new workdir."
+            )
+
+
+def as_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """A step's metrics; the errors by time as means, of those timesteps that were drawn."""
+    metrics = dict(metrics)
+    sums, counts = metrics.pop("error_by_time"), metrics.pop("count_by_time")
+    values = {key: float(value) for key, value in metrics.items()}
+    for index in np.flatnonzero(counts):
+        low, high = (100 * i // NUM_BINS for i in (index, index + 1))
+        values[f"error_by_time/{low:02d}-{high}%"] = float(sums[index] / counts[index])
+    return values
