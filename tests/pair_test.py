@@ -15,7 +15,7 @@ from agfsync_jax.data import images, preferences, records
 from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from configs import common, micro
-from tests.train_test import TinyBackbone
+from tests.tiny_backbone import TinyBackbone
 from tests.twins import clip_tokenizer_files
 
 PROMPTS = {f"p{n}": f"{'red' if n % 2 else 'blue'} square" for n in range(5)}

@@ -1,0 +1,86 @@
+"""The smallest backbone that trains, and how two sets of parameters are compared."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.parallel.sharding import infer_shardings
+
+SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "clip_sample": False})
+
+
+class Attention(nnx.Module):
+    def __init__(self, width, rngs):
+        self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.to_k = nnx.Linear(6, width, use_bias=False, rngs=rngs)
+        self.to_v = nnx.Linear(6, width, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+
+    def __call__(self, x, context):
+        b, h, w, c = x.shape
+        q = self.to_q(x).reshape(b, h * w, c)
+        weights = jax.nn.softmax(q @ self.to_k(context).mT, axis=-1)
+        return x + self.to_out[0](weights @ self.to_v(context)).reshape(x.shape)
+
+
+class Denoiser(nnx.Module):
+    """What a denoiser is made of, once: a program of it compiles in a second."""
+
+    def __init__(self, rngs):
+        self.conv_in = nnx.Conv(4, 8, (3, 3), rngs=rngs)
+        self.time = nnx.Linear(1, 8, rngs=rngs)
+        self.norm = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+        self.attn1 = Attention(8, rngs)
+        self.conv_out = nnx.Conv(8, 4, (3, 3), rngs=rngs)
+
+    def __call__(self, x, timesteps, context):
+        time = jnp.sin(self.time(timesteps[:, None] / 100.0))[:, None, None]
+        return self.conv_out(self.attn1(jax.nn.silu(self.norm(self.conv_in(x)) + time), context))
+
+
+@functools.cache
+def random_denoiser():
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Denoiser(nnx.Rngs(0))))
+    return graph, jax.jit(lambda: nnx.state(Denoiser(nnx.Rngs(0))))()
+
+
+class TinyBackbone:
+    """Meets the seam of backbones/ with the denoiser above; prompts are rows of token ids."""
+
+    denoiser_name = "unet"
+    schedule = SCHEDULE
+    dtype = jnp.float32
+
+    @classmethod
+    def load(cls, path, *, mesh=None, rules=(), **settings):
+        self = cls()
+        self.graph, unet = random_denoiser()
+        table = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+        unet = jax.tree.map(jnp.copy, unet)  # training takes the memory of what it loads
+        self.params = {"unet": unet, "text_encoder": {"table": jnp.asarray(table)}}
+        if mesh:
+            self.params = jax.device_put(self.params, infer_shardings(self.params, mesh, rules))
+        return self
+
+    def plain(self):
+        return self
+
+    def encode_prompt(self, params, tokens):
+        return {"encoder_hidden_states": params["text_encoder"]["table"][tokens]}
+
+    def denoise(self, params, latents, timesteps, conditioning):
+        unet = nnx.merge(self.graph, params["unet"])
+        return unet(latents, timesteps, conditioning["encoder_hidden_states"])
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def largest_difference(left, right):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), left, right)))

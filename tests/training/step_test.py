@@ -1,0 +1,255 @@
+"""One step: against torch, on several devices, in parts, and with every loss."""
+
+import copy
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agfsync_jax.backbones.stable_diffusion import StableDiffusion
+from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
+from agfsync_jax.losses import diffusion_dpo, sft
+from agfsync_jax.models.unet import UNet2DConditionModel
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.sharding import batch_sharding
+from agfsync_jax.training import program
+from agfsync_jax.training.objective import draw_noise
+from agfsync_jax.training.optimizer import make_optimizer
+from agfsync_jax.training.step import StepSpec, init_state, train_step
+from agfsync_jax.utils import modules
+from agfsync_jax.weights.networks import load_model
+from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
+from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
+
+BETA = 100.0
+LN2 = pytest.approx(math.log(2), abs=BETA * 1e-7)  # beta times the rounding of an error
+
+
+@pytest.fixture
+def backbone():
+    return TinyBackbone.load("")
+
+
+def make_batch(backbone, tokens, size):
+    """Random latents [len(tokens), size, size, 4]."""
+    rng = np.random.default_rng(3)
+    latents = rng.normal(size=(2, len(tokens), size, size, 4)).astype(np.float32)
+    return {
+        "chosen_latents": jnp.asarray(latents[0]),
+        "rejected_latents": jnp.asarray(latents[1]),
+        "example": jnp.arange(len(tokens), dtype=jnp.int32) * 1000,
+        "conditioning": jax.jit(backbone.encode_prompt)(backbone.params, tokens),
+    }
+
+
+def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, **optimizer):
+    """init(base) -> state; step(state, base, batch) -> (state, metrics)."""
+    optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
+    loss = loss.LOSS.configured(beta=BETA)
+    spec = StepSpec(loss, optimizer, learning_rate, seed=7, backbone=backbone)
+    spec = spec._replace(**(changes or {}))
+    quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
+    step = jax.jit(functools.partial(train_step, spec=spec), compiler_options=quick)
+
+    def init(base):
+        if mesh:
+            return program.init_program(base, spec, mesh, rules)(base)
+        return jax.jit(functools.partial(init_state, spec=spec))(base)
+
+    return init, lambda state, base, batch: step(state, {"base": base, "text": {}}, batch)
+
+
+TORCH_STEPS = {
+    "sd1": (StableDiffusion, tiny_stable_diffusion, {}),
+    "sd2": (StableDiffusion, tiny_stable_diffusion, {"prediction_type": "v_prediction"}),
+    "sdxl": (StableDiffusionXL, tiny_stable_diffusion_xl, {}),
+}
+
+
+@pytest.mark.parametrize("model", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+def test_steps_equal_a_torch_reference(tmp_path, model):
+    """Diffusion-DPO with AdamW on a UNet, as its script does it, with the same noise."""
+    import torch
+
+    cls, make_twin, settings = TORCH_STEPS[model]
+    unet = make_twin(tmp_path / "tiny", **settings).unet.eval()
+    backbone = cls.load(tmp_path / "tiny")
+    prediction_type = settings.get("prediction_type", "epsilon")
+    tokens = backbone.tokenize(["red circle", "blue square"])
+    batch, base = make_batch(backbone, tokens, 16), backbone.params["unet"]
+    init, step = make_step(
+        backbone, learning_rate=1e-4, warmup_steps=2, weight_decay=0.01, max_grad_norm=1.0
+    )
+    state, got = init(base), []
+    for _ in range(3):
+        state, values = step(state, base, batch)
+        got.append(jax.device_get(values))
+
+    def to_torch(x):
+        x = torch.from_numpy(np.array(x))
+        return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+    policy, reference = copy.deepcopy(unet), unet
+    adamw = torch.optim.AdamW(policy.parameters(), lr=1e-4, eps=1e-8, weight_decay=0.01)
+    alphas = torch.from_numpy(backbone.schedule.alphas_cumprod)
+    given = {name: to_torch(value) for name, value in batch["conditioning"].items()}
+    if model == "sdxl":  # images of 32 pixels, not cropped
+        sizes = torch.tensor([[32, 32, 0, 0, 32, 32]] * len(tokens))
+        given["added_cond_kwargs"] = {"text_embeds": given.pop("text_embeds"), "time_ids": sizes}
+    chosen, rejected = (to_torch(batch[f"{side}_latents"]) for side in ("chosen", "rejected"))
+    for index in range(3):
+        noise, times = draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), 1000)
+        noise, times = to_torch(noise[:, 0]), to_torch(times).long()
+        signal_, sigma = (a.sqrt()[times].view(-1, 1, 1, 1) for a in (alphas, 1 - alphas))
+
+        def error(network, latents, noise=noise, times=times, a=signal_, s=sigma):
+            target = noise if prediction_type == "epsilon" else a * noise - s * latents
+            prediction = network(a * latents + s * noise, times, **given).sample
+            return (prediction - target).pow(2).mean(dim=(1, 2, 3))
+
+        with torch.no_grad():
+            reference_gap = error(reference, chosen) - error(reference, rejected)
+        gap = error(policy, chosen) - error(policy, rejected)
+        loss = -torch.nn.functional.logsigmoid(-0.5 * BETA * (gap - reference_gap)).mean()
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        rate = 1e-4 * (index + 1) / 3
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+        np.testing.assert_allclose(got[index]["loss"], loss.item(), rtol=1e-4)
+        np.testing.assert_allclose(got[index]["grad_norm"], norm.item(), rtol=1e-3)
+        np.testing.assert_allclose(got[index]["learning_rate"], rate, rtol=1e-6)
+    assert got[0]["loss"] == LN2
+
+    policy.save_pretrained(tmp_path / "trained")
+    _, expected = load_model(UNet2DConditionModel, tmp_path / "trained")
+    assert largest_difference(state.params, base) > 1e-4
+    assert largest_difference(state.params, expected) < 1e-5
+
+
+def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
+    results = []
+    rules = ((r"kernel$", "fsdp"),)
+    for devices, axes in ((1, {"data": 1}), (8, {"data": 2, "fsdp": 4})):
+        mesh = create_mesh(axes, devices=jax.devices()[:devices])
+        backbone = StableDiffusion.load("micro:stable-diffusion", mesh=mesh, rules=rules)
+        tokens = backbone.tokenize(["a large red circle on a white background"] * 8)
+        batch = jax.device_put(make_batch(backbone, tokens, 16), batch_sharding(mesh))
+        settings = {"mesh": mesh, "rules": rules, "changes": {"remat": "full"}}
+        optimizer = {"learning_rate": 1e-5, "warmup_steps": 1, "max_grad_norm": 1.0}
+        init, step = make_step(backbone, **settings, weight_decay=0.01, **optimizer)
+        base = backbone.params["unet"]
+        state, values = step(init(base), base, batch)
+        largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
+        assert len(largest.sharding.device_set) == devices
+        assert largest.is_fully_replicated == (devices == 1)
+        results.append(jax.device_get((state, values)))
+    (one, one_values), (eight, eight_values) = results
+    assert one_values["grad_norm"] > 0
+    # At the start, policy = reference: which of two equal rewards is larger is left to rounding.
+    del one_values["rewards/accuracy"]
+    for key, value in one_values.items():
+        assert eight_values[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    # The moments of the optimizer, from which the parameters follow: they hold the gradient.
+    for left, right in zip(*map(jax.tree.leaves, (one.opt_state, eight.opt_state)), strict=True):
+        assert np.abs(left - right).max() <= 1e-4 * np.abs(left).max()
+    assert largest_difference(one.params, eight.params) <= 1e-5
+
+
+def test_adapters_train_beside_a_base_that_stays(backbone):
+    batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
+    before = jax.tree.map(np.array, base)
+    init, step = make_step(backbone, changes={"lora_rank": 2}, learning_rate=1e-2)
+    state = init(base)
+    state, values = step(state, base, batch)
+    # B is zero at first: policy and reference are the same
+    assert float(values["loss"]) == LN2
+    state, values = step(state, base, batch)
+    assert float(values["loss"]) != LN2
+    assert_equal(base, before)
+    names = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"}
+    assert set(state.params) == names
+    assert all(float(jnp.abs(factors["B"]).max()) > 0 for factors in state.params.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"accumulate": 4}, {"remat": "full"}, {"remat": "dots", "accumulate": 2}],
+    ids=["accumulate", "remat", "both"],
+)
+def test_less_memory_is_the_same_step(backbone, changes):
+    batch = make_batch(backbone, jnp.arange(24).reshape(8, 3) % 10, 8)
+    base, results = backbone.params["unet"], []
+    for each in ({}, changes):
+        init, step = make_step(backbone, learning_rate=1e-3, changes=each)
+        state = init(base)
+        for _ in range(2):
+            state, values = step(state, base, batch)
+        results.append((state, values))
+    (whole, want), (parts, got) = results
+    assert largest_difference(whole.params, parts.params) < 1e-5
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert float(jnp.sum(got["count_by_time"])) == 8
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "adamw"])
+def test_other_optimizers_lower_the_loss(backbone, optimizer):
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    init, step = make_step(
+        backbone, learning_rate=1e-3, optimizer=optimizer, momentum_dtype="bfloat16"
+    )
+    base = backbone.params["unet"]
+    state = init(base)
+    for _ in range(4):
+        state, values = step(state._replace(step=jnp.int32(0)), base, batch)  # the same noise
+    assert float(values["loss"]) < math.log(2) - 0.01
+    momentum = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.bfloat16}
+    assert momentum == ({jnp.dtype(jnp.bfloat16)} if optimizer != "adafactor" else set())
+
+
+def test_half_precision_keeps_master_weights(backbone):
+    """The policy computes in bfloat16, and what is trained is float32."""
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    seen = set()
+    plain = backbone.denoise
+
+    def denoise(params, *args):
+        seen.update(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+        return plain(params, *args)
+
+    backbone.denoise, backbone.dtype = denoise, jnp.bfloat16
+    init, step = make_step(backbone, learning_rate=1e-6)
+    state = init(backbone.params["unet"])
+    after, _ = step(state, backbone.params["unet"], batch)
+    assert seen >= {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.float32)}
+    assert 0 < largest_difference(after.params, state.params) < 1e-5
+
+
+@pytest.mark.parametrize("name", modules.names("losses"))
+def test_every_loss_trains(backbone, name):
+    loss = modules.load("losses", name).LOSS
+    if loss.is_listwise:
+        pytest.skip("of rankings, which tests/train_test.py trains on")
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
+    spec = StepSpec(loss, optimizer, rate, seed=7, backbone=backbone)
+    base = backbone.params["unet"] if loss.uses_reference else None
+    state, values = jax.jit(
+        functools.partial(train_step, spec=spec),
+        compiler_options={"xla_backend_optimization_level": "0"},
+    )(init_state(backbone.params["unet"], spec), {"base": base, "text": {}}, batch)
+    assert np.isfinite(values["loss"]) and values["grad_norm"] > 0
+    assert largest_difference(state.params, backbone.params["unet"]) > 1e-5
+
+
+def test_a_loss_without_reference(backbone):
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    init, step = make_step(backbone, loss=sft, learning_rate=1e-4)
+    _, values = step(init(backbone.params["unet"]), None, batch)
+    assert float(values["loss"]) == pytest.approx(float(values["chosen_error"]))
