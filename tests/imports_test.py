@@ -32,7 +32,7 @@ ARROWS = {
     "diffusion": set(),
     "losses": set(),
     "training": set(
-        "losses diffusion models data backbones scorers evaluators parallel utils".split()
+        "losses diffusion models data backbones scoring evaluation parallel utils".split()
     ),
     # A checkpoint's folder holds its tokenizer and how its images are made, which are data's.
     "weights": {"models", "data", "parallel", "utils"},
