@@ -19,10 +19,12 @@ class Scorer(Protocol):
         columns: what it makes. A single column is known by the name of its block, several by
             block/column.
         asks_questions: whether it reads the questions; then every prompt must have one.
+        reads_prompt: whether the prompt matters to it.
     """
 
     columns: Mapping[str, Column]
     asks_questions: bool = False
+    reads_prompt: bool = True
 
     def __call__(
         self,

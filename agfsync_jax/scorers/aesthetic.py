@@ -60,6 +60,7 @@ class Scorer(scorers.Scorer):
         FileNotFoundError, ValueError: no such weights, or a head for another embedding size.
     """
 
+    reads_prompt = False
     columns = {
         "aesthetic": Column(
             "how good the image looks whatever the prompt, by the aesthetic predictor"

@@ -33,6 +33,7 @@ class Scorer(scorers.Scorer):
         FileNotFoundError, ValueError: no SavedModel there, or one of another signature.
     """
 
+    reads_prompt = False
     columns = {"vila": Column("how beautiful people would find the image, by VILA, of 100", ".2f")}
 
     def __init__(self, mesh: Mesh, *, path: str, batch_size: int = 64):

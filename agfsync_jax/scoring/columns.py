@@ -29,12 +29,20 @@ def named(block: str, columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def columns_of(config: Any) -> dict[str, Column]:
-    """The columns that an evaluation makes: those of the evaluators first, then the scorers'."""
+    """The columns that an evaluation makes, those that say the most of the prompt first.
+
+    The evaluators' in the config's order; of scorers, whose order a ConfigDict forgets, those that
+    ask questions, then those that read the prompt, then the others.
+    """
     found: dict[str, Column] = {}
     for name in config.evaluate.evaluators:
         found |= modules.load("evaluators", name).Evaluator.columns
-    for block, spec in config.scorers.items():
-        found |= named(block, scorer_class(block, spec).columns)
+    scorers = {block: scorer_class(block, spec) for block, spec in config.scorers.items()}
+    for block in sorted(
+        scorers,
+        key=lambda block: (not scorers[block].asks_questions, not scorers[block].reads_prompt),
+    ):
+        found |= named(block, scorers[block].columns)
     return found
 
 

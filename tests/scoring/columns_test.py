@@ -12,12 +12,12 @@ def test_columns_of_a_config():
     config.scorers.people = {"name": "hpsv2", "path": "anywhere"}  # the block names the column
     found = columns.columns_of(config)
     assert list(found)[:2] == ["referee", "referee_strict"]
-    assert [n for n in found if "referee" not in n] == ["vqa", "clip", "aesthetic", "people"]
+    assert [n for n in found if "referee" not in n] == ["vqa", "clip", "people", "aesthetic"]
     assert found["people"] == hpsv2.Scorer.columns["hpsv2"]
     assert found["vqa"].format == found["referee"].format == "%"
     assert found["referee/color"].about == "the referee's checks about color"
     config.evaluate.evaluators = ()
-    assert list(columns.columns_of(config)) == ["vqa", "clip", "aesthetic", "people"]
+    assert list(columns.columns_of(config)) == ["vqa", "clip", "people", "aesthetic"]
 
 
 def test_several_columns_have_the_block_before_them():
