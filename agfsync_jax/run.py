@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import evaluate, pair, prompts, questions, report, sample, score, train
 from agfsync_jax.utils.files import to_path
-from agfsync_jax.utils.statistics import format_interval
+from agfsync_jax.utils.statistics import digits, format_interval
 
 ROUND = (prompts, questions, sample, score, pair, train, evaluate)
 
@@ -39,13 +39,13 @@ def table(summary: dict[str, Any]) -> str:
     last = summary["rounds"][-1]
     rows = [("", "base", "tuned", "tuned - base", "win rate")]
     for metric, base in last["base"].items():
-        win = last["win_rate"].get(metric)
+        win, shown = last["win_rate"].get(metric), digits(last["delta"][metric])
         rows.append(
             (
                 metric,
-                format_interval(base),
-                format_interval(last["tuned"][metric]),
-                format_interval(last["delta"][metric], signed=True),
+                format_interval(base, shown),
+                format_interval(last["tuned"][metric], shown),
+                format_interval(last["delta"][metric], shown, signed=True),
                 format_interval(win) if win else "",
             )
         )

@@ -33,6 +33,14 @@ def test_table():
     assert lines[3] == "2 rounds, 600 pairs, 4.0 min"
 
 
+def test_digits_follow_the_difference():
+    entry = summary()["rounds"][0]
+    entry["delta"]["vqa"] = {"mean": 0.0012, "low": 0.0008, "high": 0.0016}
+    lines = run.table({"rounds": [entry]}).splitlines()
+    assert "0.5000 [0.4900, 0.5100]" in lines[1] and "+0.0012 [+0.0008, +0.0016]" in lines[1]
+    assert "0.500 [0.490, 0.510]" in lines[2]
+
+
 def test_the_verbs_run_in_order(tmp_path, monkeypatch, capsys):
     order = []
 

@@ -1,7 +1,7 @@
 """The bootstrap behind every error bar, and the figures of benchmarks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,17 @@ def bootstrap(
         means.append((counts @ sums) / (counts @ sizes))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def digits(interval: Mapping[str, float], least: int = 3) -> int:
+    """Decimals of a difference, and of what it is between: `least`, or up to three more.
+
+    So many that half the width of its interval is seen; of an interval without a width, its mean.
+    """
+    size = (interval["high"] - interval["low"]) / 2 or abs(interval["mean"])
+    if not size > 0:  # nor NaN
+        return least
+    return min(max(least, math.ceil(-math.log10(size))), least + 3)
 
 
 def format_interval(interval: dict[str, float], digits: int = 3, signed: bool = False) -> str:
