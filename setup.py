@@ -29,6 +29,7 @@ setup(
     package_data={
         "agfsync_jax.micro": ["weights/**/*"],
         "agfsync_jax.data": ["clip_vocabulary/*"],
+        "agfsync_jax.reports": ["templates/*"],
     },
     entry_points={"console_scripts": ["agfsync = agfsync_jax.cli:main"]},
     install_requires=[
@@ -51,6 +52,9 @@ setup(
         "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "google-crc32c",
         "pyarrow",
+        "jinja2",  # the report's pages
+        "markupsafe",
+        "matplotlib>=3.11",  # and its charts; the first that writes scripts such as Arabic
         "pillow",
         "tqdm",
         "tensorboardX",  # writes what TensorBoard reads

@@ -25,6 +25,7 @@ from agfsync_jax.losses import Residuals, pair_errors
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.plans import Plan
 from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
+from agfsync_jax.reports import pages, panels
 from agfsync_jax.scorers import Scorer
 from agfsync_jax.utils import modules
 from configs import micro
@@ -85,6 +86,7 @@ def test_scorer_signature(module):
     assert positional(module.Scorer.__call__) == positional(Scorer.__call__)
     assert Scorer in module.Scorer.__mro__ and module.Scorer.__doc__
     assert isinstance(module.Scorer.asks_questions, bool)
+    assert isinstance(module.Scorer.reads_prompt, bool)
     check_columns(module.Scorer.columns)
 
 
@@ -270,6 +272,17 @@ def test_evaluator(module):
     for name, values in columns.items():
         assert np.shape(values) == (2,), name
         assert "/" in name or np.isfinite(values).all(), name
+
+
+@pytest.mark.parametrize("module", members("reports.panels"))
+def test_panel(module):
+    """PANEL, of a page and at a place of its own, with a template that Jinja can read."""
+    panel = module.PANEL
+    assert module.__doc__ and isinstance(panel, panels.Panel)
+    assert panel.page in ("report", "pairs")
+    assert [each.place for each in panels.of_page(panel.page)].count(panel.place) == 1
+    assert positional(panel.show) == [{"report": "report", "pairs": "gallery"}[panel.page]]
+    assert pages.environment().from_string(panel.template)
 
 
 @pytest.mark.parametrize("verb", cli.verbs())

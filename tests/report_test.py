@@ -1,12 +1,14 @@
 """A made-up workdir goes through the report; headless Chromium draws what comes out."""
 
+import datetime
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 
 from agfsync_jax import report
 from agfsync_jax.data import records
+from agfsync_jax.data.columns import Column
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.pairs import write_pairs
 from agfsync_jax.evaluation.comparison import compare
@@ -22,15 +25,28 @@ from agfsync_jax.evaluators.referee import Evaluator
 from agfsync_jax.micro.drawing import render
 from agfsync_jax.micro.questions import fixed_questions
 from agfsync_jax.micro.scenes import mutate, sample_scenes
-from agfsync_jax.reports import rounds
+from agfsync_jax.reports.examples import pick_examples
+from agfsync_jax.reports.rounds import read_report
+from agfsync_jax.scoring.columns import columns_of
 
 METRICS = ["vqa", "clip", "aesthetic", "referee", "referee_strict"]
 EVIL = 'a <script>alert(1)</script> & "cat"'
+LONG = "a very long prompt of ten thousand characters, " * 220
+ARABIC, JAPANESE = "قطة حمراء على خلفية بيضاء", "白い背景に赤い猫がいる"
 LATENTS = np.zeros((2, 2, 4), np.float16)
 
 
-def get_config(**report_block) -> ConfigDict:
-    return ConfigDict({"seed": 3, "report": {"num_examples": 6} | report_block, "note": EVIL})
+def get_config(**blocks) -> ConfigDict:
+    scorers = {name: {"name": name} for name in ("vqa", "clip", "aesthetic")}
+    config = {
+        "seed": 3,
+        "backbone": {"path": "a/model"},
+        "scorers": scorers,
+        "evaluate": {"evaluators": ("referee",)},
+        "report": {"num_examples": 6},
+        "note": EVIL,
+    }
+    return ConfigDict(config | blocks)
 
 
 def draw(scene, rng, skill: float) -> np.ndarray:
@@ -45,8 +61,12 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
     scenes = sample_scenes(rng, num_prompts, split="heldout", unique=True)
     captions = {f"p{i:03d}": scene.caption() for i, scene in enumerate(scenes)}
     evals = round_dir / "evals"
-    shown = captions | {"p001": EVIL}
-    records.write_jsonl(evals / "prompts.jsonl", [{"id": i, "prompt": p} for i, p in shown.items()])
+    odd = dict(zip(captions, (ARABIC, EVIL, JAPANESE, LONG), strict=False))
+    shown = [
+        {"id": i, "prompt": odd.get(i, text), "category": f"kind <{len(text) % 2}>"}
+        for i, text in captions.items()
+    ]
+    records.write_jsonl(evals / "prompts.jsonl", shown)
     tables = {}
     for model, ability in (("base", 0.5), ("tuned", skill)):
         rows, answers, shard = [], [], []
@@ -63,6 +83,7 @@ def make_evals(round_dir, *, skill: float, num_prompts: int, num_seeds: int = 2)
                     answers.append(
                         key
                         | {
+                            "scorer": "vqa",
                             "index": number,
                             "question": question["question"],
                             "element_type": question["element_type"],
@@ -121,7 +142,6 @@ def make_training(round_dir, *, num_pairs: int = 20, seed: int = 0) -> None:
         round_dir / "candidates" / "00000-of-00001.tfrecord", shard, records.CANDIDATE_FEATURES
     )
     records.write_parquet(round_dir / "scores" / "00000-of-00001.parquet", scores)
-    records.write_parquet(round_dir / "scores" / "answers-00000-of-00001.parquet", [{"a": 1}])
     write_pairs(round_dir / "pairs", pairs, {})
     (round_dir / "pair.json").write_text(json.dumps({"pairs": num_pairs, "ties": 3, "margin": 0}))
     steps = np.arange(1, 201)
@@ -174,7 +194,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.outside += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -187,11 +207,13 @@ class Page(HTMLParser):
 def test_page_is_whole_safe_and_alone(workdir):
     text = (workdir / "report.html").read_text()
     page = Page(text)
-    assert not page.open and not page.outside
+    assert not page.open
+    assert page.outside == ["round_000/pairs.html", "round_001/pairs.html"]
+    assert all((workdir / path).exists() for path in page.outside)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text
     assert "<b>no</b>" not in text and "&lt;b&gt;no&lt;/b&gt;" in text
-    assert not re.search(r"url\(|@import|https?://", text)
+    assert not re.search(r"url\(|@import|https?://(?!www.w3.org/)", text)
     assert len(text) < 4e6
     assert not re.search(r">[^<]*\bnan\b", text, re.IGNORECASE)
     for heading in (
@@ -202,8 +224,9 @@ def test_page_is_whole_safe_and_alone(workdir):
         "What it gets right",
         "Scores before and after",
         "Training",
-        "Largest margins",
-        "Smallest margins",
+        "By category of prompt",
+        "The largest margins",
+        "The smallest margins",
         "What it cost",
         "Setting",
     ):
@@ -234,10 +257,16 @@ def test_contact_sheet(workdir):
     assert np.asarray(sheet).std() > 20
 
 
+def read(workdir, **columns):
+    config = get_config()
+    known = columns_of(config) | columns
+    return read_report(workdir, known, ["referee", "referee_strict"], device="", versions={})
+
+
 def test_examples_pair_the_same_image(workdir):
-    last = rounds.read_round(workdir / "round_001", workdir / "round_000" / "evals")
-    examples = rounds.pick_examples(last, 6, seed=3)
-    assert examples == rounds.pick_examples(last, 6, seed=3)
+    last = read(workdir)
+    examples = pick_examples(last, 6, seed=3)
+    assert examples == pick_examples(last, 6, seed=3)
     assert [len(items) for items in examples.values()] in ([6, 3, n] for n in (1, 2, 3))
     for heading, sign in (("Most improved", 1), ("Most worsened", -1)):
         changes = [
@@ -249,31 +278,61 @@ def test_examples_pair_the_same_image(workdir):
     for item in sum(examples.values(), []):
         asked = [[row["question"] for row in item[side]["answers"]] for side in ("base", "tuned")]
         assert asked[0] == asked[1] and len(asked[0]) >= 9
+    turned = pick_examples(read(workdir, referee=Column(higher_is_better=False)), 6, seed=3)
+    for item in turned["Most improved"]:
+        assert item["tuned"]["scores"]["referee"] < item["base"]["scores"]["referee"]
 
 
-def interval(low: float, high: float) -> dict:
-    return {"mean": (low + high) / 2, "low": low, "high": high}
+def test_what_stands_at_the_top(workdir):
+    text = (workdir / "report.html").read_text()
+    facts = text[text.index('<p class="facts">') : text.index("<section>")]
+    date = (workdir / "round_001" / "stages.json").stat().st_mtime
+    date = datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
+    for fact in ("micro", "a/model", date, "2 rounds of 200 training steps", "CPU cores"):
+        assert f"<span>{fact}</span>" in facts or fact == "CPU cores" in facts
 
 
-@pytest.mark.parametrize(
-    ("delta", "css", "words"),
-    [
-        ({"referee": interval(0.01, 0.03), "vqa": interval(0.01, 0.02)}, "good", "better"),
-        ({"referee": interval(-0.03, -0.01), "vqa": interval(-0.02, 0.0)}, "bad", "worse"),
-        ({"referee": interval(-0.01, 0.01), "vqa": interval(-0.01, 0.02)}, "", "no clear"),
-        ({"referee": interval(-0.01, 0.01), "vqa": interval(0.01, 0.02)}, "warn", "Warning: the"),
-        ({"referee": interval(-0.03, -0.01), "vqa": interval(0.01, 0.02)}, "bad", "Warning: the"),
-        ({"vqa": interval(0.01, 0.02)}, "", "No independent referee"),
-        ({}, "", "No evaluation yet"),
-    ],
-)
-def test_verdict(delta, css, words):
-    values = {metric: interval(0.5, 0.6) for metric in delta}
-    result = SimpleNamespace(base=values, tuned=values, delta=delta)
-    found, sentences = report.verdict(result)
-    assert found == css
-    assert words in " ".join(sentences)
-    assert ("Warning" in " ".join(sentences)) == ("Warning" in words)
+def test_odd_prompts(workdir):
+    """In every page as they are: nothing is interpreted, and the longest is clipped."""
+    config = get_config(report={"num_examples": 24})
+    folder = shutil.copytree(workdir, workdir.parent / "odd")
+    start = time.monotonic()
+    report.main(config, folder)
+    assert time.monotonic() - start < 60
+    text = (folder / "report.html").read_text()
+    for prompt in (ARABIC, JAPANESE):
+        assert f'<div class="caption" dir="auto">{prompt}</div>' in text
+    assert '<div class="caption" dir="auto">a &lt;script&gt;alert(1)&lt;/script&gt; &amp;' in text
+    cards = text.count('<summary dir="auto">a very long')
+    assert cards and text.count(LONG) == cards  # whole once a card, and not in alt
+
+
+def test_categories_with_intervals(workdir):
+    text = (workdir / "report.html").read_text()
+    table = text[text.index("<summary>referee</summary>") :]
+    table = table[: table.index("</details>")]
+    last = read(workdir).last
+    kinds = [last.prompts[row["prompt_id"]]["category"] for row in last.rows["base"]]
+    for kind in ("kind <0>", "kind <1>"):
+        assert html.escape(kind) in table
+        scores = [
+            [
+                row["referee"]
+                for row, its in zip(last.rows[model], kinds, strict=True)
+                if its == kind
+            ]
+            for model in ("base", "tuned")
+        ]
+        mean = 100 * (np.mean(scores[1]) - np.mean(scores[0]))
+        assert f">{mean:+.1f} pt".replace("-", "−") in table
+    assert table.count(" to ") == 2
+
+
+def test_the_same_workdir_gives_the_same_bytes(workdir):
+    names = ("report.html", "before_after.png", "summary.json", "round_001/pairs.html")
+    before = [(workdir / name).read_bytes() for name in names]
+    report.main(get_config(), workdir)
+    assert before == [(workdir / name).read_bytes() for name in names]
 
 
 def test_partial_workdirs(tmp_path):
@@ -310,7 +369,10 @@ def test_no_scores_but_one_metric(tmp_path):
         records.write_parquet(evals / f"{name}-rows.parquet", rows)
     for name, result in (means | {"comparison": comparison}).items():
         (evals / f"{name}.json").write_text(json.dumps(result))
-    report.main(get_config(), tmp_path)
+    config = get_config(evaluate={"evaluators": ()}, scorers={"clip": {"name": "clip"}})
+    report.main(config, tmp_path)
+    assert "clip does not clearly change" in (tmp_path / "report.html").read_text()
+    report.main(get_config(), tmp_path)  # a config of other columns
     assert "clip does not clearly change" in (tmp_path / "report.html").read_text()
 
 
@@ -331,11 +393,11 @@ def test_screenshot(workdir, tmp_path, width):
     assert gray.min() < 60
 
 
-def screenshot(html, out, width: int, height: int = 3000) -> Image.Image:
+def screenshot(page, out, width: int, height: int = 3000) -> Image.Image:
     """The page as Chromium draws it at `width`: in a frame, as a window is 500 px at the least."""
     frame = out.with_suffix(".html")
     frame.write_text(
-        f'<body style="margin:0"><iframe src="{html.absolute().as_uri()}" scrolling="no" '
+        f'<body style="margin:0"><iframe src="{page.absolute().as_uri()}" scrolling="no" '
         f'style="border:0;width:{width}px;height:{height}px"></iframe>'
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
@@ -344,3 +406,18 @@ def screenshot(html, out, width: int, height: int = 3000) -> Image.Image:
     subprocess.run([*command, frame.as_uri()], check=True, timeout=300, capture_output=True)
     picture = Image.open(io.BytesIO(out.read_bytes())).convert("RGB")
     return picture.crop((0, 0, width, height))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH to draw the report")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_picture_can_be_enlarged(workdir, tmp_path, width):
+    text = (workdir / "report.html").read_text()
+    page = tmp_path / "enlarged.html"
+    page.write_text(text.replace('<input type="checkbox"', '<input type="checkbox" checked', 1))
+    picture = screenshot(page, tmp_path / "picture.png", width, height=1000)
+    dark = np.asarray(picture.convert("L")) < 40
+    assert dark[:20].all() and dark[-20:].all()  # what the picture is shown before
+    third = min(width, 1000) // 3
+    middle = np.asarray(picture)[500 - third : 500 + third, width // 2 - third : width // 2 + third]
+    away = np.abs(middle - np.asarray(picture)[2, 2].astype(int)).max(-1)
+    assert (away > 10).mean() > 0.9

@@ -64,6 +64,10 @@ class Bucket(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return "/" + path.removeprefix("gs://").strip("/")
 
+    def info(self, path, **kwargs):
+        found = super().info(path, **kwargs)
+        return found | {"mtime": found.get("created")}
+
     def glob(self, path, **kwargs):
         return [each.lstrip("/") for each in super().glob(path, **kwargs)]
 

@@ -1,58 +1,118 @@
 """A round's pairs beside the scores and answers that they come from, for a person to judge."""
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from agfsync_jax.data import records
-from agfsync_jax.reports import panels, tallies
-from agfsync_jax.reports.rounds import (
-    distinct,
-    find_images,
-    pair_columns,
-    parsed,
-    read_scored,
-    scores_at,
-)
+from agfsync_jax.data.columns import Column, without_parts
+from agfsync_jax.reports import tallies
+from agfsync_jax.reports.formats import describe
+from agfsync_jax.reports.pictures import distinct, find_images
+from agfsync_jax.reports.rounds import label_of, pair_columns, parsed, read_scored, scores_at
 
 _ANSWERS = "prompt_id candidate scorer index question element_type expected answer correct".split()
 
 
-def read_gallery(folder: Path, count: int, seed: int) -> SimpleNamespace:
-    """All that the gallery shows; a ranking counts as a pair of its best and its worst image.
+@dataclasses.dataclass
+class Gallery:
+    """All that the gallery shows; a ranking counts as a pair of its best and its worst image."""
 
-    Of images, only those of the examples are read.
+    label: str  # of its round
+    counts: dict[str, int]  # of pair.json
+    settings: dict[str, Any]  # of pair.json
+    scoring: dict[str, Any]  # score.json
+    is_ranked: bool
+    is_import: bool  # what people prefer
+    # prompts, chosen, rejected: int [m], the prompt by its number, the images by their candidate
+    # numbers; margin: float [m]
+    pairs: SimpleNamespace
+    prompts: np.ndarray  # int [n], the number of each scored candidate's prompt
+    columns: dict[str, Column]  # of the scores
+    scores: dict[str, np.ndarray]  # float [n] a column
+    chosen: dict[str, np.ndarray]  # float [m] a column
+    rejected: dict[str, np.ndarray]
+    # scorer -> element type -> "all", "chosen", "rejected" -> (right, answered)
+    answers: dict[str, dict] = dataclasses.field(default_factory=dict)
+    # heading -> {"prompt", "margin", "sides"} each, and a side, the preferred one first,
+    # {"candidate", "total", "scores", "answers", "png" or None}
+    examples: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two sides of a pair are called."""
+        return ("best", "worst") if self.is_ranked else ("chosen", "rejected")
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs.margin)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts with a pair."""
+        return len(np.unique(self.pairs.prompts))
+
+    @property
+    def num_all_prompts(self) -> int:
+        """Prompts that there were; 0: not known."""
+        return self.counts.get("prompts", 0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each column that has a say in the total."""
+        weights = self.settings.get("weights", {})
+        return {name: weights[name] for name in describe(weights, self.columns) if weights[name]}
+
+    @property
+    def signs(self) -> dict[str, float]:
+        """-1.0 where lower is better, as the sign of its weight says, or the column itself; 1.0."""
+        weights = self.weights
+        return {
+            name: 1.0 if (weights[name] > 0 if name in weights else c.higher_is_better) else -1.0
+            for name, c in self.columns.items()
+        }
+
+    @property
+    def spreads(self) -> dict[str, tallies.Spread]:
+        """How far each score tells candidates apart."""
+        return {name: tallies.spread(self.prompts, self.scores[name]) for name in self.columns}
+
+    @property
+    def agreement(self) -> dict[str, tuple[float, float, float]]:
+        """Shares of pairs whose chosen image is better, equal, worse by each score."""
+        return {
+            name: tallies.agreement(sign * self.chosen[name], sign * self.rejected[name])
+            for name, sign in self.signs.items()
+        }
+
+    @property
+    def wins(self) -> dict[int, tallies.Wins]:
+        """How the candidate of each number does."""
+        return tallies.wins(self.pairs.prompts, self.pairs.chosen, self.pairs.rejected)
+
+
+def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: int) -> Gallery:
+    """Reads a round; of images, only those of the examples.
 
     Args:
         folder: of the round.
+        columns: what is known of columns, in the order to show.
         count: examples of each sort.
         seed: of the random sample.
-
-    Returns:
-        counts, settings, scoring: what pair.json counts, its settings, and score.json.
-        is_ranked, is_import: whether these are rankings, or what people prefer.
-        pairs: prompts, chosen, rejected: int [m], the prompt by its number, the images by their
-            candidate numbers; margin: float [m].
-        prompts: int [n], the number of each scored candidate's prompt.
-        columns: {name: float [n]}; chosen, rejected: the same of the pairs' sides, float [m].
-        signs: {name: 1.0, or -1.0 where the weight says that lower is better}.
-        answers: {scorer: {element_type: {"all" | "chosen" | "rejected": (right, answered)}}}.
-        examples: {heading: examples}, each {"prompt", "margin", "sides"}, and a side, the
-            preferred one first, {"candidate", "total", "scores", "answers", "png" or None}.
 
     Raises:
         FileNotFoundError: no pairs there.
     """
     found = pair_columns(folder / "pairs")
-    scored, counts = read_scored(folder), parsed(folder / "pair.json")
+    scored, counts = read_scored(folder, columns), parsed(folder / "pair.json")
     settings, _ = counts.pop("settings", {}), counts.pop("made_from", "")
-    weights = settings.get("weights", {})
-    names = panels.metric_names([scored.columns])
-    names += [name for name in weights if name in scored.columns and name not in names]
-    scored.columns = {name: scored.columns[name] for name in names}
+    names = without_parts(scored.scores)
+    names += [n for n in settings.get("weights", {}) if n in scored.scores and n not in names]
     numbers = scored.numbers
     pairs = SimpleNamespace(
         prompts=np.array([numbers.setdefault(i, len(numbers)) for i in found["prompt_id"]]),
@@ -60,7 +120,9 @@ def read_gallery(folder: Path, count: int, seed: int) -> SimpleNamespace:
         rejected=np.asarray(found["rejected_candidate"]),
         margin=np.asarray(found["margin"], np.float64),
     )
-    source = SimpleNamespace(
+    scored.scores = {name: scored.scores[name] for name in names}
+    gallery = Gallery(
+        label=label_of(folder),
         counts=counts,
         settings=settings,
         scoring=parsed(folder / "score.json"),
@@ -68,38 +130,37 @@ def read_gallery(folder: Path, count: int, seed: int) -> SimpleNamespace:
         is_import=bool(settings.get("path")),
         pairs=pairs,
         prompts=scored.prompts,
-        columns=scored.columns,
+        columns=describe(names, columns),
+        scores=scored.scores,
         chosen=_of_side(scored, found["prompt_id"], pairs.chosen),
         rejected=_of_side(scored, found["prompt_id"], pairs.rejected),
-        signs={name: -1.0 if weights.get(name, 1.0) < 0 else 1.0 for name in names},
     )
-    picked = _pick(source, found["prompt_id"], count, seed)
+    picked = _pick(gallery, found["prompt_id"], count, seed)
     shown = {place for places in picked.values() for place in places}
-    source.answers, asked = _read_answers(
+    gallery.answers, asked = _read_answers(
         folder / "scores", scored, pairs, {found["prompt_id"][place] for place in shown}
     )
     examples = _examples(folder, found, scored, asked, shown)
-    source.examples = {heading: [examples[i] for i in places] for heading, places in picked.items()}
-    return source
+    gallery.examples = {name: [examples[i] for i in places] for name, places in picked.items()}
+    return gallery
 
 
 def _of_side(scored: SimpleNamespace, prompt_ids: Sequence[str], candidates: np.ndarray) -> dict:
     """{name: scores [m]} of one image of each pair; NaN where there is none."""
     keys = zip(prompt_ids, candidates.tolist(), strict=True)
     rows = np.array([scored.rows.get(key, -1) for key in keys])
-    return {name: np.where(rows < 0, np.nan, x[rows]) for name, x in scored.columns.items()}
+    return {name: np.where(rows < 0, np.nan, x[rows]) for name, x in scored.scores.items()}
 
 
 def _pick(
-    source: SimpleNamespace, prompt_ids: Sequence[str], count: int, seed: int
+    gallery: Gallery, prompt_ids: Sequence[str], count: int, seed: int
 ) -> dict[str, list[int]]:
     """{heading: places of pairs}: a prompt at most once a heading, equal ones in random order."""
-    margin = np.abs(source.pairs.margin)  # negative where labels are shuffled
+    margin = np.abs(gallery.pairs.margin)  # negative where labels are shuffled
     order = np.random.default_rng(seed).permutation(len(margin))
-    differences = [
-        sign * (source.chosen[name] - source.rejected[name]) for name, sign in source.signs.items()
-    ]
-    spreads = [tallies.spread(source.prompts, x).within for x in source.columns.values()]
+    chosen, rejected, signs = gallery.chosen, gallery.rejected, gallery.signs
+    differences = [sign * (chosen[name] - rejected[name]) for name, sign in signs.items()]
+    spreads = [spread.within for spread in gallery.spreads.values()]
     conflict = tallies.disagreement(np.reshape(differences, (-1, len(margin))), spreads)
 
     def first(places) -> list[int]:
@@ -136,11 +197,10 @@ def _examples(
     images = find_images(folder, wanted, scored.shards)
 
     def side(pair_id: str, prompt_id: str, candidate: int, total: float) -> dict:
-        row = scored.rows.get((prompt_id, candidate))
         return {
             "candidate": candidate,
             "total": total,
-            "scores": {} if row is None else scores_at(scored, row),
+            "scores": scores_at(scored, (prompt_id, candidate)),
             "answers": answers.get((prompt_id, candidate), []),
             "png": images.get((pair_id, candidate)),
         }

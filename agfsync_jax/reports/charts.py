@@ -1,95 +1,110 @@
-"""SVG charts, as strings that stand in a page by themselves.
+"""Charts: matplotlib's SVG, to stand in a page; the same data makes the same bytes.
 
-Charts are 360 units wide, so that their lettering keeps its size on a phone; a page sets as many
-side by side as fit. All text that came from outside is escaped.
+A chart is 360 units wide, so that its lettering keeps its size on a phone; a page sets as many side
+by side as fit. Its title and its legend are the page's.
 """
 
-import html
+import contextlib
+import io
 import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from agfsync_jax.reports.formats import percent, plain
 
 COLORS = ("#8b95a5", "#2457d6", "#d9730d", "#0f8a6d", "#8a3ffc", "#c2255c")  # the first is the base
 INK, FAINT, GRID = "#1c2330", "#667085", "#e6e9ef"
-WIDTH = 360
+WIDTH, HEIGHT = 360, 190
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "agfsync",
+    "text.parse_math": False,
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; the page sets its own
+    "font.size": 11,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.autolimit_mode": "round_numbers",
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "axes.axisbelow": True,
+    "axes.labelcolor": FAINT,
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "lines.solid_joinstyle": "round",
+} | {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}
+# Names of colors, and the numbers of a path, of which a tenth of a unit is enough.
+_CLUTTER = re.compile(r'<defs>\s*<style.*?</defs>| id="[\w.]+_\d+"|(?<= d)="[^"]*"', re.DOTALL)
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that cover [low, high]."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 0.5
-        low, high = low - pad, high + pad
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * i, 10) for i in range(first, last + 1)]
+class Chart(NamedTuple):
+    """What a page shows of a chart.
+
+    Attributes:
+        title: above it.
+        keys: (name, color) of its legend; () where there is none.
+        svg: the drawing.
+    """
+
+    title: str
+    keys: Sequence[tuple[str, str]]
+    svg: Markup
 
 
-def number(value: float) -> str:
-    """A tick label: short, with a true minus sign."""
-    size = abs(value)
-    text = f"{value:.1e}" if size and (size < 1e-3 or size >= 1e6) else f"{value:,.6g}"
-    return text.replace("-", "−")
+@contextlib.contextmanager
+def no_word_of_letters() -> Iterator[None]:
+    """Without matplotlib's warning of each letter that its font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.4g}%".replace("-", "−")
+def _axes(height: float = HEIGHT, grid: str = "y") -> Axes:
+    axes = Figure(figsize=(WIDTH / 72, height / 72), dpi=72).add_subplot()
+    axes.grid(axis=grid)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    return axes
 
 
-def _text(x, y, text, *, anchor="middle", size=11, fill=FAINT, bold=False) -> str:
-    weight = ' font-weight="700"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" '
-        f'text-anchor="{anchor}"{weight}>{html.escape(str(text))}</text>'
-    )
+def _place(axes: Axes, *, top: float = 8, bottom: float = 22, left: float | None = None) -> None:
+    """Fits the axes into their figure; the left margin follows the labels."""
+    height = axes.figure.get_figheight() * 72
+    if left is None:
+        labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
+        left = 10 + 6.4 * max(map(len, labels))
+    width = WIDTH - 14 - left
+    box = left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height
+    axes.set_position(box)
 
 
-def _line(x1, y1, x2, y2, color=GRID, width=1.0, dash="") -> str:
-    dash = f' stroke-dasharray="{dash}"' if dash else ""
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
-        f'stroke="{color}" stroke-width="{width}"{dash}/>'
-    )
+def _svg(axes: Axes) -> Markup:
+    stream = io.StringIO()
+    for artist in axes.findobj():
+        artist.set_clip_on(False)
+    with no_word_of_letters():  # only to measure them: a browser has more fonts
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        axes.figure.savefig(stream, format="svg", metadata=nothing)
+    text = stream.getvalue()
 
+    def shorter(match: re.Match) -> str:
+        if not match[0].startswith("="):
+            return ""
+        return re.sub(r"(\.\d)\d+", r"\1", re.sub(r"\s+", " ", match[0]))
 
-def _svg(title: str, height: float, parts, legend=()) -> str:
-    x, keys = 2.0, []
-    for name, color in legend:
-        keys.append(f'<rect x="{x:.1f}" y="27" width="11" height="11" rx="3" fill="{color}"/>')
-        keys.append(_text(x + 16, 36.5, name, anchor="start"))
-        x += 30 + 6.2 * len(str(name))
-    label = html.escape(str(title))
-    heading = _text(2, 14, title, anchor="start", size=13.5, fill=INK, bold=True)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}" '
-        f'font-family="inherit">{heading}{"".join(keys)}{"".join(parts)}</svg>'
-    )
-
-
-def _axes(x_ticks, y_ticks, x_label, x_format, y_format, top, bottom):
-    """Grid, labels and the two maps from data to the drawing; left margin follows the labels."""
-    labels = [y_format(t) for t in y_ticks]
-    left = 10 + 6.4 * max(len(label) for label in labels)
-    right = WIDTH - 12
-
-    def to_x(value):
-        return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
-
-    def to_y(value):
-        return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
-
-    parts = []
-    for tick, label in zip(y_ticks, labels, strict=True):
-        parts += [_line(left, to_y(tick), right, to_y(tick))]
-        parts += [_text(left - 6, to_y(tick) + 4, label, anchor="end")]
-    for tick in x_ticks:
-        anchor = "end" if tick == x_ticks[-1] else "middle"
-        shift = 8 if anchor == "end" else 0
-        parts += [_text(to_x(tick) + shift, bottom + 16, x_format(tick), anchor=anchor)]
-    if x_label:
-        parts.append(_text((left + right) / 2, bottom + 33, x_label))
-    return parts, to_x, to_y
+    return Markup(_CLUTTER.sub(shorter, text[text.index("<svg") :]))
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -99,231 +114,169 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def line_chart(
+@matplotlib.rc_context(STYLE)
+def lines(
     title: str,
-    series: dict,
+    series: Mapping[str, tuple[Sequence, Sequence]],
     *,
-    bands: dict | None = None,
+    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
     x_label: str = "",
-    x_labels: list[str] | None = None,
-    y_format=number,
+    x_labels: Sequence[str] = (),
+    y_format: Callable[[float], str] = plain,
     reference: tuple[float, str] | None = None,
     smooth: int = 1,
-    colors=COLORS[1:],
-) -> str:
-    """Lines over x, series = {name: (x, y)}; values that are not finite are left out.
+) -> Chart | None:
+    """Lines over x, {name: (x, y)}; values that are not finite are left out; None without any.
 
-    bands {name: (low, high)} are shaded, smooth > 1 draws the raw line pale under its moving
-    average, reference is a dashed level with its name, x_labels name the positions 0, 1, 2, ...
+    Args:
+        bands: {name: (low, high)}, shaded.
+        x_labels: name the positions 0, 1, 2, ...
+        reference: a dashed level and its name.
+        smooth: above 1, the raw line is pale under its moving average.
     """
     clean = {}
-    for name, (xs, ys) in series.items():
-        xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
-        keep = np.isfinite(ys)
-        if keep.any():
-            clean[name] = (xs[keep], ys[keep])
+    for name, (x, y) in series.items():
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if (known := np.isfinite(y)).any():
+            clean[name] = x[known], y[known]
     if not clean:
-        return ""
-    all_x = np.concatenate([x for x, _ in clean.values()])
-    spread = [y for _, y in clean.values()]
-    spread += [np.asarray(edge, np.float64) for band in (bands or {}).values() for edge in band]
-    spread = np.concatenate(spread + ([np.array([reference[0]])] if reference else []))
-    y_ticks = ticks(float(spread.min()), float(spread.max()))
-    if x_labels:
-        x_ticks = list(range(len(x_labels)))
-    else:
-        x_ticks = ticks(float(all_x.min()), float(all_x.max()))
-    height = 226 if x_label else 210
-    top, bottom = 50 if len(clean) > 1 else 34, height - (40 if x_label else 24)
-    parts, to_x, to_y = _axes(
-        x_ticks,
-        y_ticks,
-        x_label,
-        lambda t: x_labels[t] if x_labels else number(t),
-        y_format,
-        top,
-        bottom,
-    )
+        return None
+    axes = _axes()
+    keys = [(name, COLORS[1:][i % len(COLORS[1:])]) for i, name in enumerate(clean)]
+    for name, color in keys:
+        x, y = clean[name]
+        if name in (bands or {}):
+            axes.fill_between(x, *bands[name], color=color, alpha=0.16, linewidth=0)
+        if smooth > 1:
+            axes.plot(x, y, color=color, linewidth=1, alpha=0.3)
+            y = moving_average(y, smooth)
+        axes.plot(x, y, color=color, linewidth=2.2, marker="o" if len(x) <= 12 else "")
     if reference:
         level, label = reference
-        parts.append(
-            _line(to_x(x_ticks[0]), to_y(level), WIDTH - 12, to_y(level), FAINT, 1.2, "4 4")
-        )
-        parts.append(_text(WIDTH - 12, to_y(level) - 5, label, anchor="end", size=10.5))
-    legend = []
-    for (name, (xs, ys)), color in zip(clean.items(), _cycle(colors, len(clean)), strict=True):
-        legend.append((name, color))
-        if bands and name in bands:
-            low, high = bands[name]
-            edge = [*zip(xs, high, strict=True), *reversed([*zip(xs, low, strict=True)])]
-            points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in edge)
-            parts.append(f'<polygon points="{points}" fill="{color}" opacity="0.16"/>')
-        if smooth > 1:
-            parts.append(_path(xs, ys, to_x, to_y, color, 1, 0.3))
-            ys = moving_average(ys, smooth)
-        parts.append(_path(xs, ys, to_x, to_y, color, 2.2, 1))
-        if len(xs) <= 12:
-            parts += [
-                f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="3.4" fill="{color}"/>'
-                for x, y in zip(xs, ys, strict=True)
-            ]
-    return _svg(title, height, parts, legend if len(legend) > 1 else ())
+        axes.axhline(level, color=FAINT, linewidth=1.2, dashes=(4, 4))
+        place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right"}
+        over = axes.get_yaxis_transform()
+        axes.annotate(label, (1, level), xycoords=over, color=FAINT, fontsize=10.5, **place)
+    axes.yaxis.set_major_formatter(lambda value, _: y_format(value))
+    if x_labels:
+        shown = range(0, len(x_labels), math.ceil(len(x_labels) / 6))
+        axes.set_xticks(shown, [x_labels[i] for i in shown])
+        axes.set_xlim(-0.25, len(x_labels) - 0.75)
+    else:
+        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    axes.set_xlabel(x_label)
+    _place(axes, bottom=38 if x_label else 22)
+    return Chart(title, keys if len(keys) > 1 else (), _svg(axes))
 
 
-def _cycle(colors, count: int):
-    return [colors[i % len(colors)] for i in range(count)]
-
-
-def _path(xs, ys, to_x, to_y, color, width, opacity) -> str:
-    points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in zip(xs, ys, strict=True))
-    return (
-        f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" '
-        f'opacity="{opacity}" stroke-linejoin="round"/>'
-    )
-
-
+@matplotlib.rc_context(STYLE)
 def histogram(
     title: str,
-    groups: dict,
+    groups: Mapping[str, Sequence[float]],
     *,
     bins: int = 12,
-    x_format=number,
-    mean_format=number,
-    colors=COLORS,
-    outlined=(),
-) -> str:
-    """Shares of each group's values in common bins, with their means.
+    x_format: Callable[[float], str] = plain,
+    mean_format: Callable[[float], str] = plain,
+    colors: Sequence[str] = COLORS,
+    outlined: Sequence[str] = (),
+) -> Chart | None:
+    """Shares of each group's values in common bins; the legend has their means; None without any.
 
-    Bars stand side by side; the groups that `outlined` names are lines over them, and the mean is
-    then a bare number in the legend, as there are more names.
+    Bars stand side by side; the groups that `outlined` names are lines over them.
     """
-    groups = {name: np.asarray(v, np.float64) for name, v in groups.items()}
-    groups = {name: v[np.isfinite(v)] for name, v in groups.items()}
-    groups = {name: v for name, v in groups.items() if v.size}
+    groups = {name: np.asarray(values, np.float64) for name, values in groups.items()}
+    groups = {name: values[np.isfinite(values)] for name, values in groups.items()}
+    groups = {name: values for name, values in groups.items() if values.size}
     if not groups:
-        return ""
-    values = np.concatenate(list(groups.values()))
-    x_ticks = ticks(float(values.min()), float(values.max()))
-    edges = np.linspace(x_ticks[0], x_ticks[-1], bins + 1)
-    shares = {name: np.histogram(v, edges)[0] / v.size for name, v in groups.items()}
-    y_ticks = ticks(0.0, float(max(s.max() for s in shares.values())), 3)
-    height, top, bottom = 210, 54, 186
-    parts, to_x, to_y = _axes(x_ticks, y_ticks, "", x_format, percent, top, bottom)
-    legend, barred = [], [name for name in groups if name not in outlined]
-    for i, (name, share) in enumerate(shares.items()):
-        color = colors[i % len(colors)]
-        mean = mean_format(groups[name].mean())
-        legend.append((f"{name} {mean}" if outlined else f"{name} (mean {mean})", color))
+        return None
+    low, high = (edge(np.concatenate([*groups.values()])) for edge in (np.min, np.max))
+    if low == high:
+        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+    axes = _axes()
+    ticks = axes.xaxis.get_major_locator().tick_values(low, high)
+    edges = np.linspace(ticks[0], ticks[-1], bins + 1)
+    barred = [name for name in groups if name not in outlined]
+    width = 0.9 * (edges[1] - edges[0]) / max(len(barred), 1)
+    keys = []
+    for (name, values), color in zip(groups.items(), colors, strict=False):
+        shares = np.histogram(values, edges)[0] / values.size
+        keys.append((f"{name}: mean {mean_format(values.mean())}", color))
         if name in outlined:
-            heights = [0.0, *np.repeat(share, 2), 0.0]
-            parts.append(_path(np.repeat(edges, 2), heights, to_x, to_y, color, 2, 1))
-            continue
-        for left, right, value in zip(edges[:-1], edges[1:], share, strict=True):
-            x0, x1 = to_x(left) + 1, to_x(right) - 1
-            width, place = (x1 - x0) / len(barred), barred.index(name)
-            if value:
-                parts.append(
-                    f'<rect x="{x0 + place * width:.1f}" y="{to_y(value):.1f}" '
-                    f'width="{width:.1f}" height="{bottom - to_y(value):.1f}" fill="{color}"/>'
-                )
-    return _svg(title, height, parts, legend)
+            axes.stairs(shares, edges, color=color, linewidth=2)
+        else:
+            shown = shares > 0
+            left = edges[:-1] + width * (0.055 + barred.index(name))
+            axes.bar(left[shown], shares[shown], width, align="edge", color=color)
+    axes.set_xticks(ticks)
+    axes.set_xlim(ticks[0], ticks[-1])
+    axes.xaxis.set_major_formatter(lambda value, _: x_format(value))
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value))
+    _place(axes)
+    return Chart(title, keys, _svg(axes))
 
 
-def bar_chart(title: str, labels: list[str], groups: dict, *, colors=COLORS[1:]) -> str:
-    """Counts, groups = {name: one count a label}: bars side by side, a number on each."""
+@matplotlib.rc_context(STYLE)
+def bars(
+    title: str,
+    labels: Sequence[str],
+    groups: Mapping[str, Sequence[int]],
+    *,
+    colors: Sequence[str] = COLORS[1:],
+) -> Chart | None:
+    """Counts, {name: one a label}: bars side by side, a number on each that has the room."""
     if not labels:
-        return ""
-    y_ticks = ticks(0.0, float(max(max(counts) for counts in groups.values())), 3)
-    height, top, bottom = 210, 60, 186
-    parts, _, to_y = _axes([0, 1], y_ticks, "", lambda tick: "", number, top, bottom)
-    left = 10 + 6.4 * max(len(number(tick)) for tick in y_ticks)
-    pitch = (WIDTH - 12 - left) / len(labels)
-    width = min(0.8 * pitch / len(groups), 34)
-    for i, label in enumerate(labels):
-        middle = left + (i + 0.5) * pitch
-        parts.append(_text(middle, bottom + 16, label))
-        for j, (counts, color) in enumerate(zip(groups.values(), colors, strict=False)):
-            x, y = middle + (j - len(groups) / 2) * width, to_y(counts[i])
-            parts.append(
-                f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
-                f'height="{bottom - y:.1f}" fill="{color}"/>'
-            )
-            text = f"{counts[i]:,}"
-            if 5.6 * len(text) <= width:  # a number wider than its bar would run into the next
-                parts.append(_text(x + width / 2, y - 4, text, size=10, fill=INK))
-    return _svg(title, height, parts, [*zip(groups, colors, strict=False)])
+        return None
+    axes = _axes()
+    pitch = (WIDTH - 50) / len(labels)  # units, as a font's size is
+    width = min(0.8 / len(groups), 34 / pitch)
+    keys = [*zip(groups, colors, strict=False)]
+    for j, (name, color) in enumerate(keys):
+        for i, number in enumerate(groups[name]):
+            middle = i + (j - len(groups) / 2 + 0.5) * width
+            axes.bar(middle, number, 0.95 * width, color=color)
+            text = f"{number:,}"
+            if 6.4 * len(text) <= width * pitch:
+                axes.text(middle, number, text, ha="center", va="bottom", color=INK, fontsize=10)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.yaxis.set_major_formatter(lambda value, _: plain(value))
+    _place(axes, top=16)
+    return Chart(title, keys, _svg(axes))
 
 
-def share_chart(title: str, rows: list, *, colors=COLORS[1:]) -> str:
-    """Shares that add up to one as parts of a bar, rows = [(label, {name: share})]."""
-    if not rows:
-        return ""
-    pitch, top, left, right = 40, 46, 2, WIDTH - 2
-    names, middle, bottom = list(rows[0][1]), (left + right) / 2, top + pitch * len(rows)
-    parts = [_line(middle, top + 14, middle, bottom - 5, FAINT, 1, "2 2")]  # shows between bars
-    for i, (label, shares) in enumerate(rows):
-        y, x = top + pitch * i, float(left)
-        parts.append(_text(left, y + 12, label, anchor="start", size=11.5, fill=INK))
-        for name, color in zip(names, colors, strict=False):
-            width = shares[name] * (right - left)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y + 18:.1f}" width="{width:.1f}" height="15" '
-                f'fill="{color}"/>'
-            )
-            text = percent(round(shares[name], 2))
-            if width > 8 + 6 * len(text):
-                parts.append(
-                    _text(x + width / 2, y + 29.5, text, size=10.5, fill="#fff", bold=True)
-                )
-            x += width
-    return _svg(title, bottom, parts, [*zip(names, colors, strict=False)])
+@matplotlib.rc_context(STYLE)
+def dots(
+    title: str,
+    rows: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    value_format: Callable[[float], str] = percent,
+) -> Chart | None:
+    """Means with intervals on one scale, {label: {name: interval}}; None without any.
 
-
-def dot_chart(
-    title: str, rows: list, *, x_format=percent, value_format=percent, colors=COLORS
-) -> str:
-    """Means with intervals on one scale: rows = [(label, {name: (mean, low, high)})].
-
-    A thin line joins the points of a row; the numbers stand beside the label.
+    The numbers stand beside the label.
     """
-    rows = [(label, points) for label, points in rows if points]
+    rows = {label: points for label, points in rows.items() if points}
     if not rows:
-        return ""
-    names = list(dict.fromkeys(name for _, points in rows for name in points))
-    every = [v for _, points in rows for p in points.values() for v in p if math.isfinite(v)]
-    x_ticks = ticks(min(every), max(every))
-    pitch, top = 38, 48 if len(names) > 1 else 26
-    bottom = top + pitch * len(rows)
-    left, right = 12, WIDTH - 14
-
-    def to_x(value):
-        return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
-
-    parts = [_line(to_x(t), top + 4, to_x(t), bottom) for t in x_ticks]
-    for tick in x_ticks:
-        anchor = {x_ticks[0]: "start", x_ticks[-1]: "end"}.get(tick, "middle")
-        shift = {"start": -10, "end": 12}.get(anchor, 0)
-        parts.append(_text(to_x(tick) + shift, bottom + 16, x_format(tick), anchor=anchor))
-    for i, (label, points) in enumerate(rows):
-        y = top + pitch * i + 28
-        # A white edge keeps the lettering clear of the grid lines behind it.
-        numbers = " → ".join(value_format(p[0]) for p in points.values())
-        for text in (
-            _text(left, y - 11, label, anchor="start", size=11.5, fill=INK),
-            _text(right, y - 11, numbers, anchor="end", size=11.5, fill=INK),
-        ):
-            parts.append(
-                text.replace("<text ", '<text stroke="#fff" stroke-width="4" paint-order="stroke" ')
+        return None
+    names = list(dict.fromkeys(name for points in rows.values() for name in points))
+    colors = dict(zip(names, COLORS, strict=False))
+    pitch = 38
+    axes = _axes(pitch * len(rows) + 26, grid="x")
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i, (label, points) in enumerate(rows.items()):
+        middle = i + 0.72  # the words above it
+        numbers = " → ".join(value_format(point["mean"]) for point in points.values())
+        for x, text, align in ((0, label, "left"), (1, numbers, "right")):
+            over = axes.get_yaxis_transform()
+            axes.text(x, i + 0.28, text, transform=over, ha=align, va="center", color=INK).set_bbox(
+                behind
             )
-        centers = [to_x(p[0]) for p in points.values()]
-        parts.append(_line(min(centers), y, max(centers), y, "#c9d0db", 1.5))
-        for j, name in enumerate(n for n in names if n in points):
-            mean, low, high = points[name]
-            color = colors[names.index(name) % len(colors)] if len(names) > 1 else colors[1]
-            offset = y + (3.5 * (2 * j - len(points) + 1) / 2 if len(points) > 1 else 0)
-            parts.append(_line(to_x(low), offset, to_x(high), offset, color, 2))
-            parts.append(
-                f'<circle cx="{to_x(mean):.1f}" cy="{offset:.1f}" r="4.6" fill="{color}"/>'
-            )
-    legend = [(name, colors[i % len(colors)]) for i, name in enumerate(names)]
-    return _svg(title, bottom + 24, parts, legend if len(names) > 1 else ())
+        for j, (name, point) in enumerate(points.items()):
+            y = middle + 0.1 * (2 * j - len(points) + 1)
+            axes.hlines(y, point["low"], point["high"], color=colors[name], linewidth=2)
+            axes.plot(point["mean"], y, "o", color=colors[name], markersize=8)
+    axes.set_ylim(len(rows), 0)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(lambda value, _: percent(value))
+    _place(axes, top=2, bottom=22, left=16)
+    return Chart(title, [*colors.items()] if len(names) > 1 else (), _svg(axes))

@@ -6,6 +6,7 @@ a folder is no more than names that begin alike.
 """
 
 import contextlib
+import datetime
 import importlib
 import os
 import re
@@ -95,6 +96,12 @@ def write_text(path: Path, text: str) -> None:
 def size_of(path: Path) -> int:
     """Bytes of a file."""
     return path.stat().length if is_url(path) else path.stat().st_size
+
+
+def date_of(path: Path) -> datetime.date:
+    """When a file was written, in UTC."""
+    seconds = path.stat().mtime if is_url(path) else path.stat().st_mtime
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date()
 
 
 def copy_tree(source: Path, target: Path, last: str = "") -> None:

@@ -1,0 +1,52 @@
+"""Loss, margin and accuracy over the steps, a line a round."""
+
+import math
+
+from agfsync_jax.reports import charts, formats
+from agfsync_jax.reports.panels import Panel
+from agfsync_jax.reports.rounds import Report
+
+LEVELS = {
+    "loss": (math.log(2), "ln 2: no preference yet"),
+    "rewards/margin": (0.0, "no preference"),
+    "rewards/accuracy": (0.5, "chance"),
+}
+
+
+def show(report: Report) -> dict:
+    curves = {each.label: each.curve for each in report.rounds if each.curve}
+    if not curves:
+        return {}
+    preferring = any("rewards/margin" in curve[0] for curve in curves.values())
+    shown = [
+        _chart(
+            name,
+            {label: _line(curve, name) for label, curve in curves.items()},
+            y_format=formats.percent if name == "rewards/accuracy" else formats.plain,
+            reference=level if preferring or name != "loss" else None,
+        )
+        for name, level in LEVELS.items()
+    ]
+    label, curve = list(curves.items())[-1]
+    sides = {name: _line(curve, name) for name in ("rewards/chosen", "rewards/rejected")}
+    shown.append(_chart(f"rewards, {label}", sides))
+    return {
+        "charts": shown,
+        "note": "Pale: every logged step; bold: the moving average. Accuracy is the share of pairs "
+        "whose chosen image the policy prefers more than the reference does. A reward below 0: the "
+        "policy finds that image less likely than the reference does.",
+    }
+
+
+def _line(curve: list[dict], name: str) -> tuple[list, list]:
+    rows = [row for row in curve if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def _chart(title: str, series: dict, **settings) -> charts.Chart | None:
+    longest = max(len(steps) for steps, _ in series.values())
+    smooth = max(1, longest // 20)
+    return charts.lines(title, series, x_label="step", smooth=smooth, **settings)
+
+
+PANEL = Panel("report", 90, show, "Training")
