@@ -105,25 +105,22 @@ def fit(spec: Any, training: Training, start: int, stage: Stage, checkpoints: Ch
         _Loop(spec, training, stage, checkpoints, writer, progress).run(start, held)
 
 
+@dataclasses.dataclass
 class _Loop:
     """Devices never wait: the metrics of a step are read when the next one is dispatched."""
 
-    def __init__(
-        self,
-        spec: Any,
-        training: Training,
-        stage: Stage,
-        checkpoints: Checkpoints,
-        writer: MetricWriter,
-        progress: Progress,
-    ):
-        self.spec, self.training = spec, training
-        self.stage, self.checkpoints = stage, checkpoints
-        self.writer, self.progress = writer, progress
+    spec: Any
+    training: Training
+    stage: Stage
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    progress: Progress
+
+    def __post_init__(self):
         self.peak = flops.peak(jax.devices()[0].device_kind)  # None where it is not known
-        self.step_flops = training.step_flops() if self.peak else 0
+        self.step_flops = self.training.step_flops() if self.peak else 0
         self.unread: tuple[int, Mapping[str, Array]] | None = None
-        self.clock = stage.seconds  # when the last metrics were read
+        self.clock = self.stage.seconds  # when the last metrics were read
 
     def run(self, start: int, held: Sequence[int]) -> None:
         """Steps until the last one, or the one in which a signal is held."""
