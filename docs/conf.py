@@ -34,7 +34,7 @@ _LIBRARIES = "jax|jaxlib|jaxtyping|numpy|flax|optax|ml_collections|PIL"
 _STANDARD = "argparse|collections|contextlib|os|pathlib|types"
 nitpick_ignore_regex = [
     ("py:class", rf"({_LIBRARIES}|{_STANDARD})\..*"),
-    ("py:class", "Array|ndarray|ArrayTree"),  # as jaxtyping and optax name them
+    ("py:class", "Array|Device|ndarray|ArrayTree"),  # as jaxtyping and optax name them
 ]
 
 

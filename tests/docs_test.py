@@ -10,10 +10,13 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +99,7 @@ def check(command, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         if path.suffix == ".py":
-            compile(text, path, "exec")
+            runpy.run_path(path)  # its imports are there
     elif words[0] == "bash":
         script = ROOT / words[1]
         assert script.is_file(), words[1]
@@ -147,11 +150,15 @@ def test_every_command_can_be_typed(page, folder):
 @pytest.mark.slow
 @every_page
 def test_what_is_small_runs(page, folder):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "AGFSYNC_CACHE": str(folder / "programs")}
+    env.pop("XLA_FLAGS", None)  # one device, as a reader has
     for command in commands(page):
         check(command, folder)
         argv = arguments(command.words)
         if argv and any(":tiny" in word for word in argv):
-            assert cli.main(argv) == 0, command.words
+            start = [sys.executable, "-m", "agfsync_jax", *argv]
+            done = subprocess.run(start, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
