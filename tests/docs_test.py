@@ -211,7 +211,8 @@ def test_every_file_that_is_named_exists(page):
     for name in re.findall(
         r"(?<![\w/])(?:agfsync_jax|configs|launch|tests|docs)/[\w./*-]*\w", text
     ):
-        assert name in written or list(ROOT.glob(name)), f"{page.name} names {name}"
+        made = written | {"docs/api"}  # by Sphinx
+        assert name in made or list(ROOT.glob(name)), f"{page.name} names {name}"
 
 
 @every_page

@@ -79,7 +79,7 @@ def test_diffusers_makes_the_same_schedule(kind, tmp_path):
     np.testing.assert_allclose(ours.alphas_cumprod, scheduler.alphas_cumprod.numpy(), rtol=1e-5)
     assert ours.prediction_type == scheduler.config.prediction_type
     assert (ours.prediction_type == "v_prediction") == (kind == "stable-diffusion-2")
-    assert (ours.timestep_spacing == "trailing") == ("turbo" in kind)
+    assert (ours.config.get("timestep_spacing") == "trailing") == ("turbo" in kind)
 
 
 @pytest.mark.parametrize(
