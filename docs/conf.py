@@ -29,11 +29,9 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Returns", "Attributes"]  # prose, that names no type
-# What libraries define: their documentation lies on the network, where no build looks.
-_LIBRARIES = "jax|jaxlib|jaxtyping|numpy|flax|optax|ml_collections|PIL"
-_STANDARD = "argparse|collections|contextlib|os|pathlib|types"
+# What other packages define: their documentation lies on the network, where no build looks.
 nitpick_ignore_regex = [
-    ("py:class", rf"({_LIBRARIES}|{_STANDARD})\..*"),
+    ("py:class", r"(?!agfsync_jax\.)\w+\..*"),
     ("py:class", "Array|Device|ndarray|ArrayTree"),  # as jaxtyping and optax name them
 ]
 
