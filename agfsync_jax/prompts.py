@@ -1,4 +1,4 @@
-"""Prompts: a prompt source -> prompts.jsonl, what the model will be asked to draw in this job.
+"""Prompts: a prompt source -> prompts.jsonl, what the model will be asked to draw in this round.
 
 `config.prompts.source` names a file of agfsync_jax/prompt_sources; the other keys of the block go
 to it. Each round gets other prompts, drawn from (config.seed, round).
