@@ -360,17 +360,20 @@ def test_mended_candidates_are_scored_after_repair(config, workdir, trouble):
     assert [p.name for p in (trouble / "candidates").iterdir()] == ["00000-of-00003.tfrecord"]
 
 
-def test_a_run_killed_between_any_two_files_goes_on(config, trouble, tmp_path, monkeypatch):
+def test_a_run_killed_between_any_two_files_goes_on(config, workdir, trouble, monkeypatch):
     """The file that says that a shard is done is its last one."""
     config.score.max_bad = 0.5
-    whole, write = shutil.copytree(trouble, tmp_path / "whole" / "round_000"), records.write_file
-    score.main(config, whole.parent)
-    files = {path.name: path.read_bytes() for path in (whole / "scores").iterdir()}
-    files["score.json"] = (whole / "score.json").read_bytes()
-    assert len(files) == 10
+    scores, summary, write = trouble / "scores", trouble / "score.json", records.write_file
 
-    for count in range(len(files)):
-        killed = shutil.copytree(trouble, tmp_path / f"killed_{count}" / "round_000")
+    def made():
+        return {path.name: path.read_bytes() for path in [*scores.iterdir(), summary]}
+
+    score.main(config, workdir)
+    whole = made()
+    assert len(whole) == 10
+    for count in range(len(whole)):
+        shutil.rmtree(scores)
+        summary.unlink()
         left = iter(range(count))
 
         def write_or_die(path, parts, left=left):
@@ -380,10 +383,9 @@ def test_a_run_killed_between_any_two_files_goes_on(config, trouble, tmp_path, m
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(records, "write_file", write_or_die)
-            score.main(config, killed.parent)
-        score.main(config, killed.parent)
-        found = {path.name: path.read_bytes() for path in (killed / "scores").iterdir()}
-        assert found | {"score.json": (killed / "score.json").read_bytes()} == files, count
+            score.main(config, workdir)
+        score.main(config, workdir)
+        assert made() == whole, count
 
 
 def test_the_summary_waits_for_the_other_processes(config, workdir, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ BAD = [
 def test_a_bad_question_is_refused(changes, message):
     good = [row("p0"), row("p1")]
     questions.check(PROMPTS, good)
-    with pytest.raises(ValueError, match=f"question of prompt p1: {message}"):
+    with pytest.raises(ValueError, match=f"question of prompt p1: .*{message}"):
         questions.check(PROMPTS, [*good, row("p1", **changes)])
 
 
