@@ -1,5 +1,6 @@
 """Pictures while training: the same held-out prompts and seeds every time, and their scores."""
 
+import math
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ def draw_grid(
     _, height, width, _ = images.shape
     scale = max(1, 128 // width)  # small ones would be too small for their captions
     height, width = height * scale, width * scale
-    rows = -(-len(images) // _COLUMNS)
+    rows = math.ceil(len(images) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * width, rows * (height + _CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption) in enumerate(zip(images, captions, strict=False)):
