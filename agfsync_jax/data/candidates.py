@@ -114,6 +114,7 @@ def write_candidates(
     rows = itertools.chain.from_iterable(shard.rows for shard in shards)
     waiting, drawn = deque(shards), []
     writes: deque[Future] = deque()
+    records.example_class()
     with ThreadPoolExecutor(_THREADS) as encoders, ThreadPoolExecutor(1) as writer:
         for _, latents, images in batches:
             own = itertools.islice(rows, len(images))

@@ -8,6 +8,7 @@ https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -246,13 +247,18 @@ def _check_frames(path: Path) -> None:
 
     for offset, data in _read_frames(path):
         try:
-            _example_class().FromString(data)
+            example_class().FromString(data)
         except DecodeError as error:
             raise RecordError(path, offset, "the record is no tf.train.Example") from error
 
 
-def _example_class():
-    # TFDS ships the message classes on their own, without TensorFlow.
+@functools.cache
+def example_class() -> type:
+    """tf.train.Example, which TFDS ships without TensorFlow.
+
+    While TFDS is imported, imports of all other threads fail: who starts a thread that reads or
+    writes shards calls this first.
+    """
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
@@ -262,7 +268,7 @@ def _encode_row(row: Mapping[str, Any], features: Features) -> bytes:
     if set(row) != set(features):
         missing, extra = sorted(set(features) - set(row)), sorted(set(row) - set(features))
         raise ValueError(f"A row does not fit its table: missing {missing}, unexpected {extra}.")
-    example = _example_class()()
+    example = example_class()()
     out = example.features.feature
     for name, (dtype, shape) in features.items():
         value = row[name]
@@ -309,7 +315,7 @@ def _decode_row(data: bytes, features: Features, names: Sequence[str]) -> dict[s
     from google.protobuf.message import DecodeError
 
     try:
-        stored = _example_class().FromString(data).features.feature
+        stored = example_class().FromString(data).features.feature
     except DecodeError as error:
         raise ValueError("the record is no tf.train.Example") from error
     return {name: _decode_field(stored, name, *features[name]) for name in names}

@@ -117,6 +117,7 @@ def score_shards(
         RecordError: a damaged shard, or an image that cannot be decoded.
         ValueError: a candidate of a prompt that is not in `prompts`.
     """
+    records.example_class()
     scores, answers, problems = [], [], []
     for path, rows, images, lost, is_last in _ahead(_decoded(paths, batch_size, expected)):
         for row in rows:

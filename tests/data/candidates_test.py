@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -71,3 +74,16 @@ def test_a_failed_write_is_raised(tmp_path):
     shards[0] = shards[0]._replace(path=tmp_path / "file" / "0.tfrecord")
     with pytest.raises(OSError):
         list(candidates.write_candidates(batches(latents, images, 2), shards))
+
+
+def test_tfds_is_imported_before_threads_start(tmp_path):
+    """While it is, the imports of other threads fail."""
+    code = (
+        "import sys, numpy as np\n"
+        "from agfsync_jax.data.candidates import write_candidates\n"
+        "batches = write_candidates(iter(()), [])\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        "list(batches)\n"
+        "assert 'tensorflow_datasets' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
