@@ -96,7 +96,7 @@ def summarize(job: Job) -> None:
 
 def repair(job: Job) -> None:
     """Drops damaged files; scores without their answers go too, as they say that all is there."""
-    for path in job.plan.images:
+    for path in of_process(job.plan.images):
         repair_scores(path, judged_path(path))
 
 

@@ -56,8 +56,7 @@ def make_pairs(job: Job) -> None:
 
 def drop_damaged(job: Job) -> None:
     """Removes damaged pairs."""
-    if (job.folder / "pairs" / "dataset_info.json").exists():
-        repair_pairs(job.folder / "pairs")
+    repair_pairs(job.folder / "pairs")
 
 
 def _pair(job: Job) -> None:

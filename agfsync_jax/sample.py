@@ -86,7 +86,7 @@ def draw(job: Job) -> None:
 
 def drop_damaged(job: Job) -> None:
     """Removes damaged shards, which are then drawn anew."""
-    for path in job.files:
+    for path in of_process(job.files):
         if path.exists():
             records.repair_shard(path)
 

@@ -152,7 +152,7 @@ def _score(job: Job, todo: list[Path], problems: Problems) -> None:
 
 def repair(job: Job) -> None:
     """Drops damaged tables, and damaged candidates, which must then be drawn anew."""
-    paths = job.plan.candidates
+    paths = of_process(job.plan.candidates)
     dropped = [path.name for path in paths if repair_scores(path, scores_path(path))]
     if dropped:
         raise ValueError(

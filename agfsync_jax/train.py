@@ -22,6 +22,7 @@ from agfsync_jax import backbones
 from agfsync_jax.data.embeddings import PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
+from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
@@ -52,6 +53,12 @@ def train(job: Job) -> None:
         if start < spec.num_steps:
             training = prepare(job.config, folders, checkpoints, start)
             fit(spec, training, start, job.stage, checkpoints)
+
+
+def drop_damaged(job: Job) -> None:
+    """Removes damaged pairs, which all processes read."""
+    if multihost.is_main():
+        repair_pairs(job.folder / "pairs")
 
 
 def check_pairs(folder: Path, config: Any) -> None:
@@ -141,6 +148,6 @@ main = Step(
     train,
     outputs=("checkpoints",),
     settings=("pair", "loss", "train"),
-    repair=lambda job: repair_pairs(job.folder / "pairs"),
+    repair=drop_damaged,
     unit="pairs",
 )

@@ -388,7 +388,9 @@ def _stack(name: str, values: list[Any], features: Features) -> Any:
 
 
 def repair_pairs(folder: str | Path) -> bool:
-    """Drops a pairs folder if it is damaged, so that it is made anew; whether it was dropped."""
+    """Drops a pairs folder if it is there and damaged, so that it is made anew; whether it was."""
+    if not (to_path(folder) / _INFO_FILE).exists():
+        return False
     try:
         read_pairs(folder, ["pair_id"])
     except RecordError:

@@ -63,7 +63,7 @@ class Step:
         files: the files of the round that the processes share out; the work is done when all are
             there.
         finish: what the main process does when the work of all is done.
-        repair: what the main process does first where damaged files are to be made anew.
+        repair: drops damaged files first, where they are to be made anew; each process its share.
         main_only: whether the main process works alone.
         unit: what the progress counts, in the plural.
     """
@@ -93,12 +93,13 @@ class Step:
         for name, verb in self.inputs.items():
             if not (job.folder / name).exists():
                 raise FileNotFoundError(f"{job.folder} has no {name}: run `agfsync {verb}` first.")
+        mine = multihost.is_main() or not self.main_only
         if self.plan:
             job.plan = self.plan(job)
         if self.files:
             job.files = list(self.files(job))
         if self.repair:
-            if repair and multihost.is_main():
+            if repair and mine:
                 self.repair(job)
             multihost.barrier(f"{self.name} repair")
         if self.files:
@@ -110,7 +111,7 @@ class Step:
                 what = "files" if self.main_only else "shards"
                 job.stage.skipped(there, len(job.files), what)
             done = self.files and not job.missing
-            if not done and (multihost.is_main() or not self.main_only):
+            if not done and mine:
                 self.work(job)
             if self.finish:
                 multihost.barrier(f"{self.name} work")

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 from agfsync_jax.scoring import engine
 
 
@@ -12,3 +15,16 @@ def test_decoding_runs_ahead():
     ahead = engine._ahead(work())
     assert next(ahead) == 0
     assert list(ahead) == [1, 2, 3, 4, 5] and made == [0, 1, 2, 3, 4, 5]
+
+
+def test_tfds_is_imported_before_the_thread_starts():
+    """While it is, the imports of other threads fail."""
+    code = (
+        "import sys\n"
+        "from agfsync_jax.scoring import engine\n"
+        "shards = engine.score_shards({}, [], {}, {}, batch_size=1)\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        "assert list(shards) == []\n"
+        "assert 'tensorflow_datasets' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

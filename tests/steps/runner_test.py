@@ -51,8 +51,7 @@ def test_processes_wait_where_one_reads_what_another_writes(processes, tmp_path)
     main = processes.is_main
     assert done == [
         *("plan", "files"),
-        *(["repair"] if main else []),
-        *("sample repair", "sample plan", "work", "sample work"),
+        *("repair", "sample repair", "sample plan", "work", "sample work"),
         *(["finish"] if main else []),
         "sample",
     ]
@@ -86,8 +85,9 @@ def test_what_is_there_is_not_made_again(processes, tmp_path, capsys):
 
 
 def test_work_of_the_main_process_alone(processes, tmp_path):
-    step(processes.done, main_only=True)(None, tmp_path)
-    assert ("work" in processes.done) == processes.is_main
+    alone = step(processes.done, main_only=True, repair=lambda job: processes.done.append("repair"))
+    alone(None, tmp_path, repair=True)
+    assert ("work" in processes.done) == ("repair" in processes.done) == processes.is_main
     assert processes.done[-1] == "sample"
 
 
