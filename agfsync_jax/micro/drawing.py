@@ -38,25 +38,22 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (along - tip) * inner_across - across * (inner_along - tip) <= 0
 
 
-@functools.cache
-def template(shape: str, radius: float, sub_x: int = 0, sub_y: int = 0) -> np.ndarray:
-    """Coverage [n, n, 1] in 0..1 of a shape centered at pixel n // 2 plus a subpixel offset."""
-    return _coverage(shape, radius, sub_x, sub_y, lambda x, y: (x, y))
-
-
 def _coverage(
-    shape: str, radius: float, sub_x: int, sub_y: int, warp, rounding: float = 0.0
+    shape: str, radius: float, sub_x: int = 0, sub_y: int = 0, warp=None, rounding: float = 0.0
 ) -> np.ndarray:
-    """As `template`, of a shape bent by `warp(x, y)` in units of the radius, then `_rounded`."""
+    """Coverage [n, n, 1] in 0..1 of a shape centered at pixel n // 2 plus a subpixel offset; the
+    shape is bent by `warp(x, y)` in units of the radius, then `_rounded`."""
     size = 2 * (math.ceil(radius) + 1) + 1
     steps = (np.arange(size * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING - 0.5 - size // 2
-    x = (steps - sub_x / _SUBPIXELS) / radius
-    y = (steps - sub_y / _SUBPIXELS) / radius
-    inside = _inside(shape, *warp(x[None, :], y[:, None]))
-    if rounding:
-        inside = _rounded(inside, round(rounding * radius * _SUPERSAMPLING))
+    x = ((steps - sub_x / _SUBPIXELS) / radius)[None, :]
+    y = ((steps - sub_y / _SUBPIXELS) / radius)[:, None]
+    inside = _inside(shape, *(warp(x, y) if warp else (x, y)))
+    inside = _rounded(inside, round(rounding * radius * _SUPERSAMPLING))
     blocks = inside.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
     return blocks.mean((1, 3), dtype=np.float32)[:, :, None]
+
+
+template = functools.cache(_coverage)  # of an unspoiled shape
 
 
 def _rounded(inside: np.ndarray, width: int) -> np.ndarray:
@@ -134,8 +131,9 @@ def render(
         return np.array([min(max(c + change, 0), 255) for c in rgb], np.float32)
 
     background = tint(BACKGROUNDS[scene.background])
-    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    image[:] = background
+    margin = IMAGE_SIZE // 2  # a square around a shape may reach out of the picture
+    canvas = np.empty((2 * IMAGE_SIZE, 2 * IMAGE_SIZE, 3), np.uint8)
+    canvas[:] = background
     for thing, x, y, radius in _place(scene, rng):
         quarter_x, quarter_y = round(x * _SUBPIXELS), round(y * _SUBPIXELS)
         exact = thing.shape, radius, quarter_x % _SUBPIXELS, quarter_y % _SUBPIXELS
@@ -144,14 +142,14 @@ def render(
             alpha = _coverage(*exact, _wobble(wobble, rng), rounding)
         else:
             alpha = template(*exact)
-        half = alpha.shape[0] // 2
-        left, top = quarter_x // _SUBPIXELS - half, quarter_y // _SUBPIXELS - half
-        x0, y0 = max(left, 0), max(top, 0)
-        x1, y1 = min(left + 2 * half + 1, IMAGE_SIZE), min(top + 2 * half + 1, IMAGE_SIZE)
-        alpha = alpha[y0 - top : y1 - top, x0 - left : x1 - left]
+        size = len(alpha)
+        left, top = (q // _SUBPIXELS - size // 2 + margin for q in (quarter_x, quarter_y))
         # Templates never overlap, so blending against the flat background is exact.
-        image[y0:y1, x0:x1] = background + alpha * (tint(COLORS[thing.color]) - background) + 0.5
-    return image
+        color = tint(COLORS[thing.color])
+        canvas[top : top + size, left : left + size] = (
+            background + alpha * (color - background) + 0.5
+        )
+    return canvas[margin:-margin, margin:-margin].copy()
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:

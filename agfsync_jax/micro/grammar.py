@@ -33,13 +33,8 @@ SIZES = ("small", "large")
 COUNTS = (2, 3, 4)
 KINDS = ("single", "pair", "count")
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_NUMBERS = {word: number for number, word in NUMBER_WORDS.items()}
-OPPOSITE = {
-    "above": "below",
-    "below": "above",
-    "to the left of": "to the right of",
-    "to the right of": "to the left of",
-}
+OPPOSITE = {"above": "below", "to the left of": "to the right of"}
+OPPOSITE |= {second: first for first, second in OPPOSITE.items()}
 DIRECTION = dict(zip(RELATIONS, ("above", "below", "left", "right"), strict=True))
 
 
@@ -89,18 +84,9 @@ _CAPTION = re.compile(
     r"(?:a (?P<size>\S+) (?P<color>\S+) (?P<shape>\S+)"
     rf"|a (?P<color1>\S+) (?P<shape1>\S+) (?P<relation>{'|'.join(RELATIONS)})"
     r" a (?P<color2>\S+) (?P<shape2>\S+)"
-    r"|(?P<number>\S+) (?P<colors>\S+) (?P<shapes>\S+))"
+    r"|(?P<count>\S+) (?P<colors>\S+) (?P<plural>\S+))"
     r" on a (?P<background>\S+) background"
 )
-
-
-def _choose(word: str, allowed, what: str, caption: str) -> str:
-    if word not in allowed:
-        raise ValueError(
-            f"{word!r} is not a {what} of the micro world in caption {caption!r}; "
-            f"expected one of: {', '.join(allowed)}"
-        )
-    return word
 
 
 def parse_caption(caption: str) -> Scene:
@@ -113,31 +99,35 @@ def parse_caption(caption: str) -> Scene:
             "'a blue square above a red circle on a gray background' or "
             "'three red crosses on a black background'"
         )
-    words = match.groupdict()
-    background = _choose(words["background"], BACKGROUNDS, "background", caption)
 
-    def read_object(color: str, shape: str) -> Object:
-        return Object(
-            _choose(color, COLORS, "color", caption), _choose(shape, SHAPES, "shape", caption)
-        )
+    def read(group: str, what: str, allowed) -> str:
+        if match[group] not in allowed:
+            raise ValueError(
+                f"{match[group]!r} is not a {what} of the micro world in caption {caption!r}; "
+                f"expected one of: {', '.join(allowed)}"
+            )
+        return match[group]
 
-    if words["relation"]:
-        objects = (
-            read_object(words["color1"], words["shape1"]),
-            read_object(words["color2"], words["shape2"]),
-        )
-        if objects[0].color == objects[1].color or objects[0].shape == objects[1].shape:
+    def read_object(number: str = "") -> Object:
+        color = read(f"color{number}", "color", COLORS)
+        return Object(color, read(f"shape{number}", "shape", SHAPES))
+
+    background = read("background", "background", BACKGROUNDS)
+    if match["relation"]:
+        first, second = read_object("1"), read_object("2")
+        if first.color == second.color or first.shape == second.shape:
             raise ValueError(
                 f"the two objects of caption {caption!r} must differ in color and in shape"
             )
-        return Scene("pair", objects, background, relation=words["relation"], count=2)
-    if words["size"]:
-        size = _choose(words["size"], SIZES, "size", caption)
-        return Scene("single", (read_object(words["color"], words["shape"]),), background, size)
-    number_words = [NUMBER_WORDS[count] for count in COUNTS]
-    count = _NUMBERS[_choose(words["number"], number_words, "count", caption)]
-    shape = SINGULAR[_choose(words["shapes"], SINGULAR, "plural shape", caption)]
-    return Scene("count", (read_object(words["colors"], shape),), background, count=count)
+        return Scene("pair", (first, second), background, relation=match["relation"], count=2)
+    if match["size"]:
+        size = read("size", "size", SIZES)
+        return Scene("single", (read_object(),), background, size)
+    numbers = {NUMBER_WORDS[count]: count for count in COUNTS}
+    count = numbers[read("count", "count", numbers)]
+    shape = SINGULAR[read("plural", "plural shape", SINGULAR)]
+    thing = Object(read("colors", "color", COLORS), shape)
+    return Scene("count", (thing,), background, count=count)
 
 
 def in_reading_order(scene: Scene) -> Scene:

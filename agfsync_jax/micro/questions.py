@@ -1,5 +1,6 @@
 """Questions about the micro world's scenes: a fixed set for each, and random ones to train on."""
 
+import itertools
 from collections.abc import Collection
 
 import numpy as np
@@ -22,73 +23,65 @@ from agfsync_jax.micro.grammar import (
 from agfsync_jax.micro.scenes import others, pick, stable_hash
 
 _YES_NO = ("yes", "no")
-ELEMENT_TYPES = ("object", "color", "shape", "counting", "spatial", "size", "background")
-ANSWERS = (
-    *_YES_NO,
-    *COLORS,
-    *SHAPES,
-    *NUMBER_WORDS.values(),
-    *DIRECTION.values(),
-    *SIZES,
-    *BACKGROUNDS,
+# Element type -> all answers to its open questions.
+_VALUES = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "counting": tuple(NUMBER_WORDS.values()),
+    "spatial": tuple(DIRECTION.values()),
+    "size": SIZES,
+    "background": tuple(BACKGROUNDS),
+}
+ELEMENT_TYPES = ("object", *_VALUES)
+ANSWERS = (*_YES_NO, *itertools.chain(*_VALUES.values()))
+_OTHER_WORDS = (
+    "a on background is there are the what color shape size how many where relative to object"
+    " objects"
 )
 VOCABULARY = tuple(
-    sorted(
-        set(ANSWERS)
-        | set(SINGULAR)
-        | set(" ".join(RELATIONS).split())
-        | set("a on background is there are the what color shape size".split())
-        | set("how many where relative to object objects".split())
-    )
+    sorted({*ANSWERS, *SINGULAR, *" ".join(RELATIONS).split(), *_OTHER_WORDS.split()})
 )
 
 
-def _yes_no(truth: bool) -> str:
-    return "yes" if truth else "no"
-
-
-# One function a wording; each returns (question, answer, element type, element).
+# Each asks in one wording, or in two: openly, and with a value whether it is that. They return
+# (question, answer, element type, element).
 
 
 def _ask_object(scene: Scene, thing: Object):
     return f"is there a {thing}?", _yes_no(thing in scene.objects), "object", str(thing)
 
 
-def _the(scene: Scene, noun: str) -> str:
-    return f"are the {plural(noun)}" if scene.kind == "count" else f"is the {noun}"
+def _ask_look(scene: Scene, kind: str, thing: Object, value: str | None = None):
+    noun, right = {
+        "color": (thing.shape, thing.color),
+        "shape": (f"{thing.color} object", thing.shape),
+        "size": (str(thing), scene.size),
+        "background": ("background", scene.background),
+    }[kind]
+    many = scene.kind == "count" and kind != "background"
+    subject = f"are the {plural(noun)}" if many else f"is the {noun}"
+    if value is None:
+        return f"what {'color' if kind == 'background' else kind} {subject}?", right, kind, right
+    said = value if kind != "shape" else plural(value) if many else f"a {value}"
+    return f"{subject} {said}?", _yes_no(value == right), kind, value
 
 
-def _ask_color(scene: Scene, thing: Object):
-    return f"what color {_the(scene, thing.shape)}?", thing.color, "color", thing.color
-
-
-def _ask_if_color(scene: Scene, thing: Object, color: str):
-    question = f"{_the(scene, thing.shape)} {color}?"
-    return question, _yes_no(color == thing.color), "color", color
-
-
-def _ask_shape(scene: Scene, thing: Object):
-    question = f"what shape {_the(scene, f'{thing.color} object')}?"
-    return question, thing.shape, "shape", thing.shape
-
-
-def _ask_if_shape(scene: Scene, thing: Object, shape: str):
-    noun = plural(shape) if scene.kind == "count" else f"a {shape}"
-    question = f"{_the(scene, f'{thing.color} object')} {noun}?"
-    return question, _yes_no(shape == thing.shape), "shape", shape
-
-
-def _ask_count(scene: Scene, thing: Object | None):
+def _ask_count(scene: Scene, thing: Object | None, number: int | None = None):
     what = "objects" if thing is None else f"{thing.color} {plural(thing.shape)}"
-    number = scene.count if thing is None or scene.kind != "pair" else 1
-    return f"how many {what} are there?", NUMBER_WORDS[number], "counting", what
-
-
-def _ask_if_count(scene: Scene, thing: Object | None, number: int):
-    what = "objects" if thing is None else f"{thing.color} {plural(thing.shape)}"
+    if number is None:
+        there = scene.count if thing is None or scene.kind != "pair" else 1
+        return f"how many {what} are there?", NUMBER_WORDS[there], "counting", what
     truth = number == scene.count and (thing is None or scene.objects == (thing,))
-    question = f"are there {NUMBER_WORDS[number]} {what}?"
-    return question, _yes_no(truth), "counting", what
+    return f"are there {NUMBER_WORDS[number]} {what}?", _yes_no(truth), "counting", what
+
+
+def _ask_where(scene: Scene, first: Object, second: Object, relation: str | None = None):
+    right = _relation_of(scene, first, second)
+    if relation is None:
+        place = DIRECTION[right]
+        return f"where is the {first} relative to the {second}?", place, "spatial", place
+    question = f"is the {first} {relation} the {second}?"
+    return question, _yes_no(relation == right), "spatial", DIRECTION[relation]
 
 
 def _relation_of(scene: Scene, first: Object, second: Object) -> str | None:
@@ -97,37 +90,8 @@ def _relation_of(scene: Scene, first: Object, second: Object) -> str | None:
     return OPPOSITE[scene.relation] if scene.objects == (second, first) else None
 
 
-def _ask_where(scene: Scene, first: Object, second: Object):
-    answer = DIRECTION[_relation_of(scene, first, second)]
-    return f"where is the {first} relative to the {second}?", answer, "spatial", answer
-
-
-def _ask_place(scene: Scene, first: Object, second: Object):
-    answer = DIRECTION[_relation_of(scene, first, second)]
-    return f"where is the {first}?", answer, "spatial", answer
-
-
-def _ask_if_where(scene: Scene, first: Object, second: Object, relation: str):
-    truth = _relation_of(scene, first, second) == relation
-    question = f"is the {first} {relation} the {second}?"
-    return question, _yes_no(truth), "spatial", DIRECTION[relation]
-
-
-def _ask_size(scene: Scene, thing: Object):
-    return f"what size is the {thing}?", scene.size, "size", scene.size
-
-
-def _ask_if_size(scene: Scene, thing: Object, size: str):
-    return f"is the {thing} {size}?", _yes_no(size == scene.size), "size", size
-
-
-def _ask_background(scene: Scene):
-    return "what color is the background?", scene.background, "background", scene.background
-
-
-def _ask_if_background(scene: Scene, background: str):
-    truth = _yes_no(background == scene.background)
-    return f"is the background {background}?", truth, "background", background
+def _yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"
 
 
 def _near_misses(scene: Scene) -> list[Object]:
@@ -141,12 +105,8 @@ def _near_misses(scene: Scene) -> list[Object]:
     ]
 
 
-_COMPLETE_CHOICES = {
-    "size": SIZES,
-    "counting": tuple(NUMBER_WORDS.values()),
-    "spatial": tuple(DIRECTION.values()),
-    "background": tuple(BACKGROUNDS),
-}
+def _near_counts(scene: Scene) -> list[int]:
+    return [number for number in COUNTS if abs(number - scene.count) == 1]
 
 
 def fixed_questions(scene: Scene) -> list[dict]:
@@ -162,42 +122,33 @@ def fixed_questions(scene: Scene) -> list[dict]:
 
     asked = [_ask_object(scene, thing) for thing in scene.objects]
     asked.append(_ask_object(scene, stable(_near_misses(scene), "object")[0]))
-    asked += [_ask_color(scene, thing) for thing in scene.objects]
-    asked += [_ask_shape(scene, thing) for thing in scene.objects]
+    asked += [_ask_look(scene, kind, o) for kind in ("color", "shape") for o in scene.objects]
     first = scene.objects[0]
     if scene.kind == "pair":
-        second = scene.objects[1]
-        asked.append(_ask_if_where(scene, first, second, scene.relation))
-        asked.append(_ask_if_where(scene, first, second, OPPOSITE[scene.relation]))
-        asked.append(_ask_where(scene, first, second))
+        relations = (scene.relation, OPPOSITE[scene.relation], None)
+        asked += [_ask_where(scene, *scene.objects, relation) for relation in relations]
     elif scene.kind == "single":
-        asked.append(_ask_if_size(scene, first, stable(SIZES, "size")[0]))
-        asked.append(_ask_size(scene, first))
+        sizes = (stable(SIZES, "size")[0], None)
+        asked += [_ask_look(scene, "size", first, size) for size in sizes]
     else:
-        near = [n for n in COUNTS if abs(n - scene.count) == 1]
-        asked.append(_ask_if_count(scene, first, scene.count))
-        asked.append(_ask_if_count(scene, first, stable(near, "count")[0]))
-        asked.append(_ask_count(scene, first))
+        near = stable(_near_counts(scene), "count")[0]
+        asked += [_ask_count(scene, first, number) for number in (scene.count, near, None)]
     asked.append(_ask_count(scene, None))
-    asked.append(_ask_background(scene))
     wrong = stable(others(BACKGROUNDS, scene.background), "background")[0]
-    asked.append(_ask_if_background(scene, stable((scene.background, wrong), "truth")[0]))
+    background = stable((scene.background, wrong), "truth")[0]
+    asked += [_ask_look(scene, "background", first, value) for value in (None, background)]
 
     rows = []
     for question, answer, element_type, element in asked:
-        if answer in _YES_NO:
-            choices = list(_YES_NO)
-        elif element_type in _COMPLETE_CHOICES:
-            choices = list(_COMPLETE_CHOICES[element_type])
-        else:
-            names = COLORS if element_type == "color" else SHAPES
+        choices = _YES_NO if answer in _YES_NO else _VALUES[element_type]
+        if answer not in _YES_NO and element_type in ("color", "shape"):
             shown = [getattr(thing, element_type) for thing in scene.objects]
-            shown += stable(others(names, *shown), question)
+            shown += stable(others(choices, *shown), question)
             choices = stable(shown[:4], "order")
         rows.append(
             {
                 "question": question,
-                "choices": choices,
+                "choices": list(choices),
                 "answer": answer,
                 "element_type": element_type,
                 "element": element,
@@ -232,52 +183,48 @@ def _random_question(scene: Scene, rng: np.random.Generator, element_type: str):
     truth = rng.random() < 0.5
     if element_type == "object":
         return _ask_object(scene, thing if truth else _absent_object(scene, rng))
-    if element_type in ("color", "shape"):
-        if open_question:
-            return (_ask_color if element_type == "color" else _ask_shape)(scene, thing)
-        right = getattr(thing, element_type)
-        other = getattr(scene.objects[-1 if thing == scene.objects[0] else 0], element_type)
-        names = COLORS if element_type == "color" else SHAPES
-        wrong = other if other != right and rng.random() < 0.4 else pick(rng, others(names, right))
-        ask = _ask_if_color if element_type == "color" else _ask_if_shape
-        return ask(scene, thing, right if truth else wrong)
     if element_type == "counting":
         if open_question:
             return _ask_count(scene, pick(rng, (None, thing)))
+        named = thing if scene.kind == "count" else None
         if truth:
-            return _ask_if_count(scene, thing if scene.kind == "count" else None, scene.count)
+            return _ask_count(scene, named, scene.count)
         if scene.kind != "count" and rng.random() < 0.5:  # it is there, but only once
-            return _ask_if_count(scene, thing, pick(rng, COUNTS))
+            return _ask_count(scene, thing, pick(rng, COUNTS))
         if scene.kind == "count" and rng.random() < 0.25:  # the right number of another thing
-            return _ask_if_count(scene, _absent_object(scene, rng), scene.count)
-        near = [n for n in COUNTS if abs(n - scene.count) == 1]
-        number = pick(rng, near if rng.random() < 0.75 else others(COUNTS, scene.count))
-        return _ask_if_count(scene, thing if scene.kind == "count" else None, number)
+            return _ask_count(scene, _absent_object(scene, rng), scene.count)
+        near = rng.random() < 0.75
+        numbers = _near_counts(scene) if near else others(COUNTS, scene.count)
+        return _ask_count(scene, named, pick(rng, numbers))
     if element_type == "spatial":
         first, second = scene.objects if rng.random() < 0.5 else scene.objects[::-1]
         if rng.random() < 0.3:
-            return _ask_place(scene, first, second)
+            return f"where is the {first}?", *_ask_where(scene, first, second)[1:]
         if open_question:
             return _ask_where(scene, first, second)
         right = _relation_of(scene, first, second)
         if truth:
-            return _ask_if_where(scene, first, second, right)
+            return _ask_where(scene, first, second, right)
         if rng.random() < 0.2:  # the right relation, but to an object that is not there
             absent = _absent_object(scene, rng)
             objects = (absent, second) if rng.random() < 0.5 else (first, absent)
             if objects[0].color != objects[1].color and objects[0].shape != objects[1].shape:
-                return _ask_if_where(scene, *objects, right)
+                return _ask_where(scene, *objects, right)
         opposite = rng.random() < 0.6
         wrong = OPPOSITE[right] if opposite else pick(rng, others(RELATIONS, right))
-        return _ask_if_where(scene, first, second, wrong)
-    if element_type == "size":
-        if open_question:
-            return _ask_size(scene, thing)
-        return _ask_if_size(scene, thing, pick(rng, SIZES))
+        return _ask_where(scene, first, second, wrong)
     if open_question:
-        return _ask_background(scene)
-    wrong = pick(rng, others(BACKGROUNDS, scene.background))
-    return _ask_if_background(scene, scene.background if truth else wrong)
+        return _ask_look(scene, element_type, thing)
+    if element_type == "size":
+        return _ask_look(scene, "size", thing, pick(rng, SIZES))
+    if element_type == "background":
+        right = other = scene.background
+    else:
+        right = getattr(thing, element_type)
+        other = getattr(scene.objects[-1 if thing == scene.objects[0] else 0], element_type)
+    near = other != right and rng.random() < 0.4
+    wrong = other if near else pick(rng, others(_VALUES[element_type], right))
+    return _ask_look(scene, element_type, thing, right if truth else wrong)
 
 
 def training_questions(

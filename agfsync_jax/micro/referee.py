@@ -3,18 +3,17 @@
 It shares nothing with any learned model, and trains none.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
+import operator
+from typing import NamedTuple
 
 import numpy as np
 
 from agfsync_jax.micro.drawing import IMAGE_SIZE, template
 from agfsync_jax.micro.grammar import BACKGROUNDS, COLORS, SHAPES, Object, Scene
 
-_COLOR_VALUES = np.array(list(COLORS.values()), np.float32)
-_BACKGROUND_VALUES = np.array(list(BACKGROUNDS.values()), np.float32)
 _MAX_COLOR_DISTANCE = 90.0  # RGB distance beyond which a color has no name
 _MIN_CONTRAST = 45.0  # RGB distance from the background that noise does not reach
 _MIN_AREA = 8  # smaller specks are ignored
@@ -30,10 +29,10 @@ _MIN_SHAPE_IOU = {
 }
 _SIZE_BOUNDARY = 14.5  # radius in pixels between small (9-10) and large (19-22)
 _GRID = 24
+_RADII = (9.5, 11.0, 12.5, 20.0)  # of the templates
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """One connected region: its color and shape (None if it has none), place and radius."""
 
     color: str | None
@@ -43,56 +42,43 @@ class _Part:
     radius: float
 
 
-def _nearest_name(rgb: np.ndarray, names, values: np.ndarray) -> str | None:
+def _nearest_name(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+    values = np.array(list(palette.values()), np.float32)
     distances = np.sqrt(((values - rgb) ** 2).sum(1))
     best = int(distances.argmin())
-    return tuple(names)[best] if distances[best] <= _MAX_COLOR_DISTANCE else None
+    return list(palette)[best] if distances[best] <= _MAX_COLOR_DISTANCE else None
 
 
 def _local_max(values: np.ndarray) -> np.ndarray:
     """Maximum over a 7x7 window, zero outside the image."""
     height, width = values.shape
-    rows = np.zeros((height + 6, width), values.dtype)
-    rows[3:-3] = values
-    values = np.maximum.reduce([rows[i : i + height] for i in range(7)])
-    columns = np.zeros((height, width + 6), values.dtype)
-    columns[:, 3:-3] = values
-    return np.maximum.reduce([columns[:, i : i + width] for i in range(7)])
+    values = np.pad(values, 3)
+    values = np.maximum.reduce([values[i : i + height] for i in range(7)])
+    return np.maximum.reduce([values[:, i : i + width] for i in range(7)])
+
+
+def _cross(values: np.ndarray, outside: int) -> list[np.ndarray]:
+    """Of every pixel of [h, w] itself and its four neighbors, each [h, w]."""
+    height, width = values.shape
+    values = np.pad(values, 1, constant_values=outside)
+    corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+    return [values[y : y + height, x : x + width] for y, x in corners]
 
 
 def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """4-connected components of a boolean [h, w]: labels int [h, w] (0 outside) and their number.
 
-    Union-find over the horizontal runs of the mask.
+    Each pixel takes the least number around it until all pixels of a component have its first's.
     """
-    height, width = mask.shape
-    edges = np.zeros((height, width + 2), np.int8)
-    edges[:, 1:-1] = mask
-    edges = np.diff(edges, axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]
-    runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
-    parents = list(range(len(runs)))
-
-    def root(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = parents[parents[i]]
-            i = parents[i]
-        return i
-
-    above = 0  # first run that may still touch the current one from the row above
-    for i, (row, start, end) in enumerate(runs):
-        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] <= start):
-            above += 1
-        j = above
-        while runs[j][0] == row - 1 and runs[j][1] < end:
-            parents[root(j)] = root(i)
-            j += 1
-    labels = np.zeros(mask.shape, np.int32)
-    numbers: dict[int, int] = {}
-    for i, (row, start, end) in enumerate(runs):
-        labels[row, start:end] = numbers.setdefault(root(i), len(numbers) + 1)
-    return labels, len(numbers)
+    size = mask.size
+    least, before = np.where(mask, np.arange(size).reshape(mask.shape), size), None
+    while not np.array_equal(least, before):
+        before = least
+        least = np.where(mask, np.minimum.reduce(_cross(least, size)), size)
+        least = np.append(least, size)[least]  # what the pixel of that number has by now
+    firsts, labels = np.unique(np.append(least, size), return_inverse=True)
+    labels = (labels[:-1].reshape(mask.shape) + 1) * mask
+    return labels, len(firsts) - 1
 
 
 def _moments(coverage: np.ndarray) -> tuple[float, float, float]:
@@ -118,16 +104,11 @@ def _normalized(coverage: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _shape_templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Templates [t, _GRID^2] over shapes and radii, their shape index, area / radius^2 [shapes]."""
-    templates, owners, areas = [], [], []
-    for index, shape in enumerate(SHAPES):
-        for radius in (9.5, 11.0, 12.5, 20.0):
-            coverage = template(shape, radius)[:, :, 0]
-            templates.append(_normalized(coverage))
-            owners.append(index)
-        areas.append(coverage.sum() / radius**2)
-    return np.stack(templates), np.array(owners), np.array(areas)
+def _shape_templates() -> tuple[np.ndarray, np.ndarray]:
+    """Templates [t, _GRID^2], over shapes and then over radii, and area / radius^2 [shapes]."""
+    drawn = [[template(shape, radius)[:, :, 0] for radius in _RADII] for shape in SHAPES]
+    areas = [coverages[-1].sum() / _RADII[-1] ** 2 for coverages in drawn]
+    return np.stack([_normalized(each) for each in itertools.chain(*drawn)]), np.array(areas)
 
 
 def _read_part(image, background, distance, local, inside: np.ndarray) -> _Part:
@@ -138,24 +119,21 @@ def _read_part(image, background, distance, local, inside: np.ndarray) -> _Part:
     pixels = image[core]
     rgb = np.median(pixels, axis=0)
     uniform = (((pixels - rgb) ** 2).sum(1) < 70.0**2).mean() >= 0.8
-    color = _nearest_name(rgb, COLORS, _COLOR_VALUES) if uniform else None
+    color = _nearest_name(rgb, COLORS) if uniform else None
 
     # Antialiased edge: coverage is the share of full contrast, on the region and one pixel around.
-    wide = inside.copy()
-    wide[1:] |= inside[:-1]
-    wide[:-1] |= inside[1:]
-    wide[:, 1:] |= inside[:, :-1]
-    wide[:, :-1] |= inside[:, 1:]
+    wide = np.logical_or.reduce(_cross(inside, False))
     contrast = max(math.sqrt(((rgb - background) ** 2).sum()), 1.0)
     coverage = np.where(wide, np.minimum(distance / contrast, 1), 0)
     mass, x, y = _moments(coverage)
-    templates, owners, areas = _shape_templates()
+    templates, areas = _shape_templates()
     grid = _normalized(coverage)
     shared = np.minimum(templates, grid).sum(1)
     ious = shared / (templates.sum(1) + grid.sum() - shared)
     best = int(ious.argmax())
-    shape = SHAPES[owners[best]]
-    radius = math.sqrt(mass / float(areas[owners[best]]))
+    owner = best // len(_RADII)
+    shape = SHAPES[owner]
+    radius = math.sqrt(mass / float(areas[owner]))
     return _Part(color, shape if ious[best] >= _MIN_SHAPE_IOU[shape] else None, x, y, radius)
 
 
@@ -178,8 +156,8 @@ def _read_image(image: np.ndarray) -> tuple[str | None, list[_Part]]:
         columns = np.flatnonzero(inside.any(0)).tolist()
         crop = np.s_[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2]
         part = _read_part(pixels[crop], background, distance[crop], local[crop], inside[crop])
-        parts.append(dataclasses.replace(part, x=part.x + crop[1].start, y=part.y + crop[0].start))
-    return _nearest_name(background, BACKGROUNDS, _BACKGROUND_VALUES), parts
+        parts.append(part._replace(x=part.x + crop[1].start, y=part.y + crop[0].start))
+    return _nearest_name(background, BACKGROUNDS), parts
 
 
 def _match(objects: tuple[Object, ...], parts: list[_Part]) -> list[_Part | None]:
@@ -229,27 +207,19 @@ def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
         )
     background, parts = _read_image(image)
     checks = {"background": background == scene.background}
-    if scene.kind == "count":
-        thing = scene.objects[0]
-        checks[f"object:{thing}"] = any(
-            part.color == thing.color and part.shape == thing.shape for part in parts
-        )
-        checks[f"color:{thing}"] = bool(parts) and all(p.color == thing.color for p in parts)
-        checks[f"shape:{thing}"] = bool(parts) and all(p.shape == thing.shape for p in parts)
-    else:
-        matched = _match(scene.objects, parts)
-        for thing, part in zip(scene.objects, matched, strict=True):
-            color = part is not None and part.color == thing.color
-            shape = part is not None and part.shape == thing.shape
-            checks[f"object:{thing}"] = color and shape
-            checks[f"color:{thing}"] = color
-            checks[f"shape:{thing}"] = shape
-        if scene.kind == "pair":
-            checks["spatial"] = _related(*matched, scene.relation)
-        else:
-            part = matched[0]
-            large = part is not None and part.radius > _SIZE_BOUNDARY
-            checks["size"] = part is not None and large == (scene.size == "large")
+    matched = _match(scene.objects, parts)
+    for thing, part in zip(scene.objects, matched, strict=True):
+        there = parts if scene.kind == "count" else [part] if part else []
+        colors = [each.color == thing.color for each in there]
+        shapes = [each.shape == thing.shape for each in there]
+        checks[f"object:{thing}"] = any(map(operator.and_, colors, shapes))
+        checks[f"color:{thing}"] = bool(there) and all(colors)
+        checks[f"shape:{thing}"] = bool(there) and all(shapes)
+    if scene.kind == "pair":
+        checks["spatial"] = _related(*matched, scene.relation)
+    elif scene.kind == "single":
+        size = "large" if part and part.radius > _SIZE_BOUNDARY else "small"
+        checks["size"] = part is not None and size == scene.size
     checks["counting"] = len(parts) == scene.count
     return checks
 

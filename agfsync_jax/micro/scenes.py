@@ -25,6 +25,14 @@ from agfsync_jax.micro.grammar import (
 
 SPLITS = ("train", "heldout", "all")
 _KIND_SHARES = (0.25, 0.5, 0.25)
+# Kind -> what `mutate` changes, and its values.
+_LOOKS = {"color": tuple(COLORS), "shape": SHAPES}
+_BACKGROUND = {"background": tuple(BACKGROUNDS)}
+_CHANGES = {
+    "single": _LOOKS | {"size": SIZES} | _BACKGROUND,
+    "pair": _LOOKS | {"relation": RELATIONS, "order": ()} | _BACKGROUND,
+    "count": _LOOKS | {"count": COUNTS} | _BACKGROUND,
+}
 
 
 def stable_hash(text: str) -> int:
@@ -107,45 +115,29 @@ def sample_scenes(
     available = sum(len(pool) for pool in pools.values())
     if n > available:
         raise ValueError(f"asked for {n} unique scenes; split {split!r} has only {available}")
-    for kind, pool in pools.items():
-        pools[kind] = [pool[i] for i in rng.permutation(len(pool))]
+    pools = {kind: [pool[i] for i in rng.permutation(len(pool))] for kind, pool in pools.items()}
     kinds = rng.choice(KINDS, size=n, p=_KIND_SHARES)
-    scenes = []
-    for kind in KINDS:
-        wanted = int((kinds == kind).sum())
-        scenes += pools[kind][:wanted]
-        pools[kind] = pools[kind][wanted:]
-    rest = [scene for kind in KINDS for scene in pools[kind]]
-    missing = n - len(scenes)
-    scenes += [rest[i] for i in rng.permutation(len(rest))[:missing]]
+    wanted = {kind: int((kinds == kind).sum()) for kind in KINDS}
+    scenes = [scene for kind in KINDS for scene in pools[kind][: wanted[kind]]]
+    rest = [scene for kind in KINDS for scene in pools[kind][wanted[kind] :]]
+    scenes += [rest[i] for i in rng.permutation(len(rest))[: n - len(scenes)]]
     return [scenes[i] for i in rng.permutation(n)]
 
 
 def mutate(scene: Scene, rng: np.random.Generator, split: str = "all") -> Scene:
     """A hard negative: the scene with exactly one attribute changed, or two objects exchanged."""
-    attributes = {
-        "single": ("color", "shape", "size", "background"),
-        "pair": ("color", "shape", "relation", "order", "background"),
-        "count": ("color", "shape", "count", "background"),
-    }[scene.kind]
     while True:
-        attribute = pick(rng, attributes)
-        if attribute in ("color", "shape"):
+        attribute, values = pick(rng, _CHANGES[scene.kind].items())
+        if attribute == "order":
+            mutant = dataclasses.replace(scene, objects=scene.objects[::-1])
+        elif attribute in _LOOKS:
             index = pick(rng, range(len(scene.objects)))
             used = [getattr(thing, attribute) for thing in scene.objects]
-            value = pick(rng, others(COLORS if attribute == "color" else SHAPES, *used))
             objects = list(scene.objects)
+            value = pick(rng, others(values, *used))
             objects[index] = dataclasses.replace(objects[index], **{attribute: value})
             mutant = dataclasses.replace(scene, objects=tuple(objects))
-        elif attribute == "order":
-            mutant = dataclasses.replace(scene, objects=scene.objects[::-1])
         else:
-            values = {
-                "size": SIZES,
-                "relation": RELATIONS,
-                "count": COUNTS,
-                "background": BACKGROUNDS,
-            }[attribute]
             value = pick(rng, others(values, getattr(scene, attribute)))
             mutant = dataclasses.replace(scene, **{attribute: value})
         if _in_split(mutant, split):
