@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from agfsync_jax.prompt_sources import prompt_id
 from agfsync_jax.utils.files import to_path
 
 YES_NO = ["yes", "no"]
+# Field of a question -> what stands there if the row has none; None where it must have one.
+_QUESTION = dict(id="", caption="", question=None, answer=None, element_type="other", element="")
 
 
 def prompts(
@@ -43,13 +46,8 @@ def prompts(
     order = np.random.default_rng([seed, shuffle]).permutation(len(rows))
     picked = order[window * num_prompts : (window + 1) * num_prompts]
     return [
-        {
-            "id": rows[row]["id"] or prompt_id(split, round_index, index),
-            "prompt": rows[row]["prompt"],
-            "category": rows[row]["category"],
-            "source": Path(path).name,
-        }
-        for index, row in enumerate(picked)
+        row | {"id": row["id"] or prompt_id(split, round_index, index), "source": Path(path).name}
+        for index, row in enumerate(rows[number] for number in picked)
     ]
 
 
@@ -60,13 +58,13 @@ def questions(prompt_rows: list[dict], *, seed: int, path: str) -> list[dict]:
         FileNotFoundError, ValueError: no such file; a bad row (with its line).
     """
     del seed  # nothing is drawn
-    ids = {row["id"]: row["id"] for row in prompt_rows}
     texts = {_key(row["prompt"]): row["id"] for row in prompt_rows}
     found: dict[str, dict[str, dict]] = {row["id"]: {} for row in prompt_rows}
     repeated = 0
     for where, row in _rows(path):
         question = _question(where, row)
-        owner = ids.get(question["id"]) or texts.get(_key(question["caption"]))
+        known = question["id"] in found
+        owner = question["id"] if known else texts.get(_key(question["caption"]))
         if owner is None:
             continue  # of a prompt that this round did not draw
         repeated += question["question"] in found[owner]
@@ -92,23 +90,19 @@ def _rows(path: str) -> Iterator[tuple[str, dict]]:
         raise FileNotFoundError(f"No file {file}: expected prompts or questions in it.")
     text = io.TextIOWrapper(io.BytesIO(file.read_bytes()), "utf-8-sig").read()
     if file.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from error
+        rows = _parse(file, 1, text)
         if not isinstance(rows, list):
             raise ValueError(
                 f"{file}: expected a JSON list of rows, found a {type(rows).__name__}."
             )
         places = [(f"{file}: row {number}", row) for number, row in enumerate(rows, 1)]
     elif file.suffix in (".jsonl", ".txt"):
-        lines = [
-            (f"{file}:{n}", line.strip())
-            for n, line in enumerate(text.split("\n"), 1)
-            if line.strip()
+        lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        is_text = file.suffix == ".txt"
+        places = [
+            (f"{file}:{n}", {"prompt": line} if is_text else _parse(file, n, line))
+            for n, line in lines
         ]
-        parse = _line if file.suffix == ".jsonl" else lambda where, line: {"prompt": line}
-        places = [(where, parse(where, line)) for where, line in lines]
     else:
         raise ValueError(f"{file}: expected a name that ends in .jsonl, .json or .txt.")
     for where, row in places:
@@ -117,10 +111,12 @@ def _rows(path: str) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def _line(where: str, line: str) -> dict:
+def _parse(file: Path, line: int, text: str) -> Any:
+    """The JSON that begins in a line of the file."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        where = f"{file}:{line + error.lineno - 1}"
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
 
 
@@ -148,16 +144,12 @@ def _distinct(path: str) -> list[dict]:
     places: dict[str, str] = {}
     repeated = 0
     for where, row in _rows(path):
-        prompt = {
-            "prompt": _text(where, row, "prompt", "caption"),
-            "id": _text(where, row, "id", default=""),
-            "category": _text(where, row, "category", default="none"),
-            "split": _text(where, row, "split", default=""),
-        }
-        if _key(prompt["prompt"]) in kept:
+        prompt = {"prompt": _text(where, row, "prompt", "caption")}
+        for name, default in (("id", ""), ("category", "none"), ("split", "")):
+            prompt[name] = _text(where, row, name, default=default)
+        if kept.setdefault(_key(prompt["prompt"]), prompt) is not prompt:
             repeated += 1
             continue
-        kept[_key(prompt["prompt"])] = prompt
         first = places.setdefault(prompt["id"] or where, where)
         if first != where:
             raise ValueError(
@@ -188,15 +180,8 @@ def _question(where: str, row: dict) -> dict:
         raise ValueError(f"{where}: 'choices' must list texts, found {choices!r:.80}.")
     if row.get("id") is None and row.get("caption") is None:
         raise ValueError(f"{where}: no 'id' and no 'caption': whose question is it?")
-    question = {
-        "id": _text(where, row, "id", default=""),
-        "caption": _text(where, row, "caption", default=""),
-        "question": _text(where, row, "question"),
-        "choices": list(dict.fromkeys(choices)),
-        "answer": _text(where, row, "answer"),
-        "element_type": _text(where, row, "element_type", default="other"),
-        "element": _text(where, row, "element", default=""),
-    }
+    question = {name: _text(where, row, name, default=_QUESTION[name]) for name in _QUESTION}
+    question["choices"] = list(dict.fromkeys(choices))
     if what := fault(question):
         raise ValueError(
             f"{where}: {what}; expected two or more different choices, and the answer among them."
