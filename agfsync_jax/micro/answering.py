@@ -18,24 +18,19 @@ import optax
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import TextTokenizer
-from agfsync_jax.micro import folders, probes, referee
+from agfsync_jax.micro import folders, probes, training
 from agfsync_jax.micro.drawing import degrade, render
 from agfsync_jax.micro.grammar import Object, Scene
 from agfsync_jax.micro.painter import Painter
 from agfsync_jax.micro.questions import ELEMENT_TYPES, fixed_questions, training_questions
 from agfsync_jax.micro.scenes import sample_scene, sample_scenes
-from agfsync_jax.micro.training import (
-    clip_pixels,
-    fit,
-    in_batches,
-    judged,
-    renders,
-    untrained,
-)
 from agfsync_jax.models.blip2 import Blip2ForConditionalGeneration
 from agfsync_jax.models.clip import CLIPModel
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.scorers.vqa import Scorer
 from agfsync_jax.weights import networks as weights
 
+QUESTION_LENGTH = 16  # tokens of a question; the longest of the world has 13
 START = 0  # the decoder starts with T5's padding token
 
 
@@ -50,7 +45,7 @@ def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> N
     kernel = embeddings["patch_embedding"]["kernel"][...]
     positions = embeddings["position_embedding"]["embedding"][...]
     patches = jax.lax.conv_general_dilated(
-        clip_pixels(images), kernel, kernel.shape[:2], "VALID",
+        training.clip_pixels(images), kernel, kernel.shape[:2], "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
     patches = patches.reshape(len(images), -1, kernel.shape[-1]) + positions[None, 1:]
@@ -61,18 +56,15 @@ def start_from_clip(params: nnx.State, clip: nnx.State, images: np.ndarray) -> N
     to["patch_embedding"]["bias"][...] = jnp.zeros_like(shift)
     to["class_embedding"][...] = (embeddings["class_embedding"][...] * scale)[None, None]
     to["position_embedding"][...] = (positions * scale[None] + shift[None])[None]
-    for index in range(len(theirs["encoder"]["layers"])):
-        layer, source = ours["encoder"]["layers"][index], theirs["encoder"]["layers"][index]
+    for index, source in theirs["encoder"]["layers"].items():
+        layer = ours["encoder"]["layers"][index]
         heads = [source["self_attn"][name] for name in ("q_proj", "k_proj", "v_proj")]
         for leaf in ("kernel", "bias"):
             whole = jnp.concatenate([head[leaf][...] for head in heads], axis=-1)
             layer["self_attn"]["qkv"][leaf][...] = whole
-            layer["self_attn"]["projection"][leaf][...] = source["self_attn"]["out_proj"][leaf][...]
-            for name in ("fc1", "fc2"):
-                layer["mlp"][name][leaf][...] = source["mlp"][name][leaf][...]
-        for name in ("layer_norm1", "layer_norm2"):
-            for leaf in ("scale", "bias"):
-                layer[name][leaf][...] = source[name][leaf][...]
+        layer["self_attn"]["projection"] = source["self_attn"]["out_proj"]
+        for name in ("layer_norm1", "mlp", "layer_norm2"):
+            layer[name] = source[name]
 
 
 class Picture(NamedTuple):
@@ -88,8 +80,8 @@ class Pictures:
     renders; and, where there are `others`, those in three of four."""
 
     def __init__(self, painter: Painter, others: Sequence[Picture] = ()):
-        scenes, images = renders(6000, "train", 32)
-        rebuilt = in_batches(painter.decode, in_batches(painter.encode, images))
+        scenes, images = training.renders(6000, "train", 32)
+        rebuilt = painter.decode(painter.encode(images))
         self.rebuilt, self.others = list(map(Picture, scenes, rebuilt)), others
 
     def __call__(self, rng: np.random.Generator) -> Picture:
@@ -149,7 +141,7 @@ def ask(tokenizer: TextTokenizer, pictures: Sequence[Picture], rng, asked: int) 
         for scene, _, malformed in pictures
         for row in training_questions(scene, rng, asked, malformed)
     ]
-    ids, mask = tokenizer([question for question, *_ in rows], folders.QUESTION_LENGTH)
+    ids, mask = tokenizer([question for question, *_ in rows], QUESTION_LENGTH)
     targets, _ = tokenizer([answer for _, answer, _ in rows], 2)  # the answer, the end
     before = np.concatenate([np.full_like(targets[:, :1], START), targets[:, :1]], axis=1)
     return {"ids": ids, "mask": mask, "before": before, "targets": targets}
@@ -169,11 +161,10 @@ def train_blip2(
     folder = output / "blip2"
     folders.write_blip2_tokenizer(folder)
     tokenizer = TextTokenizer(folder)
-    config = folders.blip2_config(tokenizer)
-    graph, params = untrained(Blip2ForConditionalGeneration, config, seed=5)
+    graph, params = training.untrained(Blip2ForConditionalGeneration, folder, seed=5)
     _, clip = weights.load_model(CLIPModel, output / "clip")
-    start_from_clip(params, clip, renders(64, "train", 36)[1])
-    width = config["text_config"]["d_model"]
+    start_from_clip(params, clip, training.renders(64, "train", 36)[1])
+    width = params["language_projection"]["bias"].shape[0]
     # T5's own initial head makes logits of tens, which a short training first has to undo.
     head = params["language_model"]["lm_head"]["kernel"]
     head[...] = head[...] * width**-0.5
@@ -183,8 +174,7 @@ def train_blip2(
         attention = params["language_model"][name]["block"][0]["layer"][0]["SelfAttention"]
         bias = attention["relative_attention_bias"]["embedding"]
         bias[...] = bias[...] * 2 * width**0.5
-    language = {"language_model": params["language_model"]}
-    sight = {name: params[name] for name in params if name not in language}
+    language, sight = training.split(params, "language_model")
     painter = Painter(output)
     picture = Pictures(painter)
 
@@ -192,40 +182,36 @@ def train_blip2(
         return draw_batch(picture, rng, 64)[1]
 
     def see_loss(trained, batch, _):
-        model = nnx.merge(graph, nnx.State(language | dict(trained["sight"])))
-        tokens = model.get_image_tokens(clip_pixels(batch["images"]))
+        model = nnx.merge(graph, training.join(language, trained["sight"]))
+        tokens = model.get_image_tokens(training.clip_pixels(batch["images"]))
         return probes.loss(probes.IN_QUERIES, trained["probes"], tokens, batch["slots"])
 
-    seeing = fit(
+    sight = training.fit(
         "blip2_see", workdir, {"sight": sight, "probes": probes.init(probes.IN_QUERIES, width)},
         see_loss, see_batch,
         steps=see_steps, learning_rate=1e-3, weight_decay=0.02, ema=0.99,
-    )  # fmt: skip
-    sight = dict(seeing["sight"])
+    )["sight"]  # fmt: skip
 
     # Frozen now, it reads each picture once, whatever is asked about it later.
-    read = jax.jit(
-        lambda x: nnx.merge(graph, nnx.State(language | sight)).get_image_tokens(clip_pixels(x))
-    )
+    seeing = training.join(language, sight)
+    read = jax.jit(lambda x: nnx.merge(graph, seeing).get_image_tokens(training.clip_pixels(x)))
     rng = np.random.default_rng(37)
     pictures = [picture(rng) for _ in range(16_000)]
-    tokens = in_batches(read, np.stack([each.image for each in pictures]))
+    tokens = training.in_batches(read, np.stack([each.image for each in pictures]))
 
     def answer_batch(rng, count=48):
         pick = rng.integers(0, len(pictures), count)
         return {"tokens": tokens[pick]} | ask(tokenizer, [pictures[i] for i in pick], rng, 10)
 
     def answering_loss(trained, batch, _):
-        model = nnx.merge(graph, nnx.State(sight | dict(trained)))
-        return answer_loss(model, batch["tokens"], batch)
+        return answer_loss(nnx.merge(graph, training.join(sight, trained)), batch["tokens"], batch)
 
-    language = fit(
+    language = training.fit(
         "blip2_answer", workdir, language, answering_loss, answer_batch,
         steps=answer_steps, learning_rate=1e-3, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
-    params = nnx.State(sight | dict(language))
-    weights.save_model(Blip2ForConditionalGeneration, folder, params, config, dtype=np.float16)
-    return _examine(graph, params, tokenizer, painter)
+    training.save(Blip2ForConditionalGeneration, folder, training.join(sight, language))
+    return _examine(folder, painter)
 
 
 def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 2400) -> dict[str, float]:
@@ -236,7 +222,7 @@ def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 2400) -> 
     tokenizer = TextTokenizer(folder)
     graph, params = weights.load_model(Blip2ForConditionalGeneration, folder)
     painter = Painter(output)
-    clean, spoiled = list(map(Picture, *renders(3000, "train", 31))), bent(9000, 38)
+    clean, spoiled = list(map(Picture, *training.renders(3000, "train", 31))), bent(9000, 38)
     others = redrawn(painter, clean + spoiled[:6000]) + spoiled[6000:]
     picture = Pictures(painter, others)
 
@@ -246,66 +232,47 @@ def train_blip2_generated(workdir: Path, output: Path, *, steps: int = 2400) -> 
 
     def loss_fn(trained, batch, _):
         model = nnx.merge(graph, trained["model"])
-        tokens = model.get_image_tokens(clip_pixels(batch["images"]))
+        tokens = model.get_image_tokens(training.clip_pixels(batch["images"]))
         seen = probes.loss(probes.IN_QUERIES, trained["probes"], tokens, batch["slots"])
         return answer_loss(model, tokens, batch) + seen
 
     width = params["language_projection"]["bias"].shape[0]
-    trained = fit(
+    trained = training.fit(
         "blip2_generated", workdir,
         {"model": params, "probes": probes.init(probes.IN_QUERIES, width)}, loss_fn, make_batch,
         steps=steps, learning_rate=5e-4, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
-    config = weights.read_json(folder / "config.json")
-    weights.save_model(
-        Blip2ForConditionalGeneration, folder, trained["model"], config, dtype=np.float16
-    )
-    return _examine(graph, trained["model"], tokenizer, painter)
+    training.save(Blip2ForConditionalGeneration, folder, trained["model"])
+    return _examine(folder, painter)
 
 
-def _examine(graph, params, tokenizer, painter) -> dict[str, float]:
+def _examine(folder: Path, painter: Painter) -> dict[str, float]:
     """Shares of right answers on held-out renders, and how far the score tracks the referee on the
     base model's own candidates (correlation within a prompt)."""
-    read = jax.jit(lambda x: nnx.merge(graph, params).get_image_tokens(clip_pixels(x)))
-
-    @jax.jit
-    def answer(tokens, ids, mask):
-        before = jnp.full((len(ids), 1), START, jnp.int32)
-        return nnx.merge(graph, params).forward(tokens, ids, mask, before)[:, 0]
+    mesh = create_mesh(devices=jax.devices()[:1])
+    scorer = Scorer(mesh, path=str(folder), prompt="{question}")
 
     def examine(scenes, images):
-        """Rows (image, element type, right, probability of the right answer)."""
-        rows = [(i, row) for i, scene in enumerate(scenes) for row in fixed_questions(scene)]
-        ids, mask = tokenizer([row["question"] for _, row in rows], folders.QUESTION_LENGTH)
-        tokens = in_batches(read, images)[[i for i, _ in rows]]
-        logits = in_batches(answer, tokens, ids, mask, size=512)
-        for (i, row), scores in zip(rows, logits, strict=True):
-            choices = [tokenizer.encode(choice, special=False)[0] for choice in row["choices"]]
-            odds = np.exp(scores[choices] - scores[choices].max())
-            right = row["choices"].index(row["answer"])
-            yield i, row["element_type"], odds.argmax() == right, odds[right] / odds.sum()
-
-    scenes, images = renders(1000, "heldout", 33)
-    answers = list(examine(scenes, images))
-    figures = {"all": float(np.mean([right for _, _, right, _ in answers]))}
-    for kind in ELEMENT_TYPES:
-        figures[kind] = float(np.mean([right for _, each, right, _ in answers if each == kind]))
-    if painter.unet is not None:
-        scenes = sample_scenes(np.random.default_rng(34), 128, "heldout", unique=True)
-        scenes = [scene for scene in scenes for _ in range(8)]
         captions = [scene.caption() for scene in scenes]
-        drawn = painter.draw(captions, seed=35, steps=16, guidance=3.0)  # as configs/micro.py does
-        means = np.array([referee.mean(checks) for checks in judged(drawn, scenes)])
-        answers = list(examine(scenes, drawn))
-        owner = np.array([i for i, *_ in answers])
-        for label, column in (("accuracy", 2), ("probability", 3)):
-            values = np.array([row[column] for row in answers], np.float64)
-            score = np.bincount(owner, values) / np.bincount(owner)
-            figures[f"correlation_{label}"] = _correlation_within(score, means, 8)
+        return scorer(images, captions, list(map(fixed_questions, scenes)))["answers"]
+
+    scenes, images = training.renders(1000, "heldout", 33)
+    right = np.array([row["correct"] for rows in examine(scenes, images) for row in rows])
+    kinds = np.array([row["element_type"] for scene in scenes for row in fixed_questions(scene)])
+    figures = {"all": float(right.mean())}
+    figures |= {kind: float(right[kinds == kind].mean()) for kind in ELEMENT_TYPES}
+
+    def within(values):  # a prompt
+        values = np.reshape(values, (-1, 8))
+        return values - values.mean(-1, keepdims=True)
+
+    scenes = sample_scenes(np.random.default_rng(34), 128, "heldout", unique=True)
+    scenes = [scene for scene in scenes for _ in range(8)]
+    captions = [scene.caption() for scene in scenes]
+    drawn = painter.draw(captions, seed=35, steps=16, guidance=3.0)  # as configs/micro.py does
+    answers, truth = examine(scenes, drawn), within(training.judged(drawn, scenes)[0])
+    for label, column in (("accuracy", "correct"), ("probability", "p_expected")):
+        score = within([np.mean([row[column] for row in rows]) for rows in answers])
+        scale = np.sqrt((score**2).sum() * (truth**2).sum())
+        figures[f"correlation_{label}"] = float((score * truth).sum() / scale)
     return figures
-
-
-def _correlation_within(first: np.ndarray, second: np.ndarray, group: int) -> float:
-    first, second = (each.reshape(-1, group) for each in (first, second))
-    first, second = (each - each.mean(-1, keepdims=True) for each in (first, second))
-    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))

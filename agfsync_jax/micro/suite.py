@@ -4,7 +4,8 @@
 
 Stages, each after what it needs: clip, vae, unet, blip2, blip2_generated, aesthetic. Without
 names all of them run. A stage resumes from its last checkpoint, is skipped when it is done, and
-ends with figures on captions that no stage trains on (figures.json in the output folder).
+ends with figures on captions that no stage trains on (figures.json in the output folder). The
+networks have the sizes in that folder's config.json files, which are the shipped ones at first.
 Everything is drawn from the micro world (micro/grammar.py); its referee only measures, it never
 trains anything.
 """
@@ -21,25 +22,14 @@ import optax
 from flax import nnx
 
 from agfsync_jax.data.tokenizers import ClipTokenizer
-from agfsync_jax.micro import folders, probes, referee
+from agfsync_jax.micro import folders, probes, training
 from agfsync_jax.micro.answering import train_blip2, train_blip2_generated
 from agfsync_jax.micro.drawing import degrade, render
 from agfsync_jax.micro.grammar import Scene
 from agfsync_jax.micro.painter import Painter
 from agfsync_jax.micro.scenes import misread, mutate, sample_scene, sample_scenes
-from agfsync_jax.micro.training import (
-    clip_pixels,
-    fit,
-    in_batches,
-    judged,
-    pixels,
-    renders,
-    uint8,
-    unit,
-    untrained,
-)
-from agfsync_jax.models.aesthetic import AestheticPredictor
-from agfsync_jax.models.clip import CLIPModel
+from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
+from agfsync_jax.models.clip import CLIPModel, CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.weights import networks as weights
@@ -47,7 +37,6 @@ from agfsync_jax.weights import networks as weights
 CARELESS_CAPTIONS = 0.5  # of those in the last steps of the UNet
 
 
-# ----------------------------------------------------------------------------------------- clip
 def train_clip(
     workdir: Path, output: Path, *, text_steps: int = 800, steps: int = 1500
 ) -> dict[str, float]:
@@ -56,13 +45,10 @@ def train_clip(
     locked (Zhai et al. 2022, of the vision tower), the rest by CLIP's own loss (Radford et al.
     2021); half of a batch are one-attribute changes of the other half, so that the towers must
     tell scenes apart and not only words."""
-    folders.write_tokenizer(output / "clip")
-    folders.write_preprocessor(output / "clip", "CLIPImageProcessor")
+    folders.write_clip_tokenizer(output)
     tokenize = ClipTokenizer(output / "clip")
-    config = folders.clip_config(tokenize)
-    graph, params = untrained(CLIPModel, config, seed=1)
-    text = {"text_model": params["text_model"]}
-    rest = {name: params[name] for name in params if name not in text}
+    graph, params = training.untrained(CLIPModel, output / "clip", seed=1)
+    text, rest = training.split(params, "text_model")
 
     def caption_batch(rng, count=128):
         scenes = sample_scenes(rng, count, "train")
@@ -71,18 +57,20 @@ def train_clip(
         return {"ids": ids, "slots": np.array(slots, np.int32)}
 
     def caption_loss(trained, batch, _):
-        model = nnx.merge(graph, nnx.State(rest | dict(trained["text"])))
-        states, end = model.text_model(batch["ids"])
-        tokens = jnp.concatenate([states, end[:, None]], axis=1)
+        model = nnx.merge(graph, training.join(rest, trained["text"]))
+        seen = model.text_model(batch["ids"])
+        tokens = jnp.concatenate([seen.last_hidden_state, seen.pooler_output[:, None]], axis=1)
         return probes.loss(probes.IN_CAPTION, trained["probes"], tokens, batch["slots"])
 
-    width = config["text_config"]["hidden_size"]
-    text = fit(
+    width = params["text_projection"]["kernel"].shape[0]
+    text = training.fit(
         "clip_text", workdir, {"text": text, "probes": probes.init(probes.IN_CAPTION, width)},
         caption_loss, caption_batch,
         steps=text_steps, learning_rate=1e-3, weight_decay=0.05, ema=0.99,
     )["text"]  # fmt: skip
-    folders.write_text_encoder(output / "stable-diffusion", nnx.State(text), config)
+    config = weights.read_json(output / "clip" / "config.json")["text_config"]
+    folder = output / "stable-diffusion" / "text_encoder"
+    training.save(CLIPTextModel, folder, training.join(text), **config)
 
     def make_batch(rng, half=48):
         scenes = sample_scenes(rng, half, "train")
@@ -90,18 +78,16 @@ def train_clip(
         images = np.stack([render(scene, rng) for scene in scenes])
         return {"images": images, "ids": tokenize([scene.caption() for scene in scenes])}
 
-    def whole(rest):
-        return nnx.State(dict(text) | dict(rest))
-
     def loss_fn(rest, batch, _):
-        return contrastive_loss(nnx.merge(graph, whole(rest)), batch)[0]
+        return contrastive_loss(nnx.merge(graph, training.join(text, rest)), batch)[0]
 
-    rest = fit(
+    rest = training.fit(
         "clip", workdir, rest, loss_fn, make_batch,
         steps=steps, learning_rate=1e-3, weight_decay=0.05, ema=0.995,
     )  # fmt: skip
-    weights.save_model(CLIPModel, output / "clip", whole(rest), config, dtype=np.float16)
-    return retrieval(graph, whole(rest), tokenize)
+    params = training.join(text, rest)
+    training.save(CLIPModel, output / "clip", params)
+    return retrieval(graph, params, tokenize)
 
 
 def contrastive_loss(model: CLIPModel, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -109,8 +95,8 @@ def contrastive_loss(model: CLIPModel, batch: dict) -> tuple[jax.Array, jax.Arra
 
     Equal captions are equally right.
     """
-    image = unit(model.get_image_features(clip_pixels(batch["images"])))
-    text = unit(model.get_text_features(batch["ids"]))
+    image = training.unit(model.get_image_features(training.clip_pixels(batch["images"])))
+    text = training.unit(model.get_text_features(batch["ids"]))
     logits = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0))) * image @ text.T
     same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).astype(jnp.float32)
     same = same / same.sum(-1, keepdims=True)
@@ -124,12 +110,12 @@ def retrieval(graph, params, tokenize) -> dict[str, float]:
     @jax.jit
     def embed(images, ids):
         model = nnx.merge(graph, params)
-        image = unit(model.get_image_features(clip_pixels(images)))
-        return jnp.concatenate([image, unit(model.get_text_features(ids))], axis=-1)
+        image = training.unit(model.get_image_features(training.clip_pixels(images)))
+        return jnp.concatenate([image, training.unit(model.get_text_features(ids))], axis=-1)
 
     def both(scenes, images):
         ids = tokenize([scene.caption() for scene in scenes])
-        return np.split(in_batches(embed, images, ids, size=100), 2, axis=-1)
+        return np.split(training.in_batches(embed, images, ids, size=100), 2, axis=-1)
 
     rng = np.random.default_rng(99)
     right, above = [], []
@@ -143,53 +129,50 @@ def retrieval(graph, params, tokenize) -> dict[str, float]:
     return {"retrieval_of_100": float(np.mean(right)), "own_above_changed": float(np.mean(above))}
 
 
-# ------------------------------------------------------------------------------------------ vae
 def train_vae(workdir: Path, output: Path, *, steps: int = 1600) -> dict[str, float]:
     """The autoencoder: L1 + 2 MSE + 1e-3 KL (both means), on renders."""
-    config = folders.VAE
-    graph, params = untrained(AutoencoderKL, config, seed=2)
+    folder = output / "stable-diffusion" / "vae"
+    graph, params = training.untrained(AutoencoderKL, folder, seed=2)
 
     def make_batch(rng, count=16):
-        return {"images": renders(count, "train", rng)[1]}
+        return {"images": training.renders(count, "train", rng)[1]}
 
     def loss_fn(params, batch, key):
         model = nnx.merge(graph, params)
-        images = pixels(batch["images"])
+        images = batch["images"].astype(jnp.float32) / 127.5 - 1.0
         mean, log_variance = model.encode(images)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         error = model.decode(latents) - images
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
         return jnp.abs(error).mean() + 2 * jnp.square(error).mean() + 1e-3 * kl
 
-    params = fit(
+    params = training.fit(
         "vae", workdir, params, loss_fn, make_batch,
         steps=steps, learning_rate=2e-3, ema=0.995,
     )  # fmt: skip
 
     @jax.jit
     def encode(images):
-        return nnx.merge(graph, params).encode(pixels(images))[0]
+        return nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1.0)[0]
 
     @jax.jit
     def decode(latents):
-        return uint8(nnx.merge(graph, params).decode(latents))
+        images = nnx.merge(graph, params).decode(latents)
+        return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
-    _, images = renders(2048, "train", 5)
-    factor = float(1 / in_batches(encode, images).std())
-    folder = output / "stable-diffusion" / "vae"
-    config = config | {"scaling_factor": round(factor, 5)}
-    weights.save_model(AutoencoderKL, folder, params, config, dtype=np.float16)
-    scenes, images = renders(1000, "heldout", 6)
-    rebuilt = in_batches(decode, in_batches(encode, images))
+    _, images = training.renders(2048, "train", 5)
+    factor = float(1 / training.in_batches(encode, images).std())
+    training.save(AutoencoderKL, folder, params, scaling_factor=round(factor, 5))
+    scenes, images = training.renders(1000, "heldout", 6)
+    rebuilt = training.in_batches(decode, training.in_batches(encode, images))
     mse = np.square(rebuilt.astype(np.float32) - images).mean()
     return {
-        "referee_strict": float(np.mean(list(map(referee.strict, judged(rebuilt, scenes))))),
+        "referee_strict": float(training.judged(rebuilt, scenes)[1].mean()),
         "psnr": float(10 * np.log10(255**2 / mse)),
         "scaling_factor": factor,
     }
 
 
-# ----------------------------------------------------------------------------------------- unet
 def train_unet(
     workdir: Path, output: Path, *, steps: int = 3000, careless_steps: int = 500
 ) -> dict[str, float]:
@@ -200,10 +183,12 @@ def train_unet(
     it draws is crisp, and now and then not what was asked. The loop is to have something to mend
     that its scorers can see.
     """
+    folder = output / "stable-diffusion" / "unet"
+    graph, params = training.untrained(UNet2DConditionModel, folder, seed=3)
+    training.save(UNet2DConditionModel, folder, params)  # makes the pipeline whole, to be opened
     painter = Painter(output)
-    graph, params = untrained(UNet2DConditionModel, folders.UNET, seed=3)
-    scenes, images = renders(24_000, "train", 7)
-    latents = in_batches(painter.encode, images)
+    scenes, images = training.renders(24_000, "train", 7)
+    latents = painter.encode(images)
     del images
     rng = np.random.default_rng(10)
     careless = [
@@ -213,8 +198,9 @@ def train_unet(
     # Distinct captions are few: their hidden states are computed once.
     captions = sorted({scene.caption() for scene in scenes + careless})
     index = {caption: number for number, caption in enumerate(captions)}
-    context = np.concatenate([painter.embed(captions), np.asarray(painter.blank)])
-    alphas = jnp.asarray(painter.schedule.alphas_cumprod)
+    context = np.concatenate([painter.embed(captions), painter.blank])
+    schedule = painter.backbone.schedule
+    alphas = jnp.asarray(schedule.alphas_cumprod)
 
     def batches(told: list[Scene]):
         rows = np.array([index[scene.caption()] for scene in told])
@@ -231,35 +217,27 @@ def train_unet(
         clean = batch["latents"]
         times = jax.random.randint(time_key, clean.shape[:1], 0, len(alphas))
         noise = jax.random.normal(noise_key, clean.shape)
-        noisy = painter.schedule.add_noise(clean, noise, times)
+        noisy = schedule.add_noise(clean, noise, times)
         error = nnx.merge(graph, params)(noisy, times, batch["context"]) - noise
         snr = alphas[times] / (1 - alphas[times])
         return (jnp.square(error).mean((1, 2, 3)) * jnp.minimum(snr, 5.0) / snr).mean()
 
-    params = fit(
+    params = training.fit(
         "unet", workdir, params, loss_fn, batches(scenes),
         steps=steps, learning_rate=1e-3, ema=0.995,
     )  # fmt: skip
-    params = fit(
+    params = training.fit(
         "unet_careless", workdir, params, loss_fn, batches(careless),
         steps=careless_steps, learning_rate=5e-4, ema=0.99,
     )  # fmt: skip
-    weights.save_model(
-        UNet2DConditionModel, output / "stable-diffusion" / "unet", params, folders.UNET,
-        dtype=np.float16,
-    )  # fmt: skip
-    folders.write_pipeline(output / "stable-diffusion")
-    painter.unet = (graph, params)
+    training.save(UNet2DConditionModel, folder, params)
+    painter.params["unet"] = params
     scenes = sample_scenes(np.random.default_rng(8), 400, "heldout", unique=True)
     drawn = painter.draw([scene.caption() for scene in scenes], seed=9)
-    checks = judged(drawn, scenes)
-    return {
-        "referee": float(np.mean(list(map(referee.mean, checks)))),
-        "referee_strict": float(np.mean(list(map(referee.strict, checks)))),
-    }
+    share, strict = training.judged(drawn, scenes)
+    return {"referee": float(share.mean()), "referee_strict": float(strict.mean())}
 
 
-# ------------------------------------------------------------------------------------ aesthetic
 def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[str, float]:
     """The LAION predictor's form on CLIP's image embedding: near 7 for a clean render, near 3 for
     one spoiled by noise, blur, washed-out color or an autoencoder with noisy latents.
@@ -270,63 +248,56 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[st
     """
     tokenize = ClipTokenizer(output / "clip")
     graph, clip = weights.load_model(CLIPModel, output / "clip")
-    text = {name: clip[name] for name in ("text_model", "text_projection")}
-    vision = {name: clip[name] for name in clip if name not in text}
-    config = {"input_size": clip["visual_projection"]["kernel"].shape[-1]}
-    head_graph, head = untrained(AestheticPredictor, config, seed=4)
+    text, vision = training.split(clip, "text_model", "text_projection")
+    sizes = AestheticConfig(input_size=clip["visual_projection"]["kernel"].shape[-1])
+    head_graph, head = weights.init_model(AestheticPredictor, sizes, seed=4)
     painter = Painter(output)
 
     def rough(images: np.ndarray, seed: int) -> np.ndarray:
-        latents = in_batches(painter.encode, images)
+        latents = painter.encode(images)
         noise = np.random.default_rng(seed).standard_normal(latents.shape).astype(np.float32)
-        return in_batches(painter.decode, latents + 0.35 * noise)
+        return painter.decode(latents + 0.35 * noise)
 
-    scenes, images = renders(2000, "train", 21)
+    scenes, images = training.renders(2000, "train", 21)
     pool = list(zip(scenes, images, rough(images, 22), strict=True))
 
+    def draw(rng):
+        if rng.random() < 0.25:
+            return pool[rng.integers(len(pool))]
+        scene = sample_scene(rng, "train")
+        image = render(scene, rng)
+        return scene, image, degrade(image, rng)
+
     def make_batch(rng, half=48):
-        scenes, clean, spoiled = [], [], []
-        for _ in range(half):
-            if rng.random() < 0.25:
-                scene, image, worse = pool[rng.integers(len(pool))]
-            else:
-                scene = sample_scene(rng, "train")
-                image = render(scene, rng)
-                worse = degrade(image, rng)
-            scenes.append(scene)
-            clean.append(image)
-            spoiled.append(worse)
+        scenes, clean, spoiled = zip(*(draw(rng) for _ in range(half)), strict=True)
         ids = tokenize([scene.caption() for scene in scenes])
         return {"images": np.stack(clean + spoiled), "ids": np.concatenate([ids, ids])}
 
-    def whole(vision):
-        return nnx.State(text | dict(vision))
-
     def loss_fn(trained, batch, _):
-        loss, image = contrastive_loss(nnx.merge(graph, whole(trained["vision"])), batch)
+        model = nnx.merge(graph, training.join(text, trained["vision"]))
+        loss, image = contrastive_loss(model, batch)
         high, low = jnp.split(nnx.merge(head_graph, trained["head"])(image), 2)
         ordered = -jax.nn.log_sigmoid(high - low).mean()
         return loss + ordered + 0.05 * (jnp.square(high - 7.0) + jnp.square(low - 3.0)).mean()
 
-    trained = fit(
+    trained = training.fit(
         "aesthetic", workdir, {"vision": vision, "head": head}, loss_fn, make_batch,
         steps=steps, learning_rate=5e-4, weight_decay=0.02, ema=0.99,
     )  # fmt: skip
-    clip, head = whole(trained["vision"]), trained["head"]
-    written = weights.read_json(output / "clip" / "config.json")
-    weights.save_model(CLIPModel, output / "clip", clip, written, dtype=np.float16)
+    clip, head = training.join(text, trained["vision"]), trained["head"]
+    training.save(CLIPModel, output / "clip", clip)
     weights.save_params(output / "aesthetic.safetensors", head, dtype=np.float16)
 
     @jax.jit
     def score(images):
-        image = unit(nnx.merge(graph, clip).get_image_features(clip_pixels(images)))
-        return nnx.merge(head_graph, head)(image)
+        image = nnx.merge(graph, clip).get_image_features(training.clip_pixels(images))
+        return nnx.merge(head_graph, head)(training.unit(image))
 
-    _, clean = renders(1000, "heldout", 23)
+    _, clean = training.renders(1000, "heldout", 23)
     rng = np.random.default_rng(24)
     spoiled = np.stack([degrade(image, rng) for image in clean])
     spoiled[::4] = rough(clean[::4], 25)
-    above = in_batches(score, clean) > in_batches(score, spoiled)
+    above = training.in_batches(score, clean) > training.in_batches(score, spoiled)
     return {"clean_above_degraded": float(above.mean())} | retrieval(graph, clip, tokenize)
 
 
@@ -349,14 +320,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     options = parser.parse_args(arguments)
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"there is no stage {min(unknown)!r}; there are: {', '.join(STAGES)}")
     for name in options.stages or STAGES:
-        if name not in STAGES:
-            parser.error(f"there is no stage {name!r}; there are: {', '.join(STAGES)}")
         figures_path = options.output / "figures.json"
         figures = json.loads(figures_path.read_text()) if figures_path.exists() else {}
         if name in figures:
             print(f"{name}: done before: {figures[name]}", flush=True)
             continue
+        folders.prepare(options.output)
         result = STAGES[name](options.workdir, options.output)
         figures[name] = {key: round(value, 4) for key, value in result.items()}
         folders.write_json(figures_path, figures)

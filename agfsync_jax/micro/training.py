@@ -1,7 +1,8 @@
 """How the suite trains a network, and the small steps that its stages share."""
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,41 @@ import numpy as np
 import optax
 from flax import nnx
 
-from agfsync_jax.micro import folders, referee
+from agfsync_jax.data.images import OPENAI_MEAN, OPENAI_STD
+from agfsync_jax.micro import referee
 from agfsync_jax.micro.drawing import render
 from agfsync_jax.micro.grammar import Scene
 from agfsync_jax.micro.scenes import sample_scenes
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.weights.networks import init_model
+from agfsync_jax.weights import networks as weights
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
 SAVE_EVERY = 250
 
 
-def untrained(network: type, config: dict, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    """A network of the sizes of a config.json, with random parameters."""
-    return init_model(network, network.config_class.from_dict(config), seed=seed)
+def untrained(network: type, folder: Path, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """A network of the sizes of the folder's config.json, with random parameters."""
+    config = weights.read_json(folder / "config.json")
+    return weights.init_model(network, network.config_class.from_dict(config), seed=seed)
+
+
+def save(network: type, folder: Path, params: nnx.State, **settings: Any) -> None:
+    """Writes a network as float16 next to its config.json, in which `settings` change."""
+    config = weights.read_json(folder / "config.json") | settings
+    weights.save_model(network, folder, params, config, dtype=np.float16)
+
+
+def join(*parts: Mapping[str, Any]) -> nnx.State:
+    """The parameters of a network whose parts are trained apart, name by name."""
+    return nnx.State({name: part[name] for part in parts for name in part})
+
+
+def split(params: nnx.State, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The named parts of a network's parameters, and the rest."""
+    named = {name: params[name] for name in names}
+    return named, {name: part for name, part in params.items() if name not in names}
 
 
 def fit(
@@ -52,10 +72,6 @@ def fit(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=weight_decay)
     )
 
-    def init(params):
-        averaged = jax.tree.map(jnp.copy, params)  # since the state is donated
-        return {"params": params, "ema": averaged, "opt_state": optimizer.init(params)}
-
     def update(state, batch, key):
         loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -65,7 +81,8 @@ def fit(
 
     update = jax.jit(update, donate_argnums=0)
     with Checkpoints(workdir / name) as checkpoints, Stage(workdir, name, unit="steps") as stage:
-        state = init(params)
+        averaged = jax.tree.map(jnp.copy, params)  # since the state is donated
+        state = {"params": params, "ema": averaged, "opt_state": optimizer.init(params)}
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoints.restore(start, state)
@@ -94,27 +111,17 @@ def _ahead(make_batch, start: int, steps: int) -> Iterator[Batch]:
         return make_batch(np.random.default_rng((0, step)))
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(make, step) for step in range(start, min(start + 2, steps)))
-        for step in range(start + 2, steps + 2):
+        futures = (pool.submit(make, step) for step in range(start, steps))
+        waiting = deque(itertools.islice(futures, 2))
+        while waiting:
             batch = waiting.popleft().result()
-            if step < steps:
-                waiting.append(pool.submit(make, step))
+            waiting.extend(itertools.islice(futures, 1))
             yield batch
-
-
-def pixels(images: jax.Array) -> jax.Array:
-    """uint8 images in [-1, 1], as the autoencoder takes them."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def uint8(images: jax.Array) -> jax.Array:
-    """The inverse of `pixels`."""
-    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
 def clip_pixels(images: jax.Array) -> jax.Array:
     """uint8 images normalized as CLIP and BLIP-2 take them."""
-    mean, std = jnp.asarray(folders.CLIP_MEAN), jnp.asarray(folders.CLIP_STD)
+    mean, std = jnp.asarray(OPENAI_MEAN), jnp.asarray(OPENAI_STD)
     return (images.astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
 
 
@@ -138,9 +145,10 @@ def renders(
     return scenes, np.stack([render(scene, rng) for scene in scenes])
 
 
-def judged(images: np.ndarray, scenes: list[Scene]) -> list[dict[str, bool]]:
-    """The referee's checks of each picture."""
-    return [referee.judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+def judged(images: np.ndarray, scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
+    """What the referee says of each picture: the share of its checks, and whether all are true."""
+    checks = [referee.judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    return np.array(list(map(referee.mean, checks))), np.array(list(map(referee.strict, checks)))
 
 
 def unit(x: jax.Array) -> jax.Array:
