@@ -1,9 +1,12 @@
-"""What `agfsync plan --verb=NAME` compiles: a verb a file, which exports PLAN, a `Plan`."""
+"""What `agfsync plan --verb=NAME` compiles: a verb a file.
 
-import dataclasses
+A file exports `work(config, devices, name)`, which says what is compiled for the devices of a
+topology of that name, without reading weights (ValueError or FileNotFoundError for a config that
+the verb cannot run), and BATCH, the key of the config that says how large a batch is.
+"""
+
 import math
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +22,14 @@ class Work(NamedTuple):
 
     Attributes:
         lowered: the program, with a loop over steps, or, if it is not `looped`, a single step.
-        mesh: that it is for.
+        mesh: that it is for; on a topology of several, each does this on its own.
         params: its first argument, which lies on the chips all the time, with shardings.
         images: of one run of the program.
         num_steps: of the loop.
         step_flops: of one pass of it, on all chips of the mesh, as the model's formulas count.
         rest_flops: the same of what the program does once.
         total: images of the configured run.
-        help: what would need less memory.
-        copies: how many meshes do this side by side, each on its own.
+        help: what would need less memory -> whether it is still to be had.
         rate: (unit, how many of it one run makes).
         notes: what a reader must know of it.
         looped: see `lowered`.
@@ -44,9 +46,8 @@ class Work(NamedTuple):
     step_flops: int
     rest_flops: int
     total: int
-    help: list[str]
-    copies: int = 1
-    rate: tuple[str, int] = ("images", 0)
+    help: dict[str, bool]
+    rate: tuple[str, int]
     notes: tuple[str, ...] = ()
     looped: bool = True
     beside: tuple[jax.stages.Lowered, ...] = ()
@@ -54,24 +55,14 @@ class Work(NamedTuple):
     unit: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a file of this room exports.
+def placed(tree: Any, places: Any, dtype: Any = None) -> Any:
+    """Arrays that are not there, with their places: a sharding for all, or a tree of them."""
 
-    Attributes:
-        batch: the key of the config that says how large a batch is, "sample.batch_size".
-        work: `(config, devices, name)` -> what is compiled for the devices of a topology of that
-            name. It reads no weights; ValueError or FileNotFoundError for a config that the verb
-            cannot run.
-    """
+    def place(leaf, sharding):
+        kept = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=sharding)
 
-    batch: str
-    work: Callable[[Any, Sequence[jax.Device], str], Work]
-
-
-def placed(leaf: Any, sharding: Any, dtype: str) -> jax.ShapeDtypeStruct:
-    """A parameter that is not there, with its place."""
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+    return jax.tree.map(place, tree, jax.tree.broadcast(places, tree))
 
 
 def is_here(path: str) -> bool:

@@ -11,7 +11,7 @@ from agfsync_jax.utils import modules
 
 def largest_batch(config: Any, name: str, devices: list[jax.Device], row: dict[str, Any]) -> int:
     """A chip's largest batch; `row` is the estimate for the configured one."""
-    block, key = modules.load("plans", row["verb"]).PLAN.batch.split(".")
+    block, key = modules.load("plans", row["verb"]).BATCH.split(".")
     one = max(1, config[block][key] // max(1, row["batch_per_chip"]))  # of the batch, one a chip
 
     def peak(size: int) -> int | None:

@@ -3,18 +3,18 @@
 A host without an accelerator compiles for a TPU topology with libtpu alone.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 NAMES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x2")  # of those that libtpu knows
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """One JAX device, a chip or (TPU7x) half a chip.
 
     Attributes:
@@ -62,9 +62,7 @@ def devices(name: str) -> list[jax.Device]:
     _prepare_libtpu()
     from jax.experimental import topologies
 
-    options = {}
-    if match[1] == "v4":
-        options["chip_config_name"] = "megacore"  # a chip is one device, as jax runs it
+    options = {"chip_config_name": "megacore"} if match[1] == "v4" else {}  # a chip is one device
     if set(match[2].split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # by default a host has four
     try:
@@ -92,9 +90,7 @@ def one_process(name: str, own: Sequence[jax.Device]) -> list[jax.Device]:
     if len(first) == len(own) or ":" not in name:
         return first
     kind, shape = name.split(":")
-    sides = [
-        max(places) - min(places) + 1 for places in zip(*(d.coords for d in first), strict=True)
-    ]
+    sides = np.ptp([device.coords for device in first], axis=0) + 1
     return devices(f"{kind}:{'x'.join(map(str, sides[: shape.count('x') + 1]))}")
 
 

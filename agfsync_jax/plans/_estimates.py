@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +25,13 @@ KEYS = (
 def estimate(config: Any, name: str, devices: list[jax.Device], verb: str) -> dict[str, Any]:
     """The row of one topology and verb: `KEYS`, and "rate", "notes" and "unit", a batch's step."""
     say = _progress(f"{name}, {verb}")
-    work = modules.load("plans", verb).PLAN.work(config, devices, name)
+    work = modules.load("plans", verb).work(config, devices, name)
     mesh, chip = work.mesh, _chips.chip(devices[0])
     batch = work.images * mesh.shape["tensor"] // mesh.size
     row = dict.fromkeys(KEYS) | {
         "topology": name,
         "verb": verb,
-        "chips": mesh.size * work.copies,
+        "chips": len(devices),
         "batch_per_chip": batch,
         "param_bytes": param_bytes(work.params) - param_bytes(work.optimizer),
         "optimizer_bytes": param_bytes(work.optimizer),
@@ -56,23 +55,23 @@ def estimate(config: Any, name: str, devices: list[jax.Device], verb: str) -> di
     row["bytes_per_chip"] = max(_peak_bytes(each, work.params) for each in (compiled, *beside))
     if row["hbm_bytes"]:
         row["fits"] = row["bytes_per_chip"] <= row["hbm_bytes"]
-        if not row["fits"]:
-            row["notes"] += too_large(row, work)
+        row["notes"] += [] if row["fits"] else too_large(row, work)
     step = step_cost(Program(compiled.as_text(), mesh.shape), work, mesh.size)
-    by_kind: Counter[str] = Counter()
-    for crossing, size in step.collectives.items():
-        by_kind[crossing.partition(" ")[0]] += size
     row |= {
         "flops_per_step": step.flops,
-        "collective_bytes": dict(by_kind),
+        "collective_bytes": {},
         "collective_bytes_by_axes": dict(step.collectives),
     }
+    for crossing, size in step.collectives.items():
+        kind = crossing.partition(" ")[0]
+        row["collective_bytes"][kind] = row["collective_bytes"].get(kind, 0) + size
     row["notes"] += [
         f"{count} calls of {target} do not tell their FLOP: they are missing in what is measured, "
         "and the time is by formula."
         for target, count in step.uncounted.items()
     ]
-    row |= roofline(row, step, work, flops.peak(devices[0].device_kind), chip)
+    if chip and (peak := flops.peak(devices[0].device_kind)):
+        row |= roofline(row, step, work, peak, chip)
     say(f"{gib(row['bytes_per_chip'])} a chip, {number(row['step_seconds'], 1e-3)} ms a step")
     return row
 
@@ -87,14 +86,13 @@ def _peak_bytes(compiled: jax.stages.Compiled, params: Any) -> int:
     """Bytes a chip while the program runs: those too of parameters, its first argument, that it has
     no use for: they lie there all the same."""
 
-    def is_none(x):
-        return x is None
-
-    places = jax.tree.leaves(compiled.input_shardings[0][0], is_leaf=is_none)
-    leaves = zip(jax.tree.leaves(params, is_leaf=is_none), places, strict=True)
+    places, leaves = (
+        jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
+        for tree in (compiled.input_shardings[0][0], params)
+    )
     memory = compiled.memory_analysis()
     return (
-        param_bytes([leaf for leaf, place in leaves if place is None and leaf is not None])
+        param_bytes([x for x, place in zip(leaves, places, strict=True) if place is None])
         + memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
@@ -117,37 +115,30 @@ def step_cost(program: Program, work: Work, num_devices: int) -> Cost:
     A trajectory of one step has no loop, a step by itself neither: then it is all of the program.
     """
     expected = work.step_flops / num_devices
-
-    def distance(cost):
-        return abs(math.log((cost.flops + 1) / (expected + 1)))
-
     looped = work.looped and work.num_steps > 1
-    return min(program.loops if looped else [program.cost], key=distance)
+    return min(
+        program.loops if looped else [program.cost],
+        key=lambda cost: abs(math.log((cost.flops + 1) / (expected + 1))),
+    )
 
 
-def roofline(
-    row: dict, step: Cost, work: Work, peak: float | None, chip: _chips.Chip | None
-) -> dict[str, Any]:
-    """{"step_seconds", "bound", "mfu", "hours", "rate"}; None where the chip is not known.
-
-    Arithmetic, memory and network run at full speed, all at once, and the slowest counts.
-    """
-    if peak is None or chip is None:
-        return dict.fromkeys(("step_seconds", "bound", "mfu", "hours", "rate"))
+def roofline(row: dict, step: Cost, work: Work, peak: float, chip: _chips.Chip) -> dict[str, Any]:
+    """{"step_seconds", "bound", "mfu", "hours", "rate"}: arithmetic (`peak` FLOP/s), memory and
+    network run at full speed, all at once, and the slowest counts."""
     seconds = {
         # A program's count leaves out products with padding, which take their time all the same.
         "compute": max(step.flops, row["analytic_flops_per_step"]) / peak,
         "memory": step.bytes_accessed / chip.memory_bandwidth,
         "network": step.collectives.total() / chip.network_bandwidth,
     }
-    bound = max(seconds, key=seconds.get)
+    bound, copies = max(seconds, key=seconds.get), row["chips"] // work.mesh.size
     a_run = work.num_steps * seconds[bound] + work.rest_flops / work.mesh.size / peak
     return {
         "step_seconds": seconds[bound],
         "bound": bound,
         "mfu": row["analytic_flops_per_step"] / peak / seconds[bound],
-        "hours": math.ceil(work.total / work.images / work.copies) * a_run / 3600,
-        "rate": (work.rate[0], work.copies * work.rate[1] / a_run),
+        "hours": math.ceil(work.total / work.images / copies) * a_run / 3600,
+        "rate": (work.rate[0], copies * work.rate[1] / a_run),
     }
 
 

@@ -5,11 +5,12 @@
 
 import dataclasses
 import functools
-import itertools
 import math
+import operator
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,15 +38,14 @@ class Cost:
     uncounted: Counter = dataclasses.field(default_factory=Counter)
 
     def __add__(self, other: "Cost") -> "Cost":
-        names = [field.name for field in dataclasses.fields(self)]
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Cost(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, times: int) -> "Cost":
-        counters = (
-            Counter({key: n * times for key, n in counter.items()})
-            for counter in (self.collectives, self.uncounted)
-        )
-        return Cost(self.flops * times, self.bytes_accessed * times, *counters)
+        def scaled(counter):
+            return Counter({key: n * times for key, n in counter.items()})
+
+        numbers = self.flops * times, self.bytes_accessed * times
+        return Cost(*numbers, scaled(self.collectives), scaled(self.uncounted))
 
 
 class Program:
@@ -66,8 +66,7 @@ class Program:
         self._cost = functools.cache(self._cost_of)
         self.cost = self._cost(entry)
         self.loops = [
-            self._cost(_named(line.attributes, "body"))
-            + self._cost(_named(line.attributes, "condition"))
+            sum(map(self._cost, _called(line.attributes)), Cost())
             for lines in self._computations.values()
             for line in lines.values()
             if line.opcode == "while"
@@ -76,27 +75,20 @@ class Program:
     def _cost_of(self, computation: str, inside: bool = False) -> Cost:
         """Of a computation; of one that is fused, `inside`, the memory is its caller's."""
         lines = self._computations[computation]
-        total = Cost()
-        for line in lines.values():
-            total += self._line_cost(line, lines, inside)
-        return total
+        return sum((self._line_cost(line, lines, inside) for line in lines.values()), Cost())
 
     def _line_cost(self, line: "_Line", lines: dict[str, "_Line"], inside: bool) -> Cost:
+        fused = line.opcode not in ("while", "conditional", "call", "async-start")
+        called = [self._cost(name, inside or fused) for name in _called(line.attributes)]
+        if line.opcode == "conditional":
+            called = [max(called, key=lambda cost: cost.flops, default=Cost())]
         own = Cost(
             flops=_flops(line, lines),
             bytes_accessed=0 if inside else self._bytes_accessed(line, lines),
             collectives=_collective(line, self._axes),
             uncounted=_uncounted(line),
         )
-        called = _called(line.attributes)
-        if line.opcode == "while":
-            each = (self._cost(name, inside) for name in called)
-            return own + sum(each, Cost()) * self._trips(line)
-        if line.opcode == "conditional":
-            branches = [self._cost(name, inside) for name in called]
-            return own + max(branches, key=lambda cost: cost.flops, default=Cost())
-        fused = line.opcode not in ("call", "async-start")
-        return own + sum((self._cost(name, inside or fused) for name in called), Cost())
+        return own + sum(called, Cost()) * (self._trips(line) if line.opcode == "while" else 1)
 
     def _bytes_accessed(self, line: "_Line", lines: dict[str, "_Line"]) -> int:
         """Of a fusion that reads or writes but a slice of an array, as loops do: of the slice."""
@@ -104,24 +96,24 @@ class Program:
         if line.opcode != "fusion":
             return total
         fused = self._computations[_named(line.attributes, "calls")]
-        readers: dict[str, list[_Line]] = {}
+        readers = defaultdict(list)
         for each in fused.values():
             for name in each.names:
-                readers.setdefault(name, []).append(each)
+                readers[name].append(each)
         for name, parameter in fused.items():
-            uses = readers.get(name, [])
+            uses = readers[name]
             if parameter.opcode != "parameter" or not uses:
                 continue
-            whole = sum(_sizes(parameter.shape))
+            whole = _size(_arrays(parameter.shape))
             outside = lines.get(line.names[int(parameter.operands)])
-            if outside is None or not sum(_sizes(outside.shape, memory_only=True)):
+            if outside is None or not _size(_arrays(outside.shape), memory_only=True):
                 continue  # it is not in memory, and was not counted
             if all(use.opcode == "dynamic-slice" for use in uses):
-                total -= whole - sum(sum(_sizes(use.shape)) for use in uses)
+                total -= whole - sum(_size(_arrays(use.shape)) for use in uses)
             elif all(
                 use.opcode == "dynamic-update-slice" and use.names[0] == name for use in uses
             ):  # in place: neither read nor written but for the update
-                updates = sum(sum(_sizes(fused[use.names[1]].shape)) for use in uses)
+                updates = sum(_size(_arrays(fused[use.names[1]].shape)) for use in uses)
                 total -= 2 * (whole - updates)
         return max(total, 0)
 
@@ -185,38 +177,44 @@ def _called(attributes: str) -> list[str]:
     """The computations that an instruction runs."""
     keys = r"calls|to_apply|body|condition|true_computation|false_computation"
     lists = r"branch_computations|called_computations"
-    names = re.findall(rf"\b(?:{keys})=%?([\w.\-]+)", attributes)
-    for group in re.findall(rf"\b(?:{lists})=\{{([^}}]*)\}}", attributes):
-        names += re.findall(r"%?([\w.\-]+)", group)
-    return names
+    pattern = rf"\b(?:(?:{keys})=(%?[\w.\-]+)|(?:{lists})=\{{([^}}]*)\}})"
+    found = ["".join(groups) for groups in re.findall(pattern, attributes)]
+    return [name for text in found for name in re.findall(r"[\w.\-]+", text)]
 
 
-def _arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(dtype, dimensions, whether it lies in the device's memory) of every array of a shape."""
-    for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
-        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-        yield dtype, sizes, not re.search(r"S\([1-9]", layout)
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def _sizes(shape: str, memory_only: bool = False) -> list[int]:
-    """Bytes of every array of a shape."""
-    sizes = []
-    for dtype, dims, in_memory in _arrays(shape):
-        bits = re.search(r"\d+", dtype)
-        bits = 8 if dtype == "pred" else int(bits[0]) if bits else 0
-        sizes.append(math.prod(dims) * bits // 8 if in_memory or not memory_only else 0)
-    return sizes
+class _Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+    in_memory: bool  # of the device; else on the chip
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        bits = 8 if self.dtype == "pred" else sum(_integers(self.dtype)[:1])
+        return math.prod(self.dims) * bits // 8
 
 
-def _results(line: _Line, memory_only: bool = False) -> list[int]:
-    """Bytes of every array that an instruction makes."""
-    sizes = _sizes(line.shape, memory_only)
-    if not line.opcode.endswith("-start") or line.opcode == "all-reduce-start":
-        return sizes
+def _arrays(shape: str) -> list[_Array]:
+    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape)
+    return [_Array(a, _integers(dims), not re.search(r"S\([1-9]", at)) for a, dims, at in found]
+
+
+def _size(arrays: Sequence[_Array], memory_only: bool = False) -> int:
+    return sum(array.size for array in arrays if array.in_memory or not memory_only)
+
+
+def _results(line: _Line) -> list[_Array]:
+    """What an instruction makes."""
+    arrays, count = _arrays(line.shape), len(line.names)
     if line.opcode == "copy-start":  # (to, from, context)
-        return sizes[:1]
-    count = len(line.names)  # (from, to, context), as many of each of the first two
-    return sizes[count : 2 * count]
+        return arrays[:1]
+    if line.opcode.endswith("-start") and line.opcode != "all-reduce-start":
+        return arrays[count : 2 * count]  # (from, to, context), as many of each of the first two
+    return arrays
 
 
 def _collective(line: _Line, axes: Mapping[str, int]) -> Counter:
@@ -237,23 +235,21 @@ def _collective(line: _Line, axes: Mapping[str, int]) -> Counter:
             if len(set(places.tolist())) > 1
         }
         kind += f" over {', '.join(axis for axis in axes if axis in crossed)}"
-    return Counter({kind: sum(_results(line))})
+    return Counter({kind: _size(_results(line))})
 
 
-def _groups(attributes: str) -> list[list[int]]:
+def _groups(attributes: str) -> list[Sequence[int]]:
     """The devices that talk to one another, by their places in the mesh; [] where all do."""
     lists = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes)
     if lists:
-        found = re.findall(r"\{([\d,]*)\}", lists[1])
-        return [[int(number) for number in group.split(",") if number] for group in found]
+        return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", lists[1])]
     # [groups,size]<=[dimensions]T(order): all numbers, transposed and cut into groups
-    pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    pattern = r"replica_groups=\[(\d+,\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if match := re.search(pattern, attributes):
-        dimensions = [int(number) for number in match[3].split(",")]
+        dimensions = _integers(match[2])
         numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
-        if match[4]:
-            numbers = numbers.transpose([int(number) for number in match[4].split(",")])
-        return numbers.reshape(int(match[1]), int(match[2])).tolist()
+        numbers = numbers.transpose(_integers(match[3])) if match[3] else numbers
+        return numbers.reshape(_integers(match[1])).tolist()
     return []
 
 
@@ -267,25 +263,21 @@ _FREE = (
 def _bytes_accessed(line: _Line, lines: dict[str, _Line]) -> int:
     if line.opcode in _FREE or line.opcode.endswith(("-done", "-update")):
         return 0
-    written = sum(_results(line, memory_only=True))
-    operands = [_sizes(lines[name].shape, memory_only=True) for name in line.names if name in lines]
-    operands = [sum(sizes) for sizes in operands]
+    written = _size(_results(line), memory_only=True)
+    read = [
+        _size(_arrays(lines[name].shape), memory_only=True) for name in line.names if name in lines
+    ]
     if line.opcode in ("copy-start", "slice-start", "slice", "dynamic-slice", "gather"):
-        return written + (sum(_results(line)) if any(operands) else 0)  # no more than it gives
-    if line.opcode == "dynamic-update-slice":
-        return 2 * operands[1]
-    return written + sum(operands)
+        return written + (_size(_results(line)) if any(read) else 0)  # no more than it gives
+    return 2 * read[1] if line.opcode == "dynamic-update-slice" else written + sum(read)
 
 
 def _uncounted(line: _Line) -> Counter:
     """Calls of kernels that do not say what they do."""
-    if line.opcode != "custom-call":
-        return Counter()
-    target = re.search(r'custom_call_target="([^"]*)"', line.attributes)[1]
-    kernel = re.search(
-        r"tpu_custom_call|triton|mosaic|cublas|cudnn|onednn|matmul|conv|gemm", target
-    )
-    return Counter({target: 1} if kernel and not _estimate(line) else {})
+    kernels = r"tpu_custom_call|triton|mosaic|cublas|cudnn|onednn|matmul|conv|gemm"
+    match = re.search(r'custom_call_target="([^"]*)"', line.attributes)
+    told = line.opcode != "custom-call" or not re.search(kernels, match[1]) or _estimate(line)
+    return Counter() if told else Counter({match[1]: 1})
 
 
 def _estimate(line: _Line) -> int:
@@ -299,11 +291,11 @@ def _flops(line: _Line, lines: dict[str, _Line]) -> int:
         return _estimate(line)
     if line.opcode not in ("dot", "convolution"):
         return 0
-    (_, result, _), *_ = _arrays(line.shape)
-    left, right = (next(_arrays(lines[name].shape))[1] for name in line.names[:2])
+    result = _arrays(line.shape)[0].dims
+    left, right = (_arrays(lines[name].shape)[0].dims for name in line.names[:2])
     if line.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)[1]
-        return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+        return 2 * math.prod(result) * math.prod(left[d] for d in _integers(contracted))
     lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes).groups()
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
     window = dict(item.split("=") for item in window[1].split()) if window else {}
@@ -332,9 +324,6 @@ def _meetings(
     Along one dimension. TPUs write a batch of matrix products as a convolution, of which most
     elements meet padding.
     """
-    last = (size - 1) * dilation
-    places = (
-        output * stride + element * kernel_dilation - pad
-        for output, element in itertools.product(range(outputs), range(kernel))
-    )
-    return sum(0 <= place <= last and place % dilation == 0 for place in places)
+    places = np.add.outer(np.arange(outputs) * stride, np.arange(kernel) * kernel_dilation) - pad
+    inside = (places >= 0) & (places <= (size - 1) * dilation)
+    return int((inside & (places % dilation == 0)).sum())

@@ -1,5 +1,7 @@
 """How `agfsync plan` tells what it found: a table in Markdown, and what would help."""
 
+from collections import Counter
+
 import jax
 
 from agfsync_jax.parallel.sharding import path_string
@@ -37,24 +39,22 @@ def table(rows: list[dict]) -> str:
 
 def too_large(row: dict, work: Work) -> list[str]:
     """What takes the memory, and what would help."""
-    groups: dict[str, int] = {}
+    groups: Counter[str] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(work.params):
         names = [part for part in path_string(path).split(".") if not part.isdecimal()]
-        name = ".".join(names[:2])
-        groups[name] = groups.get(name, 0) + param_bytes(leaf)
-    largest = sorted(groups.items(), key=lambda item: -item[1])[:4]
-    told = ", ".join(f"{name} {gib(size)}" for name, size in largest)
-    rest, held = "", row["param_bytes"] + row["optimizer_bytes"]
-    if row["bytes_per_chip"]:
+        groups[".".join(names[:2])] += param_bytes(leaf)
+    told = ", ".join(f"{name} {gib(size)}" for name, size in groups.most_common(4))
+    needed, rest, held = "too large", "", row["param_bytes"] + row["optimizer_bytes"]
+    if peak := row["bytes_per_chip"]:
+        needed = f"needs {gib(peak)} a chip"
         rest = (
             f"; activations and the rest, of a batch of {row['batch_per_chip']} a chip: "
-            f"{gib(row['bytes_per_chip'] - held)}"
+            f"{gib(peak - held)}"
         )
-    needed = f"needs {gib(row['bytes_per_chip'])} a chip" if row["bytes_per_chip"] else "too large"
     return [
         f"does not fit: {needed}, there are {gib(row['hbm_bytes'])}. "
         f"Parameters and optimizer: {gib(held)} ({told}){rest}.",
-        f"would help: {'; '.join(work.help)}.",
+        f"would help: {'; '.join(text for text, helps in work.help.items() if helps)}.",
     ]
 
 

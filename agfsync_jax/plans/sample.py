@@ -1,6 +1,5 @@
 """The trajectory of `agfsync sample`, from conditioning to images."""
 
-import functools
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,13 @@ from jax.sharding import Mesh
 from agfsync_jax import backbones
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
-from agfsync_jax.plans import Plan, Work, is_here, placed
+from agfsync_jax.plans import Work, is_here, placed
 from agfsync_jax.utils import flops
 from agfsync_jax.weights import skeletons
 from agfsync_jax.weights.networks import abstract_model
 from agfsync_jax.weights.pipeline_files import PipelineFiles
+
+BATCH = "sample.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -32,43 +33,49 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         params += (refiner.params,)
     generator = backbones.generator(config, mesh, backbone, refiner=refiner)
 
-    def abstract(rows, shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    rows = generator.batch_size * (1 if generator.guidance_scale == 1 else 2)
-    tokens = abstract(rows, plain.tokenize([""]).shape[1:], jnp.int32)
-    conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
-    latents, timesteps = abstract(rows, generator.latent_shape), abstract(rows, ())
-    decoded = abstract(generator.batch_size, generator.latent_shape)
+    dtypes = config.sample.param_dtype, config.backbone.dtype
+    wide_params, wide_activations = (jnp.dtype(dtype).itemsize > 2 for dtype in dtypes)
+    step_flops, rest_flops = drawing_flops(
+        plain, generator.latent_shape, generator.batch_size, generator.guidance_scale != 1
+    )
     return Work(
         lowered=generator.lower(backbone.params),
         mesh=mesh,
         params=params,
         images=generator.batch_size,
         num_steps=generator.num_calls,
-        step_flops=flops.count(plain.denoise, plain.params, latents, timesteps, conditioning),
-        rest_flops=flops.count(plain.decode_latents, plain.params, decoded),
+        step_flops=step_flops,
+        rest_flops=rest_flops,
         total=config.prompts.num_prompts * config.sample.num_candidates,
         rate=("images", generator.batch_size),
-        help=[
-            f"a smaller --config.sample.batch_size (now {generator.batch_size} on all chips)",
-            *(
-                ["--config.sample.param_dtype=bfloat16, which halves the parameters"]
-                if jnp.dtype(config.sample.param_dtype).itemsize > 2
-                else []
+        help={
+            f"a smaller --config.sample.batch_size (now {generator.batch_size} on all chips)": True,
+            "--config.sample.param_dtype=bfloat16, which halves the parameters": wide_params,
+            "--config.backbone.dtype=bfloat16, which halves the activations": wide_activations,
+            "--config.backbone.attention=auto, which keeps attention's scores off the memory": (
+                config.backbone.attention == "plain"
             ),
-            *(
-                ["--config.backbone.dtype=bfloat16, which halves the activations"]
-                if jnp.dtype(config.backbone.dtype).itemsize > 2
-                else []
-            ),
-            *(
-                ["--config.backbone.attention=auto, which keeps attention's scores off the memory"]
-                if config.backbone.attention == "plain"
-                else []
-            ),
-            "parameters split by config.sharding over --config.mesh.fsdp or tensor chips",
-        ],
+            "parameters split by config.sharding over --config.mesh.fsdp or tensor chips": True,
+        },
+    )
+
+
+def drawing_flops(
+    backbone: Any, latent_shape: tuple[int, int, int], batch_size: int, guided: bool
+) -> tuple[int, int]:
+    """FLOP of a step of the denoiser for a batch of images, and of decoding them, by formula.
+
+    Args:
+        backbone: with plain attention, whose products can be counted; shapes are enough.
+    """
+    params, tokens = backbone.params, backbone.tokenize([""] * batch_size * (1 + guided))
+    conditioning = jax.eval_shape(backbone.encode_prompt, params, tokens)
+    timesteps = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int32)
+    latents = jax.ShapeDtypeStruct((len(tokens), *latent_shape), jnp.float32)
+    decoded = jax.ShapeDtypeStruct((batch_size, *latent_shape), jnp.float32)
+    return (
+        flops.count(backbone.denoise, params, latents, timesteps, conditioning),
+        flops.count(backbone.decode_latents, params, decoded),
     )
 
 
@@ -106,13 +113,6 @@ def abstract_backbone(config: Any, mesh: Mesh, path: str, kind: str, param_dtype
             dtype = cls.dtype_of(name, sizes, jnp.dtype(config.backbone.dtype))
             graphs[name], abstract = abstract_model(network, sizes, dtype=dtype)
             places = infer_shardings(abstract, mesh, config.sharding)
-            params[name] = jax.tree.map(
-                functools.partial(placed, dtype=param_dtype or config.sample.param_dtype),
-                abstract,
-                places,
-            )
-        settings = {"dtype": config.backbone.dtype, "attention": config.backbone.attention}
+            params[name] = placed(abstract, places, param_dtype or config.sample.param_dtype)
+        settings = {key: config.backbone[key] for key in ("dtype", "attention")}
         return cls(files, graphs, params, mesh=mesh, **settings)
-
-
-PLAN = Plan(batch="sample.batch_size", work=work)

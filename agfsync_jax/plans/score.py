@@ -5,7 +5,6 @@ that of one process, and the others do the same beside it. CLIP and aesthetic sc
 beside it and are left out.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from agfsync_jax.parallel.sharding import (
     replicated,
     round_up,
 )
-from agfsync_jax.plans import Plan, Work, _chips, is_here, placed
+from agfsync_jax.plans import Work, _chips, is_here, placed
 from agfsync_jax.scorers import _blip2
 from agfsync_jax.utils import flops
 from agfsync_jax.weights import skeletons
@@ -35,6 +34,7 @@ from agfsync_jax.weights.places import local_files, resolve_path
 
 QUESTIONS = 15  # an image; AGFSync's have about as many
 TOKENS = 32  # of a question with AGFSync's prompt, padded
+BATCH = "score.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -44,31 +44,30 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         ValueError: no such scorer, or rules that do not fit.
         FileNotFoundError: a model that is neither here nor known.
     """
-    specs = [spec for spec in config.scorers.to_dict().values() if spec["name"] == "vqa"]
-    if not specs:
+    scorers = config.scorers.to_dict().values()
+    spec = next((each for each in scorers if each["name"] == "vqa"), None)
+    if not spec:
         raise ValueError("no scorer named vqa in config.scorers: there is little to plan.")
     mesh = create_mesh(config.score.mesh, devices=_chips.one_process(name, devices))
-    graph, params, resize = abstract_blip2(specs[0], mesh)
+    graph, params, resize = abstract_blip2(spec, mesh)
     shards = batch_shards(mesh)
-    num_images = round_up(specs[0].get("batch_size") or config.score.batch_size, shards)
-    size = round_up(specs[0].get("questions_per_batch") or 2 * num_images, shards)
+    num_images = round_up(spec.get("batch_size") or config.score.batch_size, shards)
+    size = round_up(spec.get("questions_per_batch") or 2 * num_images, shards)
     num_steps = math.ceil(num_images * QUESTIONS / size)
     read_images, score, _ = _blip2.programs(graph, mesh, resize)
 
-    def abstract(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+    def rows(count, *shape, dtype=jnp.int32):
+        return placed(jax.ShapeDtypeStruct((count, *shape), dtype), batch_sharding(mesh))
 
-    pixels = config.sample.height, config.sample.width, 3
-    images = abstract(num_images, *pixels, dtype=jnp.uint8)
-    tokens = jax.eval_shape(read_images, params, images)
-    tokens = placed(tokens, replicated(mesh), tokens.dtype)
+    images = rows(num_images, config.sample.height, config.sample.width, 3, dtype=jnp.uint8)
+    tokens = placed(jax.eval_shape(read_images, params, images), replicated(mesh))
     batch = {
-        "image": abstract(size),
-        "ids": abstract(size, TOKENS),
-        "mask": abstract(size, TOKENS),
+        "image": rows(size),
+        "ids": rows(size, TOKENS),
+        "mask": rows(size, TOKENS),
         # yes and no, one token each: choices are padded to four
-        "choices": abstract(size, 4, 1),
-        "choice_mask": abstract(size, 4, 1),
+        "choices": rows(size, 4, 1),
+        "choice_mask": rows(size, 4, 1),
     }
     named = ({"vqa": params},)
 
@@ -84,14 +83,13 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         step_flops=flops.count(score, params, tokens, batch),
         rest_flops=flops.count(read_images, params, images),
         total=config.prompts.num_prompts * config.sample.num_candidates,
-        help=[
+        help={
             f"a smaller --config.score.batch_size (now {num_images} images and {size} questions on"
-            f" the {mesh.size} chips of a process)",
+            f" the {mesh.size} chips of a process)": True,
             "weights split by the scorer's sharding over --config.score.mesh.fsdp or tensor chips"
-            f" (now {dict(mesh.shape)})",
-            *(["dtype=bfloat16 of the scorer"] if "bfloat16" != specs[0].get("dtype") else []),
-        ],
-        copies=len(devices) // mesh.size,
+            f" (now {dict(mesh.shape)})": True,
+            "dtype=bfloat16 of the scorer": spec.get("dtype") != "bfloat16",
+        },
         rate=("questions", num_images * QUESTIONS),
         notes=(
             f"a step is a batch of {size} questions of {TOKENS} tokens, {num_steps} of them for"
@@ -125,8 +123,4 @@ def abstract_blip2(
     sizes = Blip2Config.from_dict(values)
     graph, abstract = abstract_model(Blip2ForConditionalGeneration, sizes, dtype=dtype)
     places = infer_shardings(abstract, mesh, spec.get("sharding", ()))
-    named = functools.partial(placed, dtype=dtype)
-    return graph, jax.tree.map(named, abstract, places), resize
-
-
-PLAN = Plan(batch="score.batch_size", work=work)
+    return graph, placed(abstract, places, dtype), resize

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
-from agfsync_jax.plans import Plan, Work, placed
+from agfsync_jax.plans import Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
+
+BATCH = "train.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -43,25 +45,20 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         text = (name for name in backbone.params if name.startswith("text_encoder"))
         frozen["text"] = {name: backbone.params[name] for name in text}
 
-    rows = batch_sharding(mesh)
-
-    def split(leaf):
-        return placed(leaf, rows, leaf.dtype)
-
     shape = backbone.latent_shape(config.sample.height, config.sample.width)
     size = spec.batch_size
-    tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
     latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
     batch = {
-        "chosen_latents": split(latents),
-        "rejected_latents": split(latents),
-        "example": split(jax.ShapeDtypeStruct((size,), jnp.int32)),
+        "chosen_latents": latents,
+        "rejected_latents": latents,
+        "example": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     if step.encode:
-        batch["token_ids"] = split(tokens)
+        batch["token_ids"] = tokens
     else:
-        conditioning = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
-        batch["conditioning"] = jax.tree.map(split, conditioning)
+        batch["conditioning"] = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
+    batch = placed(batch, batch_sharding(mesh))
     step_flops = program.step_flops(step, base, batch, frozen["text"])
     return Work(
         lowered=program.step_program(state, frozen, step, mesh).lower(state, frozen, batch),
@@ -73,15 +70,14 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         rest_flops=0,
         total=spec.num_steps * size,
         rate=("pairs", size),
-        help=[
+        help={
             f"more parts a batch (--config.train.accumulate, now {spec.accumulate}) or a smaller"
-            f" --config.train.batch_size (now {size} on all chips)",
-            *(["--config.train.remat=full"] if spec.remat != "full" else []),
+            f" --config.train.batch_size (now {size} on all chips)": True,
+            "--config.train.remat=full": spec.remat != "full",
             f"parameters split by config.sharding over --config.mesh.fsdp chips (now"
-            f" {dict(mesh.shape)})",
-            *(["--config.train.lora_rank=8"] if not spec.lora_rank else []),
-        ],
-        looped=spec.accumulate > 1,
+            f" {dict(mesh.shape)})": True,
+            "--config.train.lora_rank=8": not spec.lora_rank,
+        },
         optimizer=(state.opt_state, state.ema),
         unit=spec.accumulate,
         notes=(
@@ -89,6 +85,3 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
             " formula.",
         ),
     )
-
-
-PLAN = Plan(batch="train.batch_size", work=work)

@@ -33,10 +33,7 @@ _PEAKS = (
 
 def peak(device_kind: str) -> float | None:
     """FLOP/s in bfloat16 of a device of `jax.Device.device_kind`; None where it is not known."""
-    for pattern, tera in _PEAKS:
-        if re.search(pattern, device_kind):
-            return tera * 1e12
-    return None
+    return next((tera * 1e12 for kind, tera in _PEAKS if re.search(kind, device_kind)), None)
 
 
 def count(function: Callable, *args: Any) -> int:

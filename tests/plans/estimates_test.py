@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.plans import Plan, Work, _chips, sample
+from agfsync_jax.plans import Work, _chips, sample
 from agfsync_jax.plans._estimates import estimate, roofline
 from agfsync_jax.plans._programs import Cost
 from agfsync_jax.plans._tables import table
@@ -26,20 +26,21 @@ def test_what_the_compiler_refuses_is_told(monkeypatch):
     params = ({"unet": {"big": jax.ShapeDtypeStruct((2**28,), jnp.float32)}},)
     alone = NamedSharding(create_mesh(), PartitionSpec())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), params)
-    work = Work(Lowered(), create_mesh(), params, 8, 2, 8, 8, 64, ["less"])
-    made = Plan("sample.batch_size", lambda config, devices, name: work)
-    monkeypatch.setattr(sample, "PLAN", made)
+    ways = {"less": True, "more": False}
+    work = Work(Lowered(), create_mesh(), params, 8, 2, 8, 8, 64, ways, ("images", 8))
+    monkeypatch.setattr(sample, "work", lambda config, devices, name: work)
     row = estimate(micro.get_config(), "x", jax.devices(), "sample")
     assert row["fits"] is False and row["bytes_per_chip"] == 17 * 2**30
     text = "\n".join(row["notes"])
-    assert "unet.big 1.00 GiB" in text and "16.00 GiB" in text and "would help: less" in text
+    assert "unet.big 1.00 GiB" in text and "16.00 GiB" in text and "would help: less." in text
     assert "| NO |" in table([row])
 
 
 def test_time_is_that_of_the_slowest():
-    row, mesh = {"analytic_flops_per_step": 4e12}, create_mesh(devices=jax.devices()[:4])
+    row = {"analytic_flops_per_step": 4e12, "chips": 4}
+    mesh = create_mesh(devices=jax.devices()[:4])
     chip = _chips.Chip(memory=0, memory_bandwidth=1e11, network_bandwidth=1e10)
-    work = Work(None, mesh, None, 8, 10, 0, 40e12, 20, [], rate=("images", 8))
+    work = Work(None, mesh, None, 8, 10, 0, 40e12, 20, {}, ("images", 8))
     cost = Cost(int(3e12), int(1e11), Counter({"all-gather": 10**10}))
     found = roofline(row, cost, work, 1e12, chip)
     assert found["bound"] == "compute" and found["step_seconds"] == 4.0
@@ -47,7 +48,7 @@ def test_time_is_that_of_the_slowest():
     # Three batches of ten steps, and ten seconds more to decode each.
     np.testing.assert_allclose(found["hours"], 3 * (10 * 4 + 10) / 3600)
     assert found["rate"] == ("images", 8 / 50)
-    found = roofline(row, cost, work._replace(copies=2), 1e12, chip)
+    found = roofline(row | {"chips": 8}, cost, work, 1e12, chip)
     np.testing.assert_allclose(found["hours"], 2 * (10 * 4 + 10) / 3600)
     assert found["rate"] == ("images", 2 * 8 / 50)
     slow = Cost(int(3e12), int(1e11), Counter({"all-gather": 10**11}))
