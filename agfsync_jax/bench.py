@@ -66,25 +66,28 @@ def main(
     if platform != "cpu":  # the device goes to those that are measured
         jax.extend.backend.clear_backends()
         jax.config.update("jax_platforms", "cpu")
+    sides = {name: made for name, made in bench.sides.items() if name in ("agfsync", against)}
     with contextlib.ExitStack() as stack:
         parent = to_path(workdir) if workdir else None
         if parent is None or is_url(parent):  # models with random weights are made on this disk
             temporary = tempfile.TemporaryDirectory(prefix="agfsync-")
             parent = Path(stack.enter_context(temporary))
         clock = stack.enter_context(Stage(parent / "bench", "bench", unit=bench.unit))
-        measured = bench.measure(config, parent / "bench", against, clock)
-    device = measured.about["device"]
-    results = {t.name: figures(t, list(bench.sides(against)), device) for t in measured.tasks}
+        tasks, about = bench.measure(config, parent / "bench", sides, clock)
+    device = about["agfsync"]["device"]
+    versions = {name: v for each in about.values() for name, v in each["versions"].items()}
+    results = {task.name: figures(task, list(sides), device) for task in tasks}
     result: dict[str, Any] = {"stage": stage} | next(iter(results.values()))
     result |= {"tasks": results} if len(results) > 1 else {}
-    result |= measured.about
+    result |= {"device": device, "versions": versions}
     if workdir:
-        turns = {t.name: t.rows for t in measured.tasks}
-        kept = {"settings": measured.settings, "turns": turns.get("", turns), "result": result}
+        turns = {task.name: task.rows for task in tasks}
+        settings = config.bench.to_dict()
+        kept = {"settings": settings, "turns": turns.get("", turns), "result": result}
+        name = f"{stage}-{bench.label or config.bench.model}.json"
         text = dumps(kept, indent=2) + "\n"
-        name = f"{stage}-{measured.label}.json"
         records.write_file(to_path(workdir) / "bench" / name, [text.encode()])
-    for task in measured.tasks:
+    for task in tasks:
         print(table(task, results[task.name], device, against))
     if json:
         print(dumps(result))
@@ -94,15 +97,19 @@ def check(bench: Bench, config: Any, stage: str, against: str | None, platform: 
     """Raises ValueError for settings that cannot be, or a peer that is not installed."""
     if not Path("/proc/self/clear_refs").exists():
         raise ValueError("agfsync bench reads peak memory from /proc: it runs on Linux")
-    if config.bench.repeats < 1:
-        raise ValueError(f"config.bench.repeats={config.bench.repeats}: expected at least 1")
-    if against not in (None, *bench.peers):
-        raise ValueError(
-            f"--against={against}: expected {' or '.join(bench.peers)}, or nothing, with"
-            f" --stage={stage}"
-        )
-    bench.check(config, against, platform)
-    for library in bench.libraries if against else ():
+    for key in ("repeats", *bench.counts):
+        if config.bench[key] < 1:
+            raise ValueError(f"config.bench.{key}={config.bench[key]}: expected at least 1")
+    _, *peers = bench.sides
+    if against not in (None, *peers):
+        expected = f"expected {' or '.join(peers)}, or nothing, with --stage={stage}"
+        raise ValueError(f"--against={against}: {expected}")
+    bench.check(config)
+    if bench.one_device and against and platform not in ("cpu", "gpu"):
+        raise ValueError(f"--against={against} runs on a CPU or a GPU, and JAX on a {platform}")
+    if bench.one_device and jax.process_count() > 1:
+        raise ValueError(f"agfsync bench --stage={stage} measures one device: run one process")
+    for library in bench.sides[against].libraries if against else ():
         if not importlib.util.find_spec(library):
             raise ValueError(
                 f"--against={against} needs {library}: pip install 'agfsync_jax[torch]'"

@@ -129,14 +129,14 @@ def test_a_peer_that_is_not_there(config, tmp_path, monkeypatch):
 
 
 def test_a_side_that_fails_says_why(config, tmp_path, monkeypatch):
-    write = _models.write_random
+    write = _models.write_tensors
 
-    def cut_off(kind, folder, *args, **kwargs):
-        size = write(kind, folder, *args, **kwargs)
-        (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-        return size
+    def cut_off(path, tensors):
+        write(path, tensors)
+        if path.parent.name == "unet":
+            path.write_bytes(b"cut")
 
-    monkeypatch.setattr(_models, "write_random", cut_off)
+    monkeypatch.setattr(_models, "write_tensors", cut_off)
     with pytest.raises(ValueError, match="agfsync failed in `load`: .*unet"):
         bench.main(config, tmp_path)
     assert not (tmp_path / "bench" / "tiny").exists()

@@ -301,11 +301,11 @@ def test_bench_signature(module):
     """A stage of `agfsync bench`, whose peers the command line knows."""
     bench = module.BENCH
     assert isinstance(bench, Bench)
-    assert positional(bench.check) == ["config", "against", "platform"]
-    assert positional(bench.measure) == ["config", "home", "against", "clock"]
-    assert bench.unit and bench.libraries
-    assert set(bench.peers) <= set(cli.FLAGS["bench"]["against"]["choices"])
-    assert list(bench.sides(None)) == ["agfsync"]
+    assert positional(bench.check) == ["config"]
+    assert positional(bench.measure) == ["config", "home", "sides", "clock"]
+    ours, *peers = bench.sides
+    assert ours == "agfsync" and set(peers) <= set(cli.FLAGS["bench"]["against"]["choices"])
+    assert bench.unit and all(side.libraries for side in bench.sides.values())
 
 
 @pytest.mark.parametrize("module", members("plans"))

@@ -26,20 +26,8 @@ class Task(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Measured(NamedTuple):
-    """What a stage measured.
-
-    Attributes:
-        tasks: at least one.
-        about: {"device", "versions"}.
-        settings: what was measured, as it was in the end.
-        label: of the file that keeps the figures.
-    """
-
-    tasks: list[Task]
-    about: dict[str, Any]
-    settings: dict[str, Any]
-    label: str
+Sides = Mapping[str, type]  # "agfsync", this package, comes first, then its peers
+Measured = tuple[list[Task], dict[str, dict]]  # at least one; and what each side is about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +36,20 @@ class Bench:
 
     Attributes:
         unit: what its progress counts, in the plural.
-        ours: the class that does the work with this package, and
-        peers: name -> class that does the same with others (benches/_peers.py). Each side lives in
-            a process of its own, so that memory and libraries do not mix.
-        libraries: what the peers need.
-        check: `(config, against, platform)`; ValueError for settings that cannot be.
-        measure: `(config, home, against, clock)` -> what was measured, of us and the peer named
-            `against`, if any; files are kept in the folder `home`.
+        sides: name -> class (benches/_sides.py) that does the work. Each lives in a process of its
+            own, so that memory and libraries do not mix.
+        check: `(config)`; ValueError for settings that cannot be.
+        measure: `(config, home, sides, clock)` -> the tasks, as these sides have done them; files
+            are kept in the folder `home`.
+        counts: keys of `config.bench` that are at least 1, as is `repeats`.
+        one_device: the work is one device's, and the peers' are CPUs and GPUs.
+        label: of the file that keeps the figures; the model's name where it is empty.
     """
 
     unit: str
-    ours: type
-    peers: Mapping[str, type]
-    libraries: tuple[str, ...]
-    check: Callable[[Any, str | None, str], None]
+    sides: Sides
+    check: Callable[[Any], None]
     measure: Callable[..., Measured]
-
-    def sides(self, against: str | None) -> dict[str, type]:
-        """Who takes turns, and its class."""
-        return {"agfsync": self.ours} | ({against: self.peers[against]} if against else {})
-
-
-def joined(about: dict[str, dict]) -> dict[str, Any]:
-    """Our device, and what all sides are made of."""
-    versions = {name: v for each in about.values() for name, v in each["versions"].items()}
-    return {"device": about["agfsync"]["device"], "versions": versions}
+    counts: tuple[str, ...] = ()
+    one_device: bool = True
+    label: str = ""

@@ -15,21 +15,17 @@ from agfsync_jax.utils import modules
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.weights import skeletons
 from agfsync_jax.weights.networks import abstract_model, checkpoint_table, read_json
+from agfsync_jax.weights.pipeline_files import PipelineFiles
 from agfsync_jax.weights.tensor_files import FLOATING, Tensor, write_tensors
 
 
 def check(config: Any) -> None:
     """Raises ValueError for an unknown model or dtype."""
     spec = config.bench
-    for key in ("file_dtype", "param_dtype", "dtype"):
-        if spec[key] not in (*FLOATING, *([""] if key == "dtype" else [])):
-            raise ValueError(
-                f"config.bench.{key}={spec[key]}: expected one of {', '.join(FLOATING)}"
-            )
-    if spec.model not in skeletons.KINDS:
-        raise ValueError(
-            f"config.bench.model={spec.model}: expected one of {', '.join(skeletons.KINDS)}"
-        )
+    known = dict.fromkeys(("file_dtype", "param_dtype", "dtype"), FLOATING)
+    for key, values in (known | {"model": skeletons.KINDS}).items():
+        if spec[key] not in values and (key, spec[key]) != ("dtype", ""):
+            raise ValueError(f"config.bench.{key}={spec[key]}: expected one of {', '.join(values)}")
 
 
 @contextlib.contextmanager
@@ -39,34 +35,23 @@ def random_weights(config: Any, home: Path, clock: Stage) -> Iterator[tuple[Path
     spec = config.bench
     folder = home / spec.model
     try:
-        size = write_random(
-            spec.model, folder, spec.file_dtype, seed=config.seed, unet_width=spec.unet_width
-        )
+        skeletons.write_skeleton(spec.model, folder)
+        if spec.unet_width != 1:
+            _narrow(folder / "unet/config.json", spec.unet_width)
+        size = _write_random(folder, spec.file_dtype, config.seed)
         clock.print(f"{spec.model}: {size / 1e9:.2f} GB of {spec.file_dtype} in files")
         yield folder, size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_random(kind: str, folder: Path, dtype: str, *, seed: int, unet_width: float = 1.0) -> int:
-    """Writes a diffusers folder of a released model's shapes, one random tensor at a time.
-
-    Args:
-        unet_width: the share of the UNet's channels that are left.
-
-    Returns:
-        The size of its tensors in bytes.
-    """
-    skeletons.write_skeleton(kind, folder)
-    if unet_width != 1:
-        _narrow(folder / "unet/config.json", unet_width)
-    index = read_json(folder / "model_index.json")
-    backbone = backbone_class(folder)
+def _write_random(folder: Path, dtype: str, seed: int) -> int:
+    """Writes the weights of a folder that has none, one random tensor at a time; their bytes."""
+    files, networks = PipelineFiles(folder), backbone_class(folder).networks
     rng, size = np.random.default_rng(seed), 0
-    for name, network in backbone.networks.items():
-        if not isinstance(index.get(name), list) or index[name][0] is None:
-            continue
-        config = network.config_class.from_dict(read_json(folder / name / "config.json"))
+    for name in filter(files.has, networks):
+        network = networks[name]
+        config = network.config_class.from_dict(files.config(name))
         tensors = {}
         for key, (_, _, shape) in checkpoint_table(abstract_model(network, config)[1]).items():
 
@@ -84,9 +69,8 @@ def _narrow(path: Path, share: float) -> None:
     """Takes a share of a UNet's channels, and groups and heads that still divide them."""
     config = read_json(path)
     widths = [round(width * share) for width in config["block_out_channels"]]
-    heads = config["attention_head_dim"]
-    for level, width in enumerate(widths):
-        count = heads if isinstance(heads, int) else heads[level]
+    heads = np.broadcast_to(config["attention_head_dim"], len(widths))  # one number, or one a level
+    for width, count in zip(widths, heads, strict=True):
         if width < 1 or width % count:
             raise ValueError(
                 f"config.bench.unet_width={share} leaves {width} channels, which {count} heads do"

@@ -8,14 +8,11 @@ from typing import Any
 
 
 class Process:
-    """An object made in a fresh process, and asked there for one method after the other.
+    """An object of a class, made in a fresh process without arguments at the first question, and
+    asked there for one method after the other; errors call it `name`.
 
-        with Process(Measured) as process:
+        with Process(Measured, "agfsync") as process:
             answer = process.ask("method", argument)
-
-    Args:
-        make: a class of some module, made without arguments at the first question.
-        name: what errors call it.
     """
 
     def __init__(self, make: type, name: str):
@@ -36,11 +33,7 @@ class Process:
         self._process.join()
 
     def ask(self, method: str, *args: Any) -> Any:
-        """What the method answers.
-
-        Raises:
-            ValueError: the method raises, or the process dies.
-        """
+        """What the method answers; ValueError where it raises, or the process dies."""
         try:
             self._here.send((method, args))
             answer, error = self._here.recv()

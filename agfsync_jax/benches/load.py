@@ -11,38 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agfsync_jax.benches import Bench, Measured, Task, _models, joined
-from agfsync_jax.benches._ours import Ours
+from agfsync_jax.benches import Bench, Measured, Sides, Task, _models
 from agfsync_jax.benches._peers import Diffusers
 from agfsync_jax.benches._processes import HostMemory, Process
+from agfsync_jax.benches._turns import Ours
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils.clock import Stage
 
 
-def check(config: Any, against: str | None, platform: str) -> None:
-    """Raises ValueError for an unknown model or dtype."""
-    _models.check(config)
-
-
-def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measured:
+def measure(config: Any, home: Path, sides: Sides, clock: Stage) -> Measured:
     """Loads in turn, each time in a fresh process."""
     spec = config.bench
-    rows, about = [], {}
+    task, about = Task("", "loads", 1, 0, []), {}
     with _models.random_weights(config, home, clock) as (folder, size):
         held = size * jnp.dtype(spec.param_dtype).itemsize // jnp.dtype(spec.file_dtype).itemsize
         for _ in range(spec.repeats):
-            for side, make in BENCH.sides(against).items():
+            for side, make in sides.items():
                 _warm(folder, held)
                 with Process(make, side) as process:
                     row = {"by": side, **process.ask("load", folder, spec.param_dtype)}
                     about[side] = process.ask("about")
-                rows.append(row)
+                task.rows.append(row)
                 held = row["held_bytes"]
                 clock.print(
                     f"{side}: {row['seconds']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB of host"
                     f" memory, {row['peak_bytes'] / held:.2f} of the {held / 1e9:.2f} GB held"
                 )
-    return Measured([Task("", "loads", 1, 0, rows)], joined(about), spec.to_dict(), spec.model)
+    return [task], about
 
 
 def _warm(folder: Path, held: int) -> None:
@@ -80,9 +75,8 @@ class Agfsync(Ours):
 
 BENCH = Bench(
     unit="loads",
-    ours=Agfsync,
-    peers={"diffusers": Diffusers},
-    libraries=("torch", "diffusers"),
-    check=check,
+    sides={"agfsync": Agfsync, "diffusers": Diffusers},
+    check=_models.check,
     measure=measure,
+    one_device=False,
 )

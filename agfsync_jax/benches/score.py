@@ -5,8 +5,8 @@ The images are scenes of the micro world, `config.bench.num_candidates` a prompt
 must be the same. What is measured is the scorers' work on images in memory, not reading files.
 """
 
-import contextlib
-import time
+import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from agfsync_jax.benches import Bench, Measured, Task, joined
-from agfsync_jax.benches._ours import Ours, check_one_device
+from agfsync_jax.benches import Bench, Measured, Sides, Task
 from agfsync_jax.benches._peers import Reference
-from agfsync_jax.benches._processes import HostMemory, Process
+from agfsync_jax.benches._processes import HostMemory
+from agfsync_jax.benches._sides import Batch
+from agfsync_jax.benches._turns import Ours, in_turns
 from agfsync_jax.micro.drawing import render
 from agfsync_jax.micro.questions import training_questions
 from agfsync_jax.micro.scenes import sample_scenes
@@ -31,63 +32,48 @@ from agfsync_jax.weights.places import local_files, resolve_path
 TASKS = {"vqa": ("vqa",), "clip, aesthetic": ("clip", "aesthetic")}
 
 
-def check(config: Any, against: str | None, platform: str) -> None:
-    """Raises ValueError for a config without the scorers, or another device than the peer's."""
+def check(config: Any) -> None:
+    """Raises ValueError for a config without the scorers."""
     named = {spec["name"] for spec in config.scorers.to_dict().values()}
     if not named & {"vqa", "clip", "aesthetic"}:
         raise ValueError(
             "agfsync bench --stage=score measures the scorers vqa, clip and aesthetic:"
             f" config.scorers has {', '.join(sorted(named)) or 'none'}."
         )
-    for key in ("num_prompts", "num_candidates", "num_questions"):
-        if config.bench[key] < 1:
-            raise ValueError(f"config.bench.{key}={config.bench[key]}: expected at least 1")
-    check_one_device("score", against, platform)
 
 
-def measure(config: Any, home: Path, against: str | None, clock: Stage) -> Measured:
+def measure(config: Any, home: Path, sides: Sides, clock: Stage) -> Measured:
     """Each side loads once, then they take turns with every task."""
     spec = config.bench
-    specs = {each["name"]: each for each in config.scorers.to_dict().values()}
-    tasks = {name: [n for n in parts if n in specs] for name, parts in TASKS.items()}
-    tasks = {name: parts for name, parts in tasks.items() if parts}
-    specs = {name: specs[name] for parts in tasks.values() for name in parts}
+    configured = {each["name"]: each for each in config.scorers.to_dict().values()}
+    parts = {name: [n for n in names if n in configured] for name, names in TASKS.items()}
+    specs = {n: configured[n] for names in parts.values() for n in names}
+    images = spec.num_prompts * spec.num_candidates
+    counted = {"vqa": ("questions", images * spec.num_questions)}
+    present = [name for name, names in parts.items() if names]
+    tasks = [Task(name, *counted.get(name, ("images", images)), 0, []) for name in present]
+    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     size = config.sample.height, config.sample.width
-    rows: dict[str, list[dict]] = {name: [] for name in tasks}
-    found: dict[str, list] = {}
-    about = {}
-    sides = BENCH.sides(against)
-    num_images = spec.num_prompts * spec.num_candidates
-    with contextlib.ExitStack() as stack, clock.progress(spec.repeats * num_images) as progress:
-        processes = {s: stack.enter_context(Process(make, s)) for s, make in sides.items()}
-        settings = described(specs) if against else specs
-        prompt = specs.get("vqa", {}).get("prompt", vqa.PROMPT)
-        first = {}
-        for side, process in processes.items():
-            process.ask("load", settings, config.score.batch_size)
-            about[side] = process.ask("about")
-            for name, parts in tasks.items():
-                made = process.ask("score", parts, *inputs(spec, 0, size, prompt))
-                first[side, name] = made["seconds"]
-        for turn in range(1, 1 + spec.repeats):
-            given = inputs(spec, turn, size, prompt)
-            for name, parts in tasks.items():
-                for side, process in processes.items():
-                    made = process.ask("score", parts, *given)
-                    found.setdefault(side, []).append(made.pop("columns"))
-                    rows[name].append({"by": side, "first_seconds": first[side, name], **made})
-                    clock.print(f"{side}: {name} of {num_images} images in {made['seconds']:.2f} s")
-            progress.update(num_images)
-    counted = {"vqa": ("questions", num_images * spec.num_questions)}
-    measured = [
-        Task(name, *counted.get(name, ("images", num_images)), 0, rows[name], _same(parts, found))
-        for name, parts in tasks.items()
-    ]
-    return Measured(measured, joined(about), spec.to_dict(), "scorers")
+    prompt = specs.get("vqa", {}).get("prompt", vqa.PROMPT)
+    batch = functools.lru_cache(maxsize=1)(lambda turn: inputs(spec, turn, size, prompt))
+
+    def start(side, ask):
+        ask("load", specs if side == "agfsync" else described(specs), config.score.batch_size)
+        return [ask("score", parts[task.name], batch(0))["seconds"] for task in tasks]
+
+    def turn(side, ask, task, number):
+        row = ask("score", parts[task.name], batch(number))
+        for name, values in row.pop("columns").items():
+            found[name][side].append(values)
+        return row
+
+    turns = {"turns": spec.repeats, "items": images}
+    about = in_turns(sides, tasks, clock, start=start, turn=turn, **turns)
+    return [task._replace(notes=_same(parts[task.name], found)) for task in tasks], about
 
 
 def described(specs: Mapping[str, dict]) -> dict[str, dict]:
-    """The scorers' blocks with what a peer must know besides: where their files are."""
+    """The scorers' blocks with what a peer must know besides: where files are."""
     made = {}
     for name, each in specs.items():
         made[name] = each | {"folder": str(local_files(resolve_path(each["path"])))}
@@ -96,10 +82,8 @@ def described(specs: Mapping[str, dict]) -> dict[str, dict]:
     return made
 
 
-def inputs(
-    spec: Any, turn: int, size: tuple[int, int], prompt: str
-) -> tuple[np.ndarray, list[str], list[list[dict]]]:
-    """Images uint8 [b, h, w, 3], their prompts, and their questions with the whole "text"."""
+def inputs(spec: Any, turn: int, size: tuple[int, int], prompt: str) -> Batch:
+    """The images of a turn, and what is asked about them."""
     rng = np.random.default_rng(turn)
     images, prompts, questions = [], [], []
     for scene in sample_scenes(rng, spec.num_prompts):
@@ -117,21 +101,17 @@ def inputs(
     return np.stack(images), prompts, questions
 
 
-def _same(parts: Sequence[str], found: Mapping[str, list]) -> tuple[str, ...]:
-    """How many answers are the same, how far scores are apart."""
-    if len(found) < 2:
-        return ()
-    ours, theirs = found.values()
+def _same(parts: Sequence[str], found: Mapping[str, dict[str, list]]) -> tuple[str, ...]:
+    """How many answers are the same, how far scores are apart; nothing of one side alone."""
     notes = []
     for name in parts:
-        first, second = (
-            np.concatenate([np.ravel(turn[name]) for turn in side if name in turn])
-            for side in (ours, theirs)
+        first, *second = (
+            np.concatenate([np.ravel(t) for t in side]) for side in found[name].values()
         )
-        if name == "vqa":
-            notes.append(f"{np.sum(first == second)} of {len(first)} answers are the same")
-        else:
-            apart = np.abs(first - second).max()
+        if second and name == "vqa":
+            notes.append(f"{np.sum(first == second[0])} of {len(first)} answers are the same")
+        elif second:
+            apart = np.abs(first - second[0]).max()
             notes.append(f"{name}: {len(first)} scores, at most {apart:.2g} apart")
     return tuple(notes)
 
@@ -142,25 +122,12 @@ class Agfsync(Ours):
     def load(self, specs: Mapping[str, dict], batch_size: int) -> None:
         self.memory = HostMemory()
         mesh = create_mesh(devices=[self.device])
-        own = {
-            name: {k: v for k, v in each.items() if k not in ("folder", "head_file")}
-            for name, each in specs.items()
-        }
-        self._scorers = load_scorers(mesh, own, batch_size=batch_size)
+        self._scorers = load_scorers(mesh, specs, batch_size=batch_size)
 
-    def score(
-        self,
-        parts: Sequence[str],
-        images: np.ndarray,
-        prompts: Sequence[str],
-        questions: Sequence[Sequence[Mapping]],
-    ) -> dict[str, Any]:
+    def score(self, parts: Sequence[str], batch: Batch) -> dict[str, Any]:
         """Seconds, peak memory so far and, a scorer, answers or scores."""
-        start = time.perf_counter()
-        columns, answers = score_images(
-            {name: self._scorers[name] for name in parts}, images, prompts, questions
-        )
-        seconds = time.perf_counter() - start
+        scorers = {name: self._scorers[name] for name in parts}
+        seconds, (columns, answers) = self.timed(score_images, scorers, *batch)
         for name, given in answers.items():
             columns[name] = np.array([[str(a["answer"]) for a in each] for each in given])
         return {"seconds": seconds, "peak_bytes": self.peak_bytes(), "columns": columns}
@@ -168,9 +135,9 @@ class Agfsync(Ours):
 
 BENCH = Bench(
     unit="images",
-    ours=Agfsync,
-    peers={"reference": Reference},
-    libraries=("torch", "transformers"),
+    sides={"agfsync": Agfsync, "reference": Reference},
     check=check,
     measure=measure,
+    counts=("num_prompts", "num_candidates", "num_questions"),
+    label="scorers",
 )
