@@ -7,6 +7,7 @@ package each draw one image from what was written, from the same noise; both are
 verify.png, and an image that differs by more than 2 of 255 gray levels on average is an error.
 """
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from agfsync_jax.weights.lora_files import LAYOUTS, write_lora
 from agfsync_jax.weights.tensor_files import FLOATING
 
 _PROMPT = "a photograph of an astronaut riding a horse"
+_DRAWING = ("height", "width", "num_inference_steps", "guidance_scale")
 _TOLERANCE = 2.0  # gray levels of 255, mean
 
 
@@ -64,7 +66,10 @@ def main(
             "trained. Export the whole pipeline: leave config.export.lora empty."
         )
     if verify:
-        _import_diffusers()
+        if not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
+            raise ValueError(
+                "--verify draws with diffusers: pip install 'agfsync_jax[torch]', or leave it out"
+            )
         if (sampler := backbones.sampler(config)).draws_noise:
             raise ValueError(
                 f"--verify compares images that depend on the first noise alone, which those of "
@@ -81,14 +86,15 @@ def main(
         copy_tree(folder, output, last="model_index.json")
         stage.print(f"wrote {tqdm.format_sizeof(size, 'B')} to {output}")
         if verify and multihost.is_main():
-            difference, picture = _verify(config, _first_prompt(round_dir), folder)
+            prompts = round_dir / "prompts.jsonl"
+            prompt = records.read_jsonl(prompts)[0]["prompt"] if prompts.exists() else _PROMPT
+            difference, picture = _verify(config, prompt, folder)
             records.write_file(output / "verify.png", [picture])
             told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
+            place = f"see {output}/verify.png"
             if difference > _TOLERANCE:
-                raise ValueError(
-                    f"{told} (at most {_TOLERANCE:g} expected); see {output}/verify.png"
-                )
-            stage.print(f"verified: {told}, see {output}/verify.png")
+                raise ValueError(f"{told} (at most {_TOLERANCE:g} expected); {place}")
+            stage.print(f"verified: {told}, {place}")
     multihost.barrier("export")
 
 
@@ -110,28 +116,8 @@ def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
     end = restore_end(checkpoints, {"adapters": adapters}, config.train.num_steps)
     if multihost.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        write_lora(
-            output,
-            {name: end["adapters"]},
-            layout=config.export.lora,
-            dtype=jnp.dtype(config.export.dtype),
-        )
-
-
-def _first_prompt(round_dir: Path) -> str:
-    path = round_dir / "prompts.jsonl"
-    return records.read_jsonl(path)[0]["prompt"] if path.exists() else _PROMPT
-
-
-def _import_diffusers() -> Any:
-    try:
-        import diffusers
-        import torch  # noqa: F401 - without it diffusers' classes are empty
-    except ImportError as error:
-        raise ValueError(
-            "--verify draws with diffusers: pip install 'agfsync_jax[torch]', or leave it out"
-        ) from error
-    return diffusers
+        spec = config.export
+        write_lora(output, {name: end["adapters"]}, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
 
 
 def _verify(config: Any, prompt: str, output: Path) -> tuple[float, bytes]:
@@ -175,7 +161,7 @@ def _draw(
 def _draw_diffusers(
     config: Any, prompt: str, noise: np.ndarray, folder: Path, file: Path | None
 ) -> np.ndarray:
-    diffusers = _import_diffusers()
+    import diffusers
     import torch
     import transformers
 
@@ -197,11 +183,8 @@ def _draw_diffusers(
     images = pipeline(
         prompt,
         negative_prompt=sample.negative_prompt or None,
-        height=sample.height,
-        width=sample.width,
-        num_inference_steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale,
         latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
         output_type="np",
+        **{key: sample[key] for key in _DRAWING},
     ).images
     return np.round(images[0] * 255).astype(np.uint8)
