@@ -86,8 +86,9 @@ class Program:
             flops=_flops(line, lines),
             bytes_accessed=0 if inside else self._bytes_accessed(line, lines),
             collectives=_collective(line, self._axes),
-            uncounted=_uncounted(line),
         )
+        if line.opcode == "custom-call":
+            own += _kernel(line)
         return own + sum(called, Cost()) * (self._trips(line) if line.opcode == "while" else 1)
 
     def _bytes_accessed(self, line: "_Line", lines: dict[str, "_Line"]) -> int:
@@ -104,16 +105,16 @@ class Program:
             uses = readers[name]
             if parameter.opcode != "parameter" or not uses:
                 continue
-            whole = _size(_arrays(parameter.shape))
+            whole = _size(parameter.arrays)
             outside = lines.get(line.names[int(parameter.operands)])
-            if outside is None or not _size(_arrays(outside.shape), memory_only=True):
+            if outside is None or not _size(outside.arrays, memory_only=True):
                 continue  # it is not in memory, and was not counted
             if all(use.opcode == "dynamic-slice" for use in uses):
-                total -= whole - sum(_size(_arrays(use.shape)) for use in uses)
+                total -= whole - sum(_size(use.arrays) for use in uses)
             elif all(
                 use.opcode == "dynamic-update-slice" and use.names[0] == name for use in uses
             ):  # in place: neither read nor written but for the update
-                updates = sum(_size(_arrays(fused[use.names[1]].shape)) for use in uses)
+                updates = sum(_size(fused[use.names[1]].arrays) for use in uses)
                 total -= 2 * (whole - updates)
         return max(total, 0)
 
@@ -126,6 +127,26 @@ class Program:
         return int(bounds[0]) if len(bounds) == 1 and bounds[0].isdecimal() else 1
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
+class _Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+    in_memory: bool  # of the device; else on the chip
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        bits = 8 if self.dtype == "pred" else sum(_integers(self.dtype)[:1])
+        return math.prod(self.dims) * bits // 8
+
+
+def _size(arrays: Sequence[_Array], memory_only: bool = False) -> int:
+    return sum(array.size for array in arrays if array.in_memory or not memory_only)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Line:
     """`%name = shape opcode(operands), attributes`."""
@@ -135,9 +156,14 @@ class _Line:
     operands: str
     attributes: str
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", self.operands)
+
+    @functools.cached_property
+    def arrays(self) -> list[_Array]:
+        found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", self.shape)
+        return [_Array(a, _integers(dims), not re.search(r"S\([1-9]", at)) for a, dims, at in found]
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
@@ -182,34 +208,9 @@ def _called(attributes: str) -> list[str]:
     return [name for text in found for name in re.findall(r"[\w.\-]+", text)]
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)))
-
-
-class _Array(NamedTuple):
-    dtype: str
-    dims: tuple[int, ...]
-    in_memory: bool  # of the device; else on the chip
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        bits = 8 if self.dtype == "pred" else sum(_integers(self.dtype)[:1])
-        return math.prod(self.dims) * bits // 8
-
-
-def _arrays(shape: str) -> list[_Array]:
-    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape)
-    return [_Array(a, _integers(dims), not re.search(r"S\([1-9]", at)) for a, dims, at in found]
-
-
-def _size(arrays: Sequence[_Array], memory_only: bool = False) -> int:
-    return sum(array.size for array in arrays if array.in_memory or not memory_only)
-
-
 def _results(line: _Line) -> list[_Array]:
     """What an instruction makes."""
-    arrays, count = _arrays(line.shape), len(line.names)
+    arrays, count = line.arrays, len(line.names)
     if line.opcode == "copy-start":  # (to, from, context)
         return arrays[:1]
     if line.opcode.endswith("-start") and line.opcode != "all-reduce-start":
@@ -264,35 +265,27 @@ def _bytes_accessed(line: _Line, lines: dict[str, _Line]) -> int:
     if line.opcode in _FREE or line.opcode.endswith(("-done", "-update")):
         return 0
     written = _size(_results(line), memory_only=True)
-    read = [
-        _size(_arrays(lines[name].shape), memory_only=True) for name in line.names if name in lines
-    ]
+    read = [_size(lines[name].arrays, memory_only=True) for name in line.names if name in lines]
     if line.opcode in ("copy-start", "slice-start", "slice", "dynamic-slice", "gather"):
         return written + (_size(_results(line)) if any(read) else 0)  # no more than it gives
     return 2 * read[1] if line.opcode == "dynamic-update-slice" else written + sum(read)
 
 
-def _uncounted(line: _Line) -> Counter:
-    """Calls of kernels that do not say what they do."""
-    kernels = r"tpu_custom_call|triton|mosaic|cublas|cudnn|onednn|matmul|conv|gemm"
-    match = re.search(r'custom_call_target="([^"]*)"', line.attributes)
-    told = line.opcode != "custom-call" or not re.search(kernels, match[1]) or _estimate(line)
-    return Counter() if told else Counter({match[1]: 1})
-
-
-def _estimate(line: _Line) -> int:
-    """The FLOP that a Pallas kernel says it does; 0 where it does not say."""
+def _kernel(line: _Line) -> Cost:
+    """The FLOP that a kernel, such as Pallas', says it does; else that it does not say."""
     match = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', line.attributes)
-    return int(match[1]) if match else 0
+    target = re.search(r'custom_call_target="([^"]*)"', line.attributes)[1]
+    kernels = r"tpu_custom_call|triton|mosaic|cublas|cudnn|onednn|matmul|conv|gemm"
+    if flops := int(match[1]) if match else 0:
+        return Cost(flops)
+    return Cost(uncounted=Counter({target: 1} if re.search(kernels, target) else {}))
 
 
 def _flops(line: _Line, lines: dict[str, _Line]) -> int:
-    if line.opcode == "custom-call":
-        return _estimate(line)
     if line.opcode not in ("dot", "convolution"):
         return 0
-    result = _arrays(line.shape)[0].dims
-    left, right = (_arrays(lines[name].shape)[0].dims for name in line.names[:2])
+    result = line.arrays[0].dims
+    left, right = (lines[name].arrays[0].dims for name in line.names[:2])
     if line.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)[1]
         return 2 * math.prod(result) * math.prod(left[d] for d in _integers(contracted))
