@@ -119,7 +119,8 @@ def workdir(tmp_path):
 
 
 def table(workdir, prefix=""):
-    return records.read_parquet(workdir / f"round_000/scores/{prefix}[0-9]*.parquet")
+    paths = sorted((workdir / "round_000/scores").glob(f"{prefix}[0-9]*.parquet"))
+    return [row for path in paths for row in records.read_parquet(path)]
 
 
 def test_every_candidate_is_scored(config, workdir, capsys):

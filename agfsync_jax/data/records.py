@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import io
-import itertools
 import json
 import os
 import shutil
@@ -28,6 +27,9 @@ from agfsync_jax.utils.files import is_url, size_of, to_path
 # (None,)); a None dimension varies. A float16 array is stored as its bytes, and with several
 # varying dimensions beside its shape (as TFDS does).
 Features = Mapping[str, tuple[str, tuple[int | None, ...]]]
+_TEXTS = {"str": str, "png": bytes}
+# Which list of a tf.train.Feature holds a dtype; whole numbers lie in int64_list.
+_LISTS = dict.fromkeys(("str", "png", "float16"), "bytes_list") | {"float32": "float_list"}
 
 CANDIDATE_FEATURES: Features = {
     "prompt_id": ("str", ()),
@@ -119,15 +121,9 @@ def megabytes(size: int) -> str:
 
 
 def write_shard(path: str | Path, rows: Iterable[Mapping[str, Any]], features: Features) -> int:
-    """Writes rows as one TFRecord file of tf.train.Example, whole or not at all.
+    """Writes rows, dicts with exactly the names of `features`, as one file of tf.train.Example.
 
-    Args:
-      path: the file; its folder is made.
-      rows: dicts with exactly the names of `features`.
-      features: `CANDIDATE_FEATURES`, or a table like it.
-
-    Returns:
-      The number of rows.
+    It is whole or not there; its folder is made. Returns the number of rows.
 
     Raises:
       ValueError: no rows, or a row that does not fit the table.
@@ -140,23 +136,17 @@ def write_shard(path: str | Path, rows: Iterable[Mapping[str, Any]], features: F
     return len(records)
 
 
-def encode_record(row: Mapping[str, Any], features: Features) -> bytes:
-    """A row as it lies in a shard. Raises ValueError if it does not fit the table."""
-    return _frame(_encode_row(row, features))
-
-
 def read_shard(
     path: str | Path,
     features: Features,
-    fields: Sequence[str] | None = None,
+    fields: Iterable[str] | None = None,
     *,
     num_rows: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Reads a shard row by row.
 
     Args:
-      path: a file from `write_shard`.
-      features: the table that it was written with.
+      path, features: as they were given to `write_shard`.
       fields: the names to read; all by default.
       num_rows: how many rows there must be, if known (framing alone cannot tell a file that was
         cut between two rows).
@@ -172,10 +162,15 @@ def read_shard(
     names = list(features) if fields is None else list(fields)
     if unknown := [name for name in names if name not in features]:
         raise ValueError(f"Unknown fields {unknown}; the table has {', '.join(features)}.")
+    from google.protobuf.message import DecodeError
+
     count = 0
     for offset, data in _read_frames(path):
         try:
-            row = _decode_row(data, features, names)
+            stored = example_class().FromString(data).features.feature
+            row = {name: _decode_field(stored, name, *features[name]) for name in names}
+        except DecodeError as error:
+            raise RecordError(path, offset, "the record is no tf.train.Example") from error
         except ValueError as error:
             raise RecordError(path, offset, str(error)) from error
         yield row
@@ -186,13 +181,9 @@ def read_shard(
 
 
 def repair_shard(path: str | Path) -> bool:
-    """Drops one file (.tfrecord, .parquet, .jsonl) if it is damaged, so that it is made anew.
-
-    Returns:
-      Whether it was dropped.
-    """
+    """Drops one file (.tfrecord, .parquet, .jsonl) if it is damaged; whether it was."""
     path = to_path(path)
-    readers = {".tfrecord": _check_frames, ".parquet": read_parquet, ".jsonl": read_jsonl}
+    readers = {".tfrecord": _check_shard, ".parquet": read_table, ".jsonl": read_jsonl}
     if path.suffix not in readers:
         raise ValueError(f"Cannot check {path}: expected one of {', '.join(readers)}.")
     try:
@@ -203,6 +194,11 @@ def repair_shard(path: str | Path) -> bool:
     return False
 
 
+def _check_shard(path: Path) -> None:
+    for _ in read_shard(path, {}):
+        pass
+
+
 def _mask(data: bytes) -> int:
     """TFRecord's masked CRC-32C."""
     crc = google_crc32c.value(data)
@@ -211,45 +207,30 @@ def _mask(data: bytes) -> int:
 
 def _frame(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
-    return b"".join(
-        (length, struct.pack("<I", _mask(length)), data, struct.pack("<I", _mask(data)))
-    )
+    return length + struct.pack("<I", _mask(length)) + data + struct.pack("<I", _mask(data))
 
 
 def _read_frames(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, payload) of every record; RecordError at the first damaged one."""
-    offset = 0
-    path = to_path(path)
+    path, offset = to_path(path), 0
     with path.open("rb") as file:
         size = size_of(path)
         if not size:
             raise RecordError(path, 0, "the file is empty")
         while offset < size:
-            header = file.read(12)
+            header, left = file.read(12), size - offset
             if len(header) < 12:
                 raise RecordError(path, offset, f"{len(header)} bytes of a header of 12 are there")
             length, crc = struct.unpack("<QI", header)
             if _mask(header[:8]) != crc:
                 raise RecordError(path, offset, "the checksum of the record's length is wrong")
-            if offset + 16 + length > size:
-                raise RecordError(
-                    path, offset, f"the record takes {16 + length} bytes, {size - offset} are there"
-                )
+            if (takes := 16 + length) > left:
+                raise RecordError(path, offset, f"the record takes {takes} bytes, {left} are there")
             data = file.read(length)
             if _mask(data) != struct.unpack("<I", file.read(4))[0]:
                 raise RecordError(path, offset, "the checksum of the record's data is wrong")
             yield offset, data
-            offset += 16 + length
-
-
-def _check_frames(path: Path) -> None:
-    from google.protobuf.message import DecodeError
-
-    for offset, data in _read_frames(path):
-        try:
-            example_class().FromString(data)
-        except DecodeError as error:
-            raise RecordError(path, offset, "the record is no tf.train.Example") from error
+            offset += takes
 
 
 @functools.cache
@@ -264,35 +245,40 @@ def example_class() -> type:
     return tf_example_pb2.Example
 
 
-def _encode_row(row: Mapping[str, Any], features: Features) -> bytes:
+def _key(name: str, dtype: str, shape: tuple[int | None, ...]) -> str:
+    return f"{name}/value" if dtype == "float16" and shape.count(None) > 1 else name
+
+
+def _values(feature: Any, dtype: str) -> Any:
+    """The list of a tf.train.Feature that holds values of a dtype."""
+    return getattr(feature, _LISTS.get(dtype, "int64_list")).value
+
+
+def encode_record(row: Mapping[str, Any], features: Features) -> bytes:
+    """A row as it lies in a shard. Raises ValueError if it does not fit the table."""
     if set(row) != set(features):
         missing, extra = sorted(set(features) - set(row)), sorted(set(row) - set(features))
         raise ValueError(f"A row does not fit its table: missing {missing}, unexpected {extra}.")
     example = example_class()()
     out = example.features.feature
     for name, (dtype, shape) in features.items():
-        value = row[name]
-        if dtype in ("str", "png"):
-            kind = str if dtype == "str" else bytes
-            for each in value if shape else [value]:
-                if not isinstance(each, kind):
-                    raise ValueError(f"{name} must be {kind.__name__}, got {type(each).__name__}.")
-                out[name].bytes_list.value.append(each.encode() if dtype == "str" else each)
-            continue
-        array = np.asarray(value)
-        _check_array(name, array, dtype, shape)
-        if dtype == "float16":
-            key = name
-            if shape.count(None) > 1:
-                out[f"{name}/shape"].int64_list.value.extend(array.shape)
-                key = f"{name}/value"
-            out[key].bytes_list.value.append(array.astype("<f2").tobytes())
-        elif dtype == "float32":
-            out[name].float_list.value.extend(array.ravel().tolist())
+        key = _key(name, dtype, shape)
+        if dtype in _TEXTS:
+            values = row[name] if shape else [row[name]]
+            for each in values:
+                if not isinstance(each, _TEXTS[dtype]):
+                    wanted, got = _TEXTS[dtype].__name__, type(each).__name__
+                    raise ValueError(f"{name} must be {wanted}, got {got}.")
+            values = [each.encode() for each in values] if dtype == "str" else values
         else:
-            out[name].int64_list.value.extend(array.ravel().tolist())
+            array = np.asarray(row[name])
+            _check_array(name, array, dtype, shape)
+            values = [array.tobytes()] if dtype == "float16" else array.ravel().tolist()
+            if key != name:
+                out[f"{name}/shape"].int64_list.value.extend(array.shape)
+        _values(out[key], dtype).extend(values)
     # else the order of the features is another in each process
-    return example.SerializeToString(deterministic=True)
+    return _frame(example.SerializeToString(deterministic=True))
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:
@@ -311,40 +297,24 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | No
         raise ValueError(f"{name} must be {dtype}, got {array.dtype}.")
 
 
-def _decode_row(data: bytes, features: Features, names: Sequence[str]) -> dict[str, Any]:
-    from google.protobuf.message import DecodeError
-
-    try:
-        stored = example_class().FromString(data).features.feature
-    except DecodeError as error:
-        raise ValueError("the record is no tf.train.Example") from error
-    return {name: _decode_field(stored, name, *features[name]) for name in names}
-
-
 def _decode_field(stored: Any, name: str, dtype: str, shape: tuple[int | None, ...]) -> Any:
-    key = f"{name}/value" if dtype == "float16" and shape.count(None) > 1 else name
+    key = _key(name, dtype, shape)
     if key not in stored:
         raise ValueError(f"field {name} is missing, the record has {', '.join(sorted(stored))}")
-    feature = stored[key]
-    if dtype in ("str", "png", "float16"):
-        values = feature.bytes_list.value
-        if dtype != "float16" and shape:
-            return [value.decode() if dtype == "str" else value for value in values]
-        if len(values) != 1:
-            raise ValueError(f"field {name} has {len(values)} values, expected 1 of bytes")
-        if dtype != "float16":
-            return values[0].decode() if dtype == "str" else values[0]
-        array = np.frombuffer(values[0], "<f2").astype(np.float16, copy=False)
-        if key != name:
-            shape = tuple(stored[f"{name}/shape"].int64_list.value)
+    values = _values(stored[key], dtype)
+    if len(values) != 1 and (dtype == "float16" or not shape):
+        raise ValueError(f"field {name} has {len(values)} values, expected 1")
+    if dtype in _TEXTS:
+        values = [value.decode() for value in values] if dtype == "str" else list(values)
+        return values if shape else values[0]
+    if dtype == "float16":
+        array = np.frombuffer(values[0], np.float16)
     else:
-        values = (feature.float_list if dtype == "float32" else feature.int64_list).value
         array = np.array(values, dtype)
-    if not shape:
-        if array.size != 1:
-            raise ValueError(f"field {name} has {array.size} values, expected 1")
-        return array.item()
-    return array.reshape([-1 if dim is None else dim for dim in shape])
+    if key != name:
+        shape = tuple(stored[f"{name}/shape"].int64_list.value)
+    array = array.reshape([-1 if dim is None else dim for dim in shape])
+    return array if shape else array.item()
 
 
 # Tables
@@ -383,17 +353,8 @@ def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_parquet(path: str | Path) -> list[dict[str, Any]]:
-    """Reads the rows of one file, or of all files that a glob pattern fits, in order of name.
-
-    Raises:
-      FileNotFoundError: no such file.
-      RecordError: a file that is cut off or corrupt.
-    """
-    path = to_path(path)
-    paths = [path] if path.exists() else sorted(path.parent.glob(path.name))
-    if not paths:
-        raise FileNotFoundError(f"No Parquet file at {path}.")
-    return list(itertools.chain.from_iterable(read_table(name).to_pylist() for name in paths))
+    """Reads the rows of one file; the same errors as `read_table`."""
+    return read_table(path).to_pylist()
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
