@@ -49,21 +49,15 @@ RANKING_FEATURES: Features = _IDS | {
     "scores": ("float32", (None,)),
     "margin": ("float32", ()),
 }
-_IMAGES = ("chosen_image", "rejected_image", "images")
 # What stores a field that a dataset may lack, by how its name begins; the first that fits.
 _STORED_BY = {
-    "embeddings/": "config.pair.embeddings=True stores",
-    "chosen_image": "config.pair.images=True stores",
-    "rejected_image": "config.pair.images=True stores",
-    "images": "config.pair.images=True and config.pair.strategy='ranked' store",
-    "candidates": "config.pair.strategy='ranked' stores",
-    "latents": "config.pair.strategy='ranked' stores",
-    "scores": "config.pair.strategy='ranked' stores",
-    "columns/": "config.pair.strategy='ranked' stores of each column of scores/",
-    "chosen_scores/": "a column of that name in scores/ stores",
-    "rejected_scores/": "a column of that name in scores/ stores",
-    "chosen_": "every config.pair.strategy but 'ranked' stores",
-    "rejected_": "every config.pair.strategy but 'ranked' stores",
+    ("embeddings/",): "config.pair.embeddings=True stores",
+    ("chosen_image", "rejected_image"): "config.pair.images=True stores",
+    ("images",): "config.pair.images=True and config.pair.strategy='ranked' store",
+    ("candidates", "latents", "scores"): "config.pair.strategy='ranked' stores",
+    ("columns/",): "config.pair.strategy='ranked' stores of each column of scores/",
+    ("chosen_scores/", "rejected_scores/"): "a column of that name in scores/ stores",
+    ("chosen_", "rejected_"): "every config.pair.strategy but 'ranked' stores",
 }
 
 # TFDS wants shards of 64 MiB to 1 GiB. At 256 MiB a hundred thousand pairs are some hundred files:
@@ -79,23 +73,17 @@ def pair_features(
     embeddings: Mapping[str, tuple[int, ...]] | None = None,
     images: bool = True,
 ) -> Features:
-    """The table of a dataset's fields.
+    """The table of a dataset's fields: of rankings if `ranked`, with PNGs if `images`.
 
     Args:
-      ranked: rankings instead of pairs.
       columns: of scores, stored for both sides of a pair, or for each candidate.
       embeddings: name -> shape of what the prompt is encoded to.
-      images: whether PNGs are stored.
     """
-    table = dict(RANKING_FEATURES if ranked else PAIR_FEATURES)
-    if not images:
-        table = {name: entry for name, entry in table.items() if name not in _IMAGES}
-    for column in columns:
-        if ranked:
-            table[f"columns/{column}"] = ("float32", (None,))
-        else:
-            table[f"chosen_scores/{column}"] = ("float32", ())
-            table[f"rejected_scores/{column}"] = ("float32", ())
+    table = RANKING_FEATURES if ranked else PAIR_FEATURES
+    table = {name: entry for name, entry in table.items() if images or entry[0] != "png"}
+    groups = ("columns",) if ranked else ("chosen_scores", "rejected_scores")
+    entry = ("float32", (None,) if ranked else ())
+    table |= {f"{group}/{name}": entry for name in columns for group in groups}
     for name, shape in (embeddings or {}).items():
         table[f"embeddings/{name}"] = ("float16", tuple(shape))
     return table
@@ -110,17 +98,13 @@ def write_pairs(
     """Writes preference pairs as a TFDS dataset with a dataset card, whole or not at all.
 
     In a bucket, where no folder can be renamed, shards take their place one by one, and
-    dataset_info.json, without which there are no pairs, comes last.
-
-    `tfds.builder_from_directory(folder).as_dataset(split="train")` reads it. Shards have about
-    256 MiB, of which one is in memory.
+    dataset_info.json, without which there are no pairs, comes last. One shard is in memory.
 
     Args:
       folder: must not exist yet.
-      rows: dicts with exactly the names of `features`.
+      rows: dicts with exactly the names of `features`, which `pair_features` gives.
       metadata: what the card tells: "description" and "license", a table of "counts", and all else
         as a table of settings. It is read when the last row is written.
-      features: from `pair_features`.
 
     Returns:
       The number of pairs.
@@ -135,19 +119,20 @@ def write_pairs(
         raise FileExistsError(f"{folder} is there already. Remove it to make the pairs anew.")
     shards = folder if is_url(folder) else folder.with_name(folder.name + ".aside")
     remove_tree(shards)
+    lengths, num_bytes = [], 0
     try:
-        lengths, num_bytes = _write_shards(shards, rows, features)
+        for records in _of_shards(encode_record(row, features) for row in rows):
+            write_file(shards / _shard(len(lengths)), records)
+            lengths.append(len(records))
+            num_bytes += sum(map(len, records))
         if not lengths:
             raise ValueError(f"There are no pairs to write to {folder}.")
+        texts = {"description": "Preference pairs of images.", "license": "other", **metadata}
         with local_folder(shards) as aside:
             with explain_no_space(aside.with_name(folder.name), num_bytes):
-                if aside != shards:
-                    (aside / _shard(0)).touch()  # TFDS looks for the name of one
-                _write_tfds_metadata(aside, lengths, num_bytes, metadata, features)
-                if aside != shards:
-                    (aside / _shard(0)).unlink()
+                _write_tfds_metadata(aside, lengths, num_bytes, texts, features)
             write_file(aside / _FIELDS_FILE, [json.dumps(features, indent=1).encode(), b"\n"])
-            card = _dataset_card(sum(lengths), num_bytes, metadata, features)
+            card = _dataset_card(sum(lengths), num_bytes, texts, features)
             write_file(aside / "README.md", [card.encode()])
             copy_tree(aside, shards, last=_INFO_FILE)
         if shards != folder:
@@ -162,41 +147,55 @@ def _shard(index: int) -> str:
     return f"pairs-train.tfrecord-{index:05d}"
 
 
-def _write_shards(
-    folder: Path, rows: Iterable[Mapping[str, Any]], features: Features
-) -> tuple[list[int], int]:
-    """The rows of each shard, and the bytes of all."""
-    lengths: list[int] = []
-    num_bytes, num_pending = 0, 0
-    pending: list[bytes] = []
-
-    def flush() -> None:
-        nonlocal num_pending
-        write_file(folder / _shard(len(lengths)), pending)
-        lengths.append(len(pending))
-        pending.clear()
-        num_pending = 0
-
-    for row in rows:
-        pending.append(encode_record(row, features))
-        num_pending += len(pending[-1])
-        num_bytes += len(pending[-1])
-        if num_pending >= _SHARD_BYTES:
-            flush()
+def _of_shards(records: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The records of each shard."""
+    pending, size = [], 0
+    for record in records:
+        pending.append(record)
+        size += len(record)
+        if size >= _SHARD_BYTES:
+            yield pending
+            pending, size = [], 0
     if pending:
-        flush()
-    return lengths, num_bytes
+        yield pending
 
 
 def _write_tfds_metadata(
     folder: Path,
     lengths: list[int],
     num_bytes: int,
-    metadata: Mapping[str, Any],
+    texts: Mapping[str, Any],
     features: Features,
 ) -> None:
     import tensorflow_datasets as tfds
 
+    def feature(dtype, shape):
+        if dtype == "str":
+            return tfds.features.Text()
+        if dtype == "png":
+            image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+            return tfds.features.Sequence(image) if shape else image
+        encoding = "bytes" if dtype == "float16" else "none"
+        return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding=encoding)
+
+    nested: dict[str, Any] = {}
+    for name, entry in features.items():
+        # A dictionary for what stands before the first slash. The rest may have slashes too: that
+        # way "vqa" and "vqa/color" can both be there.
+        outer, slash, inner = name.partition("/")
+        place, key = (nested.setdefault(outer, {}), inner) if slash else (nested, name)
+        place[key] = feature(*entry)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.dataset_info.DatasetIdentity(
+            name="pairs",
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(folder),
+            module_name="",
+        ),
+        features=tfds.features.FeaturesDict(nested),
+        description=str(texts["description"]),
+        license=str(texts["license"]),
+    )
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder,
         dataset_name="pairs",
@@ -207,72 +206,55 @@ def _write_tfds_metadata(
     split = tfds.core.SplitInfo(
         name="train", shard_lengths=lengths, num_bytes=num_bytes, filename_template=template
     )
-    nested: dict[str, Any] = {}
-    for name, entry in features.items():
-        # A dictionary for what stands before the first slash. The rest may have slashes too: that
-        # way "vqa" and "vqa/color" can both be there.
-        outer, slash, inner = name.partition("/")
-        place, key = (nested.setdefault(outer, {}), inner) if slash else (nested, name)
-        place[key] = _tfds_feature(*entry)
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=nested,
-        split_infos=[split],
-        filename_template=template,
-        check_data=False,
-        description=str(metadata.get("description", "Preference pairs of images.")),
-        license=str(metadata.get("license", "other")),
-    )
+    info.set_file_format(template.filetype_suffix)
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(folder)
 
 
-def _tfds_feature(dtype: str, shape: tuple[int | None, ...]) -> Any:
-    import tensorflow_datasets as tfds
+_CARD = """---
+license: {license}
+task_categories: [text-to-image]
+tags: [preference, diffusion-dpo, agfsync]
+---
+# Preference pairs
 
-    if dtype == "str":
-        return tfds.features.Text()
-    if dtype == "png":
-        image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-        return tfds.features.Sequence(image) if shape else image
-    encoding = "bytes" if dtype == "float16" else "none"
-    return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding=encoding)
+{description}
+
+{num_pairs} pairs, {size}, split `train`, license {license_code}.
+{tables}
+```python
+import tensorflow_datasets as tfds
+dataset = tfds.builder_from_directory("path/to/this/folder").as_dataset(split="train")
+```
+"""
 
 
 def _dataset_card(
-    num_pairs: int, num_bytes: int, metadata: Mapping[str, Any], features: Features
+    num_pairs: int, num_bytes: int, texts: Mapping[str, Any], features: Features
 ) -> str:
-    license_name = str(metadata.get("license", "other"))
-    settings = {k: v for k, v in metadata.items() if k not in ("description", "license", "counts")}
+    license_name = str(texts["license"])
+    settings = {k: v for k, v in texts.items() if k not in ("description", "license", "counts")}
     fields = [(name, dtype, list(shape)) for name, (dtype, shape) in features.items()]
-    lines = [
-        "---",
-        f"license: {json.dumps(license_name)}",  # a JSON string is one of YAML too
-        "task_categories: [text-to-image]",
-        "tags: [preference, diffusion-dpo, agfsync]",
-        "---",
-        "# Preference pairs",
-        "",
-        str(metadata.get("description", "Preference pairs of images.")),
-        "",
-        f"{num_pairs} pairs, {megabytes(num_bytes)}, split `train`, license {_code(license_name)}.",
-        *_table("How they were made", ("setting", "value"), settings.items()),
-        *_table("Counts", ("what", "number"), metadata.get("counts", {}).items()),
-        *_table("Fields", ("field", "dtype", "shape"), fields),
-        "",
-        "```python",
-        "import tensorflow_datasets as tfds",
-        'dataset = tfds.builder_from_directory("path/to/this/folder").as_dataset(split="train")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    tables = (
+        _table("How they were made", ("setting", "value"), settings.items()),
+        _table("Counts", ("what", "number"), texts.get("counts", {}).items()),
+        _table("Fields", ("field", "dtype", "shape"), fields),
+    )
+    return _CARD.format(
+        license=json.dumps(license_name),  # a JSON string is one of YAML too
+        description=texts["description"],
+        num_pairs=num_pairs,
+        size=megabytes(num_bytes),
+        license_code=_code(license_name),
+        tables="".join(tables),
+    )
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A heading and a table in Markdown; nothing where there are no rows."""
     body = ["| " + " | ".join(map(_code, row)) + " |" for row in rows]
-    if not body:
-        return []
-    return ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *body]
+    lines = [f"\n## {title}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *body]
+    return "\n".join([*lines, ""]) if body else ""
 
 
 def _code(value: Any) -> str:
@@ -312,10 +294,9 @@ def read_features(folder: str | Path) -> Features:
 def read_pairs(
     folder: str | Path, fields: Sequence[str] | None = None, *, once: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Reads all pairs into memory, without TensorFlow.
+    """Reads all pairs that `write_pairs` wrote into memory, without TensorFlow.
 
     Args:
-      folder: what `write_pairs` made.
       fields: the names to read; all by default. Latents and images are what takes the memory.
       once: names of what belongs to the prompt, kept once for all its pairs.
 
@@ -332,27 +313,23 @@ def read_pairs(
     folder = to_path(folder)
     features = read_features(folder)
     names = [n for n in (features if fields is None else fields) if n not in once]
-    for name in (*names, *once):
+    values: dict[str, list] = {name: [] for name in (*names, *once)}
+    for name in values:
         if name not in features:
             raise ValueError(_lacks(folder, name, features))
-    values: dict[str, list] = {name: [] for name in (*names, *once)}
     prompts: dict[str, int] = {}
     prompt_row = []
-    wanted = list(dict.fromkeys([*names, *once, *(["prompt_id"] if once else [])]))
-    for row in _read_rows(folder, features, wanted):
-        if once:
-            if row["prompt_id"] not in prompts:
-                prompts[row["prompt_id"]] = len(prompts)
-                for name in once:
-                    values[name].append(row[name])
-            prompt_row.append(prompts[row["prompt_id"]])
-        for name in names:
+    for row in _read_rows(folder, features, {*values, "prompt_id"} if once else values):
+        new = once and row["prompt_id"] not in prompts
+        for name in (*names, *(once if new else ())):
             values[name].append(row[name])
+        if once:
+            prompt_row.append(prompts.setdefault(row["prompt_id"], len(prompts)))
     found = {name: _stack(name, column, features) for name, column in values.items()}
     return found | ({"prompt_row": np.array(prompt_row)} if once else {})
 
 
-def _read_rows(folder: Path, features: Features, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _read_rows(folder: Path, features: Features, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
     info = folder / _INFO_FILE
     try:
         lengths = json.loads(info.read_bytes())["splits"][0]["shardLengths"]
@@ -366,20 +343,15 @@ def _read_rows(folder: Path, features: Features, fields: Sequence[str]) -> Itera
 
 
 def _lacks(folder: Path, name: str, features: Features) -> str:
-    there = f"it has {', '.join(features)}"
-    for begins, stored_by in _STORED_BY.items():
-        if name.startswith(begins):
-            return (
-                f"{folder} has no field {name!r}, which {stored_by}: run `agfsync pair` again with"
-                f" that; {there}."
-            )
-    return f"{folder} has no field {name!r}; {there}."
+    stored_by = (text for begins, text in _STORED_BY.items() if name.startswith(begins))
+    hint = next((f", which {text}: run `agfsync pair` again with that" for text in stored_by), "")
+    return f"{folder} has no field {name!r}{hint}; it has {', '.join(features)}."
 
 
 def _stack(name: str, values: list[Any], features: Features) -> Any:
     dtype, _ = features[name]
-    per_candidate = name in RANKING_FEATURES and name not in PAIR_FEATURES
-    if dtype in ("str", "png") or per_candidate or name.startswith("columns/"):
+    per_candidate = name in ("candidates", "latents", "scores") or name.startswith("columns/")
+    if dtype in ("str", "png") or per_candidate:
         return values
     shapes = {np.shape(value) for value in values}
     if len(shapes) > 1:
@@ -389,10 +361,10 @@ def _stack(name: str, values: list[Any], features: Features) -> Any:
 
 def repair_pairs(folder: str | Path) -> bool:
     """Drops a pairs folder if it is there and damaged, so that it is made anew; whether it was."""
-    if not (to_path(folder) / _INFO_FILE).exists():
-        return False
     try:
         read_pairs(folder, ["pair_id"])
+    except FileNotFoundError:
+        return False
     except RecordError:
         remove_tree(to_path(folder))
         return True
