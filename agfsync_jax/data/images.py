@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,11 +46,8 @@ def encode_pngs(images: UInt8[np.ndarray, "b h w 3"]) -> list[bytes]:
 
 def decode_pngs(data: Sequence[bytes]) -> UInt8[np.ndarray, "b h w 3"]:
     """Decodes a batch in threads. Raises ValueError for a broken image, and for two sizes."""
-    images = decode_each(data)
-    for image in images:
-        if isinstance(image, ValueError):
-            raise image
-    return stack_images(images)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return stack_images(list(pool.map(decode_png, data)))
 
 
 def decode_each(data: Sequence[bytes]) -> list[UInt8[np.ndarray, "h w 3"] | ValueError]:
@@ -76,8 +73,7 @@ def stack_images(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarr
 def preprocessing(folder: str | Path) -> dict:
     """Reads a folder's preprocessor_config.json as the arguments of `resize_and_normalize`.
 
-    A folder that open_clip wrote has an open_clip_config.json instead; where both are, the first
-    is read.
+    Where there is none, open_clip's open_clip_config.json is read.
 
     Returns:
       {"size": (h, w), "mean": (3,), "std": (3,), "resize_mode": str, "center": str}, as CLIP's and
@@ -87,84 +83,77 @@ def preprocessing(folder: str | Path) -> dict:
       FileNotFoundError: the folder has neither file.
       ValueError: a setting that `resize_and_normalize` does not do; all are listed.
     """
-    folder = Path(folder)
-    if (folder / "preprocessor_config.json").is_file():
-        return _transformers_preprocessing(folder / "preprocessor_config.json")
-    if (folder / "open_clip_config.json").is_file():
-        return _open_clip_preprocessing(folder / "open_clip_config.json")
+    for name, read in (
+        ("preprocessor_config.json", _of_transformers),
+        ("open_clip_config.json", _of_open_clip),
+    ):
+        path = Path(folder) / name
+        if path.is_file():
+            config, errors = read(json.loads(path.read_text()), path)
+            if errors:
+                raise ValueError(f"{path} asks for what is not supported: {'; '.join(errors)}.")
+            return config
     raise FileNotFoundError(
         f"{folder} has no preprocessor_config.json (nor open_clip_config.json): it says how images"
         " are resized."
     )
 
 
-def _transformers_preprocessing(path: Path) -> dict:
-    config = json.loads(path.read_text())
-    crop = bool(config.get("do_center_crop", False))
-    expected = {
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "resample": 3,  # PIL's BICUBIC
-        "rescale_factor": 1 / 255,
-    }
-    errors = _unexpected(config, expected)
-    if lacking := sorted({"size", "image_mean", "image_std"} - set(config)):
+def _of_transformers(given: dict, path: Path) -> tuple[dict, list[str]]:
+    if lacking := sorted({"size", "image_mean", "image_std"} - set(given)):
         raise ValueError(f"{path} lacks {', '.join(lacking)}.")
-    size = _size(config["size"])
-    if crop:
-        crop_size = _size(config.get("crop_size", config["size"]))
-        if size != crop_size or size[0] != size[1]:
-            errors.append(f"size {size} and crop_size {crop_size} must be one square")
-    elif isinstance(config["size"], dict) and "shortest_edge" in config["size"]:
+    steps = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    errors = _unexpected(given, steps | {"resample": 3, "rescale_factor": 1 / 255})  # 3 is bicubic
+    crop, size = bool(given.get("do_center_crop", False)), _size(given["size"])
+    crop_size = _size(given.get("crop_size", given["size"]))
+    if crop and (size != crop_size or size[0] != size[1]):
+        errors.append(f"size {size} and crop_size {crop_size} must be one square")
+    if not crop and isinstance(given["size"], dict) and "shortest_edge" in given["size"]:
         errors.append("size has a shortest_edge, but do_center_crop is off")
-    if errors:
-        raise ValueError(f"{path} asks for what is not supported: {'; '.join(errors)}.")
-    return {
+    config = {
         "size": size,
-        "mean": tuple(config["image_mean"]),
-        "std": tuple(config["image_std"]),
+        "mean": tuple(given["image_mean"]),
+        "std": tuple(given["image_std"]),
         "resize_mode": "shortest" if crop else "squash",
         "center": "floor",
     }
+    return config, errors
 
 
-def _open_clip_preprocessing(path: Path) -> dict:
-    config = json.loads(path.read_text())
-    image_size = config.get("model_cfg", {}).get("vision_cfg", {}).get("image_size", 224)
-    # open_clip's own defaults; null means the same as nothing
-    given = {key: value for key, value in config.get("preprocess_cfg", {}).items() if value}
+def _size(size: int | dict) -> tuple[int, int]:
+    if not isinstance(size, dict):
+        return size, size
+    edge = size.get("shortest_edge")
+    return size.get("height", edge), size.get("width", edge)
+
+
+def _of_open_clip(given: dict, path: Path) -> tuple[dict, list[str]]:
+    size = given.get("model_cfg", {}).get("vision_cfg", {}).get("image_size", 224)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    # null means the same as nothing: open_clip's own defaults
+    given = {key: value for key, value in given.get("preprocess_cfg", {}).items() if value}
     mode = given.get("resize_mode", "shortest")
     errors = _unexpected(given, {"interpolation": "bicubic", "mode": "RGB", "fill_color": 0})
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if mode not in RESIZE_MODES:
         errors.append(f"resize_mode is {mode!r}, expected one of {', '.join(RESIZE_MODES)}")
     if mode == "shortest" and size[0] != size[1]:
         errors.append(f"size {size} must be a square where resize_mode is shortest")
-    if errors:
-        raise ValueError(f"{path} asks for what is not supported: {'; '.join(errors)}.")
-    return {
+    config = {
         "size": size,
         "mean": tuple(given.get("mean", OPENAI_MEAN)),
         "std": tuple(given.get("std", OPENAI_STD)),
         "resize_mode": mode,
         "center": "round",
     }
+    return config, errors
 
 
-def _unexpected(config: dict, expected: dict) -> list[str]:
+def _unexpected(given: dict, expected: dict) -> list[str]:
     return [
-        f"{key} is {config[key]!r}, expected {value!r}"
+        f"{key} is {given[key]!r}, expected {value!r}"
         for key, value in expected.items()
-        if config.get(key, value) != value
+        if given.get(key, value) != value
     ]
-
-
-def _size(size: int | dict) -> tuple[int, int]:
-    if isinstance(size, dict):
-        edge = size.get("shortest_edge")
-        return (size.get("height", edge), size.get("width", edge))
-    return (size, size)
 
 
 def resize_and_normalize(
@@ -214,8 +203,10 @@ def resize_and_normalize(
     pixels = images.astype(jnp.float32)
     pixels = _resize_levels(pixels, 2, resized[1])
     pixels = _resize_levels(pixels, 1, resized[0])
-    pixels = _center_crop(pixels, height, width, round if center == "round" else int)
-    return _normalize(_center_pad(pixels, height, width) / 255.0, mean, std)
+    whole = round if center == "round" else int
+    top, left = whole(max(resized[0] - height, 0) / 2), whole(max(resized[1] - width, 0) / 2)
+    pixels = pixels[:, top : top + height, left : left + width]
+    return _padded_and_normalized(pixels / 255.0, height, width, mean, std)
 
 
 def pad_and_normalize(
@@ -233,9 +224,8 @@ def pad_and_normalize(
     at the bottom or right, before normalizing.
 
     Args:
-      images: uint8 in 0..255, of any size.
+      images, mean, std: as for `resize_and_normalize`.
       size: height and width n of the result.
-      mean, std: of the three channels, on the scale 0..1.
       antialias: what torchvision does with tensors since 0.17. Before, it did not antialias them,
         and HPSv2's numbers of 2023 were made before.
 
@@ -246,32 +236,27 @@ def pad_and_normalize(
     rows, columns = images.shape[1:3]
     scale = size / max(rows, columns)
     pixels = images.astype(jnp.float32) / 255.0
-    pixels = _resize_floats(pixels, 2, round(columns * scale), antialias)
-    pixels = _resize_floats(pixels, 1, round(rows * scale), antialias)
-    return _normalize(_center_pad(pixels, size, size), mean, std)
+    for axis, new in ((2, round(columns * scale)), (1, round(rows * scale))):
+        old = pixels.shape[axis]
+        if new != old:
+            weights = _bicubic_weights(old, new, antialias=antialias)
+            pixels = _apply(weights, pixels, axis)
+    return _padded_and_normalized(pixels, size, size, mean, std)
 
 
-def _center_crop(
-    pixels: Float[Array, "b h w c"], height: int, width: int, whole: Callable[[float], int]
-) -> Float[Array, "b ..."]:
-    """Cuts out the center where an axis is too long; `whole` rounds the corner's coordinates."""
-    top = whole(max(pixels.shape[1] - height, 0) / 2)
-    left = whole(max(pixels.shape[2] - width, 0) / 2)
-    return pixels[:, top : top + height, left : left + width]
-
-
-def _center_pad(pixels: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b ..."]:
+def _padded_and_normalized(
+    pixels: Float[Array, "b h w 3"],
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, "b H W 3"]:
     """Pads with 0 where an axis is too short, the odd pixel at the bottom or right."""
     down, right = height - pixels.shape[1], width - pixels.shape[2]
     padding = ((down // 2, down - down // 2), (right // 2, right - right // 2))
-    return jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
-
-
-def _normalize(
-    pixels: Float[Array, "b h w 3"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Array, "b h w 3"]:
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (pixels - mean[None, None, None]) / std[None, None, None]
+    pixels = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
+    mean, std = (jnp.asarray(each, jnp.float32)[None, None, None] for each in (mean, std))
+    return (pixels - mean) / std
 
 
 def _resize_levels(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Float[Array, "b ..."]:
@@ -289,15 +274,6 @@ def _resize_levels(pixels: Float[Array, "b h w c"], axis: int, size: int) -> Flo
     high, low = (_apply(half, pixels, axis).astype(jnp.int32) for half in (high, low))
     levels = (high * 2**11 + low + 2**21) >> 22
     return jnp.clip(levels, 0, 255).astype(jnp.float32)
-
-
-def _resize_floats(
-    pixels: Float[Array, "b h w c"], axis: int, size: int, antialias: bool
-) -> Float[Array, "b ..."]:
-    """Resizes one axis as torch's bicubic `interpolate` does with floats."""
-    if pixels.shape[axis] == size:
-        return pixels
-    return _apply(_bicubic_weights(pixels.shape[axis], size, antialias=antialias), pixels, axis)
 
 
 def _apply(
