@@ -19,21 +19,18 @@ _OPEN_CLIP_START, _OPEN_CLIP_END = "<start_of_text>", "<end_of_text>"
 
 
 class _OfTransformers:
-    """What any tokenizer of transformers tells."""
+    """A tokenizer of transformers."""
 
-    _tokenizer: Any
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
-    def pad_id(self) -> int:
-        return self._tokenizer.pad_token_id
-
-    @property
-    def eos_id(self) -> int:
-        return self._tokenizer.eos_token_id
+    def _encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        if not len(_listed(texts)):
+            return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
+        out = self._tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+        return np.array(out["input_ids"], np.int32), np.array(out["attention_mask"], np.int32)
 
 
 class ClipTokenizer(_OfTransformers):
@@ -48,13 +45,13 @@ class ClipTokenizer(_OfTransformers):
         from transformers import CLIPTokenizer
 
         folder = _tokenizer_folder(folder, ("tokenizer.json",), ("vocab.json", "merges.txt"))
-        self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        super().__init__(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
         self.max_length = int(self._tokenizer.model_max_length)
         if self.max_length > 1_000_000:  # transformers' way to say that nothing was set
             raise ValueError(f"{folder}/tokenizer_config.json must set model_max_length.")
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b n"]:
-        return _encode(self._tokenizer, texts, self.max_length)[0]
+        return self._encode(texts, self.max_length)[0]
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts have more tokens than `max_length`, begin and end included."""
@@ -81,36 +78,33 @@ class OpenClipTokenizer:
     def __init__(self, folder: str | Path | None = None):
         from tokenizers import Regex, models, pre_tokenizers
 
-        vocab, merges, config = None, None, {}
-        if folder is not None:
-            folder = _tokenizer_folder(
-                folder, ("vocab.json", "merges.txt"), ("open_clip_config.json",)
-            )
-            if (folder / "open_clip_config.json").is_file():
-                config = _open_clip_text_config(folder / "open_clip_config.json")
-            if (folder / "vocab.json").is_file():
-                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-                merges = _parse_merges((folder / "merges.txt").read_text("utf-8"))
-        if vocab is None:
+        names = ("vocab.json", "merges.txt"), ("open_clip_config.json",)
+        folder = None if folder is None else _tokenizer_folder(folder, *names)
+        text = {}
+        if folder and (path := folder / "open_clip_config.json").is_file():
+            text = json.loads(path.read_text("utf-8")).get("model_cfg", {}).get("text_cfg", {})
+        keys = ("hf_tokenizer_name", "tokenizer_kwargs")
+        if other := {key: text[key] for key in keys if text.get(key)}:
+            raise ValueError(f"{path} asks for another tokenizer than CLIP's: {other}.")
+        if folder and (folder / "vocab.json").is_file():
+            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+            merges = _parse_merges((folder / "merges.txt").read_text("utf-8"))
+        else:
             merges = clip_merges()
             vocab = clip_vocabulary(merges)
-        self.max_length = int(config.get("context_length", _CLIP_LENGTH))
+        self.max_length = int(text.get("context_length", _CLIP_LENGTH))
         self.vocab_size = len(vocab)
         self.pad_id = 0
         self._start_id, self.eos_id = vocab[_START], vocab[_END]
         self._special = {_OPEN_CLIP_START: self._start_id, _OPEN_CLIP_END: self.eos_id}
-        special = "|".join(self._special)
-        self._words = pre_tokenizers.Split(
-            Regex(f"(?i){special}|{_CLIP_WORDS}"), "removed", invert=True
-        )
+        words = Regex(f"(?i){'|'.join([*self._special, _CLIP_WORDS])}")
+        self._words = pre_tokenizers.Split(words, "removed", invert=True)
         self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._pairs = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """Ids, cut to `max_length` with begin and end kept, and padded with 0."""
-        if isinstance(texts, str):
-            raise ValueError(f"Expected a list of texts, got the single text {texts!r}.")
-        rows = np.full((len(texts), self.max_length), self.pad_id, np.int32)
+        rows = np.full((len(_listed(texts)), self.max_length), self.pad_id, np.int32)
         for row, text in zip(rows, texts, strict=True):
             ids = [self._start_id, *self.encode(text)[: self.max_length - 2], self.eos_id]
             row[: len(ids)] = ids
@@ -132,23 +126,14 @@ class OpenClipTokenizer:
         return ids
 
 
-def write_clip_tokenizer(
-    folder: str | Path, *, pad_token: str = _END, max_length: int = _CLIP_LENGTH
-) -> Path:
+def write_clip_tokenizer(folder: str | Path, *, pad_token: str = _END) -> Path:
     """Writes CLIP's tokenizer in transformers' layout, for checkpoints that carry none.
 
     Args:
-        folder: made if it is not there; vocab.json, merges.txt, tokenizer_config.json and
-            special_tokens_map.json in it are overwritten.
+        folder: is returned; its vocab.json, merges.txt, tokenizer_config.json and
+            special_tokens_map.json are overwritten.
         pad_token: "<|endoftext|>" for SD 1.x and SDXL's first text encoder, "!" for SD 2.x and
-            SDXL's second.
-        max_length: what `ClipTokenizer` cuts and pads to.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: a pad token that is not in the vocabulary.
+            SDXL's second. ValueError for one that is not in the vocabulary.
     """
     merges = clip_merges()
     vocab = clip_vocabulary(merges)
@@ -157,7 +142,7 @@ def write_clip_tokenizer(
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad_token}
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": max_length,
+        "model_max_length": _CLIP_LENGTH,
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
@@ -195,14 +180,6 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
     return [tuple(line.split(" ")) for line in lines]
 
 
-def _open_clip_text_config(path: Path) -> dict:
-    config = json.loads(path.read_text("utf-8")).get("model_cfg", {}).get("text_cfg", {})
-    other = {key: config[key] for key in ("hf_tokenizer_name", "tokenizer_kwargs") if key in config}
-    if any(other.values()):
-        raise ValueError(f"{path} asks for another tokenizer than CLIP's: {other}.")
-    return config
-
-
 class TextTokenizer(_OfTransformers):
     """A text model's tokenizer (T5): `TextTokenizer(folder)(texts, length)` -> ids, mask."""
 
@@ -211,8 +188,8 @@ class TextTokenizer(_OfTransformers):
         from transformers import PreTrainedTokenizerFast
 
         folder = _tokenizer_folder(folder, ("tokenizer.json",))
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True
+        super().__init__(
+            PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         )
         for name in ("pad_token", "eos_token"):
             if getattr(self._tokenizer, name) is None:
@@ -222,7 +199,7 @@ class TextTokenizer(_OfTransformers):
         self, texts: Sequence[str], length: int
     ) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, "b n"]]:
         """Ids int32 and mask int32 (1 for text, 0 for padding), cut and padded to `length`."""
-        return _encode(self._tokenizer, texts, length)
+        return self._encode(texts, length)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of one text, neither cut nor padded; without the end token if not `special`."""
@@ -249,10 +226,7 @@ def _tokenizer_folder(folder: str | Path, *layouts: tuple[str, ...]) -> Path:
     return folder
 
 
-def _encode(tokenizer, texts: Sequence[str], length: int):
+def _listed(texts: Sequence[str]) -> Sequence[str]:
     if isinstance(texts, str):
         raise ValueError(f"Expected a list of texts, got the single text {texts!r}.")
-    if not len(texts):
-        return np.zeros((0, length), np.int32), np.zeros((0, length), np.int32)
-    out = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-    return np.array(out["input_ids"], np.int32), np.array(out["attention_mask"], np.int32)
+    return texts
