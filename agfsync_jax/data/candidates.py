@@ -39,9 +39,8 @@ def plan_shards(
 ) -> list[Shard]:
     """All shards of a folder; the last one may have fewer prompts.
 
-    Args:
-        num_candidates: of each prompt; they follow each other, candidate 0 first.
-        seed_of: (prompt id, candidate) -> the seed that it is drawn from.
+    A prompt's candidates follow each other; `seed_of(prompt id, candidate)` is what each is drawn
+    from.
     """
     count = math.ceil(len(prompt_ids) / prompts_per_shard)
     return [
@@ -71,18 +70,12 @@ def draw_candidates(
     whatever else is there already.
 
     Args:
-        generator: see diffusion/generation.py.
-        params: of its backbone.
-        shards: see `plan_shards`.
+        generator, params: see diffusion/generation.py.
         undrawn: the paths to write.
         prompts: prompt id -> text.
         num_candidates: rows a prompt.
 
-    Yields:
-        The number of images of every batch.
-
-    Raises:
-        OSError: see `write_candidates`.
+    Yields, raises: see `write_candidates`.
     """
     rows = [row for shard in shards for row in shard.rows]
     texts = [prompts[row["prompt_id"]] for row in rows if row["candidate"] == 0]
@@ -103,7 +96,6 @@ def write_candidates(
     Args:
         batches: (which rows, latents [b, h, w, c] float16, images [b, H, W, 3] uint8) in order:
             all rows of all shards and no others; see diffusion/generation.py.
-        shards: see `plan_shards`.
 
     Yields:
         The number of images of every batch.

@@ -32,11 +32,7 @@ class Problems:
         self._totals, self._limit, self._setting = dict(totals), limit, setting
 
     def add(self, rows: Iterable[dict]) -> None:
-        """Counts more of them.
-
-        Raises:
-            ValueError: now they are too many of their kind.
-        """
+        """Counts more of them. Raises ValueError where they are now too many of their kind."""
         for row in rows:
             self.rows.append(row)
             self._counts[row["kind"]] += row["count"]

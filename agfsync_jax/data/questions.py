@@ -31,11 +31,6 @@ def by_prompt(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return dict(grouped)
 
 
-def without_question(prompt_rows: Sequence[Row], asked: Mapping[str, Any]) -> list[Row]:
-    """The prompts that no question is about; `asked` has the ids of the others."""
-    return [row for row in prompt_rows if row["id"] not in asked]
-
-
 def check(prompt_rows: Sequence[Row], rows: Sequence[Row]) -> None:
     """Raises ValueError unless all questions can be asked and each prompt has one."""
     for row in rows:
@@ -44,7 +39,8 @@ def check(prompt_rows: Sequence[Row], rows: Sequence[Row]) -> None:
                 f"a question of prompt {row.get('id')}: {what}; expected {', '.join(FIELDS)}, with"
                 " two or more different choices and the answer among them."
             )
-    if without := without_question(prompt_rows, by_prompt(rows)):
+    asked = {row["id"] for row in rows}
+    if without := [row for row in prompt_rows if row["id"] not in asked]:
         raise ValueError(
             f"{len(without)} of {len(prompt_rows)} prompts have no question, the first is"
             f" {without[0]['id']} ({without[0]['prompt']!r}): a scorer asks them, so give each"
@@ -55,11 +51,7 @@ def check(prompt_rows: Sequence[Row], rows: Sequence[Row]) -> None:
 def askable(
     prompt_rows: Sequence[Row], rows: Iterable[Row]
 ) -> tuple[dict[str, list[Row]], list[dict]]:
-    """Sorts out the questions that can be asked.
-
-    Returns:
-        prompt id -> its question rows, and what was left out: rows of data/problems.py.
-    """
+    """Prompt id -> the questions that can be asked; and rows of data/problems.py of the others."""
     kept, problems = [], []
     for row in rows:
         if what := fault(row):
@@ -69,6 +61,7 @@ def askable(
     asked = by_prompt(kept)
     problems += [
         problem("no_questions", f"prompt {row['id']}", repr(row["prompt"]))
-        for row in without_question(prompt_rows, asked)
+        for row in prompt_rows
+        if row["id"] not in asked
     ]
     return asked, problems

@@ -21,12 +21,7 @@ def read_rows(path: Path, made_by: str) -> list[dict]:
 def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:
     """The paths of all shards of a folder, in order, such as candidates/00003-of-00010.tfrecord.
 
-    How many there must be is in their own names.
-
-    Args:
-        folder: where they lie; other files there are left out.
-        ending: ".tfrecord" or ".parquet".
-        made_by: the verb that makes them, for the message.
+    How many there must be is in their own names. `made_by` is the verb that makes them.
 
     Raises:
         FileNotFoundError: no shard, or not all of them.
