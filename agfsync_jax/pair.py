@@ -10,24 +10,20 @@ With `config.pair.path`, pairs are what people preferred instead, read from a da
 Face's layouts: the backbone encodes its images, and `agfsync train` sees no difference.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
-
-import jax
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from agfsync_jax import backbones
 from agfsync_jax.data import preferences, records
-from agfsync_jax.data.embeddings import in_batches
+from agfsync_jax.data.embeddings import BatchEncoder
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
 from agfsync_jax.data.pairs import pair_features, repair_pairs, write_pairs
 from agfsync_jax.data.scores import read_scores
-from agfsync_jax.data.shards import read_rows, shard_paths
+from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel.mesh import local_mesh
 from agfsync_jax.parallel.sharding import batch_shards, round_up
 from agfsync_jax.steps.runner import Job, Step
@@ -37,6 +33,19 @@ _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
 _OF_SCORES = "weights normalize strategy k min_margin max_pairs min_questions".split()
 _OF_IMPORTS = "path split columns max_rows max_bad".split()
+
+Row = dict[str, Any]
+Texts = Callable[[Sequence[str]], list[Row]]  # `text_fields` of texts alone
+
+
+class _Source(NamedTuple):
+    """What pairs are made of, and how."""
+
+    made_from: str  # changes when the choices do
+    total: int  # of what the progress counts
+    columns: Collection[str]  # of scores, which are stored with the pairs
+    counts: dict[str, int]  # of preferences.COUNTS, whole when the last row is made
+    rows: Callable[[Texts, BatchEncoder | None, Callable[[int], None]], Iterator[Row]]
 
 
 def make_pairs(job: Job) -> None:
@@ -49,9 +58,43 @@ def make_pairs(job: Job) -> None:
         RecordError: a damaged shard.
         ValueError: bad settings, or no pair is left.
     """
-    preferences.check_settings(job.config.pair)
-    make = _import if job.config.pair.path else _pair
-    make(job)
+    config, spec, stage = job.config, job.config.pair, job.stage
+    preferences.check_settings(spec)
+    source = _of_people(job) if spec.path else _of_scores(job)
+    settings = spec.to_dict() | {"backbone": config.backbone.path, "seed": config.seed}
+    made_from = repr((source.made_from, sorted(settings.items())))
+    made_from = hashlib.sha256(made_from.encode()).hexdigest()
+    folder, summary = job.folder / "pairs", job.folder / "pair.json"
+    whole = folder / "dataset_info.json"  # a stopped removal may leave the folder
+    if whole.exists() and summary.exists():
+        if json.loads(summary.read_text())["made_from"] == made_from:
+            stage.skipped(1, 1, "sets of pairs")
+            return
+    texts, encode = _load_encoders(config)
+    (prompt,) = texts([""])
+    features = pair_features(
+        ranked=spec.strategy == "ranked",
+        columns=source.columns,
+        embeddings={
+            name.removeprefix("embeddings/"): value.shape
+            for name, value in prompt.items()
+            if name != "token_ids"
+        },
+        images=spec.images,
+    )
+    card, counts = _card(config), source.counts
+
+    def rows(done):
+        yield from source.rows(texts, encode, done)
+        card["counts"] = {each.text: counts[name] for name, each in preferences.COUNTS.items()}
+
+    with stage.progress(source.total) as progress:
+        summary.unlink(missing_ok=True)
+        remove_tree(folder)
+        write_pairs(folder, rows(progress.update), card, features)
+        result = {**counts, "settings": settings, "made_from": made_from}
+        records.write_file(summary, [json.dumps(result, indent=2).encode(), b"\n"])
+        stage.print(preferences.told(counts))
 
 
 def drop_damaged(job: Job) -> None:
@@ -59,227 +102,105 @@ def drop_damaged(job: Job) -> None:
     repair_pairs(job.folder / "pairs")
 
 
-def _pair(job: Job) -> None:
+def _of_scores(job: Job) -> _Source:
     """Pairs of this round's scores."""
-    config, round_dir, stage = job.config, job.folder, job.stage
-    spec = config.pair
-    prompt_rows = read_rows(round_dir / "prompts.jsonl", "prompts")
-    prompts = {row["id"]: row["prompt"] for row in prompt_rows}
-    scores = _read_all_scores(round_dir / "scores", spec)
+    folder, spec = job.folder, job.config.pair
+    prompts = {row["id"]: row["prompt"] for row in read_rows(folder / "prompts.jsonl", "prompts")}
+    scores = read_scores(folder / "scores", spec)
     choices, counts = preferences.choose(scores, prompts, spec)
+    if not choices:
+        raise ValueError(
+            f"no pair is left of {counts['prompts']} prompts ({preferences.told(counts)}):"
+            f" lower config.pair.min_margin ({spec.min_margin}) or draw more candidates."
+        )
     if spec.shuffle_labels:
-        choices = preferences.shuffle_labels(choices, config.seed, job.round_index)
-    digest = hashlib.sha256()
-    for choice in choices:
-        digest.update(repr(choice).encode())
+        choices = preferences.shuffle_labels(choices, job.config.seed, job.round_index)
+    digest = hashlib.sha256("".join(map(repr, choices)).encode())
     for scored in scores.values():
         for name, column in scored.columns.items():
             digest.update(name.encode() + column.tobytes())
-    output = _Output(job, digest.hexdigest())
-    if output.is_there():
-        return
-    if not choices:
-        raise ValueError(
-            f"no pair is left of {counts['prompts']} prompts ({told(counts)}):"
-            f" lower config.pair.min_margin ({spec.min_margin}) or draw more candidates."
-        )
-    texts, shapes = _texts(config, _Encoders(config) if spec.embeddings else None)
+
+    def rows(texts, encode, done):
+        for row in pair_rows(
+            *(folder / "candidates", choices, prompts, scores, texts),
+            ranked=spec.strategy == "ranked",
+            with_images=spec.images,
+        ):
+            yield row
+            done(1)
+
     columns = next(iter(scores.values())).columns
-    rows = pair_rows(
-        *(round_dir / "candidates", choices, prompts, scores, texts),
-        ranked=spec.strategy == "ranked",
-        with_images=spec.images,
-    )
-    with stage.progress(len(choices)) as progress:
-        output.write(_noted(rows, progress.update), counts, columns, shapes)
+    return _Source(digest.hexdigest(), len(choices), columns, counts, rows)
 
 
-def _read_all_scores(folder: Path, spec) -> dict[str, preferences.Scored]:
-    """Shard -> its scores; all have the same columns."""
-    asking = {name.split("/")[0] for name, weight in spec.weights.items() if weight}
-    paths = shard_paths(folder, ".parquet", "score")
-    if spec.min_questions and not any(folder.glob("answers-*.parquet")):
-        raise ValueError(
-            f"config.pair.min_questions={spec.min_questions}: {folder} has no answers, as no scorer"
-            " asked questions. Set it to 0, or score again with one that asks."
-        )
-    scores = {path.stem: read_scores(path, asking) for path in paths}
-    first, *others = scores
-    for shard in others:
-        if scores[shard].columns.keys() != scores[first].columns.keys():
-            raise ValueError(
-                f"{folder}: {first} has the columns {', '.join(scores[first].columns)}, {shard} has"
-                f" {', '.join(scores[shard].columns)}. Remove the stale ones and run"
-                " `agfsync score`."
-            )
-    return scores
-
-
-def _import(job: Job) -> None:
+def _of_people(job: Job) -> _Source:
     """Pairs of what people preferred."""
-    config, stage = job.config, job.stage
-    stage.unit, spec = "rows", config.pair
+    config, stage, spec = job.config, job.stage, job.config.pair
+    stage.unit = "rows"
     height, width = config.sample.height, config.sample.width
-    source = PreferenceSet(spec.path, spec.split, spec.columns.to_dict(), max_rows=spec.max_rows)
-    made_from = repr((source.fingerprint(), height, width))
-    output = _Output(job, made_from)
-    if output.is_there():
-        return
-    encoders = _Encoders(config)
-    encode, num_pairs = encoders.images(height, width, config.sample.batch_size)
-    texts, shapes = _texts(config, encoders if spec.embeddings else None)
+    found = PreferenceSet(spec)
     counts = dict.fromkeys(preferences.COUNTS, 0)
 
     def is_swapped(pair_id):
         return spec.shuffle_labels and preferences.is_swapped(pair_id, config.seed, job.round_index)
 
-    def rows(done):
-        found = source.read(height, width, max_bad=spec.max_bad, done=done)
+    def rows(texts, encode, done):
         for row in imported_rows(
-            found, encode, num_pairs, texts, with_images=spec.images, is_swapped=is_swapped
+            *(found.read(height, width, done), encode, texts),
+            with_images=spec.images,
+            is_swapped=is_swapped,
         ):
             counts["pairs"] += 1
             yield row
-        counts.update(source.counts)
+        counts.update(found.counts)
         if not counts["pairs"]:
-            raise ValueError(f"no pair is left of {source.num_rows} rows ({told(counts)}).")
+            told = preferences.told(counts)
+            raise ValueError(f"no pair is left of {found.num_rows} rows ({told}).")
+        if bad := found.bad_rows():
+            stage.print(f"dropped as bad: {bad}")
 
-    with stage.progress(source.num_rows) as progress:
-        output.write(rows(progress.update), counts, (), shapes)
-    if bad := source.bad_rows():
-        stage.print(f"dropped as bad: {bad}")
-
-
-def _noted(rows: Iterable, done: Callable[[int], None]) -> Iterator:
-    for row in rows:
-        yield row
-        done(1)
+    return _Source(repr((found.fingerprint(), height, width)), found.num_rows, (), counts, rows)
 
 
-@dataclasses.dataclass
-class _Output:
-    """pairs/ and pair.json of a job.
+def _card(config) -> dict[str, Any]:
+    """What the dataset card tells, but for the counts."""
+    spec, pair, sample = config.pair, config.pair.to_dict(), config.sample.to_dict()
+    what = "Rankings of images" if spec.strategy == "ranked" else "Preference pairs of images"
+    who = "people" if spec.path else "AI feedback"
+    told = [*(_OF_IMPORTS if spec.path else _OF_SCORES), "shuffle_labels"]
+    return {
+        "description": f"{what} made of one text prompt each, by the preference of {who}."
+        " Latents are those of the diffusion model named below, scaled as it takes them.",
+        "license": spec.license,
+        "backbone.path": config.backbone.path,
+        "seed": config.seed,
+        **{f"pair.{key}": pair[key] for key in told},
+        **{f"sample.{key}": sample[key] for key in (("height", "width") if spec.path else sample)},
+    }
 
-    Args:
-        made_from: changes when the choices do; the settings are added here.
+
+def _load_encoders(config) -> tuple[Texts, BatchEncoder | None]:
+    """What makes the fields of texts, and latents of images where there are some to import.
+
+    The backbone's frozen networks do it, on this process's own devices.
     """
-
-    job: Job
-    made_from: str
-
-    def __post_init__(self):
-        self.config = config = self.job.config
-        self.folder, self.summary = self.job.folder / "pairs", self.job.folder / "pair.json"
-        self.settings = config.pair.to_dict()
-        self.settings |= {"backbone": config.backbone.path, "seed": config.seed}
-        text = repr((self.made_from, sorted(self.settings.items())))
-        self.made_from = hashlib.sha256(text.encode()).hexdigest()
-
-    def is_there(self) -> bool:
-        """Whether the very same is there; it is told then."""
-        whole = self.folder / "dataset_info.json"  # a stopped removal may leave the folder
-        if not (whole.exists() and self.summary.exists()):
-            return False
-        if json.loads(self.summary.read_text())["made_from"] != self.made_from:
-            return False
-        self.job.stage.skipped(1, 1, "sets of pairs")
-        return True
-
-    def write(
-        self,
-        rows: Iterable[Mapping[str, Any]],
-        counts: Mapping[str, int],
-        columns: Iterable[str],
-        embeddings: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """Replaces what is there; `counts` is read after the last row."""
-        spec = self.config.pair
-        ranked = spec.strategy == "ranked"
-        features = pair_features(
-            ranked=ranked, columns=columns, embeddings=embeddings, images=spec.images
-        )
-        card = self._card(ranked)
-
-        def counted():
-            yield from rows
-            card["counts"] = {each.text: counts[name] for name, each in preferences.COUNTS.items()}
-
-        self.summary.unlink(missing_ok=True)
-        remove_tree(self.folder)
-        write_pairs(self.folder, counted(), card, features)
-        result = {**counts, "settings": self.settings, "made_from": self.made_from}
-        records.write_file(self.summary, [json.dumps(result, indent=2).encode(), b"\n"])
-        self.job.stage.print(told(counts))
-
-    def _card(self, ranked: bool) -> dict[str, Any]:
-        """What the dataset card tells, but for the counts."""
-        config = self.config
-        what = "Rankings of images" if ranked else "Preference pairs of images"
-        who = "people" if config.pair.path else "AI feedback"
-        settings = {"backbone.path": config.backbone.path, "seed": config.seed}
-        for key in _OF_IMPORTS if config.pair.path else _OF_SCORES:
-            settings[f"pair.{key}"] = self.settings[key]
-        settings["pair.shuffle_labels"] = config.pair.shuffle_labels
-        sample = config.sample.to_dict()
-        for key in ("height", "width") if config.pair.path else sample:
-            settings[f"sample.{key}"] = sample[key]
-        return {
-            "description": f"{what} made of one text prompt each, by the preference of {who}."
-            " Latents are those of the diffusion model named below, scaled as it takes them.",
-            "license": config.pair.license,
-            **settings,
-        }
-
-
-class _Encoders:
-    """The frozen networks of the backbone, on this process's own devices."""
-
-    def __init__(self, config):
-        self.mesh = local_mesh()
+    spec, mesh = config.pair, local_mesh()
+    shards = batch_shards(mesh)
+    tokenize, prompts, images = backbones.tokenizer(config), None, None
+    if spec.embeddings or spec.path:
         cls = backbones.backbone_class(config)
         frozen = [name for name in cls.networks if name != cls.denoiser_name]
-        self.backbone = backbones.load(config, self.mesh, only=frozen)
-
-    def prompts(self) -> tuple[Callable, int]:
-        """Token ids -> conditioning, see `in_batches`; and the rows it takes at a time."""
-        size = self._whole(_PROMPTS)
-        return in_batches(self.backbone.encode_prompt, self.backbone.params, size, self.mesh), size
-
-    def images(self, height: int, width: int, batch_size: int) -> tuple[Callable, int]:
-        """Images -> latents, see `in_batches`; and the pairs it takes at a time.
-
-        Of `batch_size` images at most, and of fewer where they are large.
-        """
-        self.backbone.latent_shape(height, width)  # raises for a size that does not fit
-        most = batch_shards(self.mesh) * max(1, _PIXELS // (height * width))
-        size = max(2, min(self._whole(batch_size), most))
-        run = in_batches(self.backbone.encode_image, self.backbone.params, size, self.mesh)
-        return run, size // 2
-
-    def _whole(self, size: int) -> int:
-        return round_up(size, batch_shards(self.mesh))
-
-
-def _texts(config, encoders: _Encoders | None) -> tuple[Callable, dict[str, tuple[int, ...]]]:
-    """`text_fields` of texts alone, and the shapes of their embeddings."""
-    tokenize = backbones.tokenizer(config)
-    if encoders is None:
-        return functools.partial(text_fields, tokenize=tokenize, encode=None, batch_size=0), {}
-    encode, size = encoders.prompts()
-    backbone = encoders.backbone
-    abstract = jax.eval_shape(backbone.encode_prompt, backbone.params, tokenize([""]))
-    shapes = {name: leaf.shape[1:] for name, leaf in abstract.items()}
-    return functools.partial(text_fields, tokenize=tokenize, encode=encode, batch_size=size), shapes
-
-
-def told(counts: Mapping[str, int]) -> str:
-    """The counts in one line; of what was dropped, the reasons that there are."""
-    reasons = [name for name in preferences.COUNTS if name not in ("pairs", "prompts")]
-    dropped = ", ".join(
-        f"{counts[name]} {preferences.COUNTS[name].text}" for name in reasons if counts[name]
-    )
-    head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
-    return f"{head}; dropped: {dropped or 'nothing'}"
+        backbone = backbones.load(config, mesh, only=frozen)
+        encoder = functools.partial(BatchEncoder, params=backbone.params, mesh=mesh)
+    if spec.embeddings:
+        prompts = encoder(backbone.encode_prompt, batch_size=round_up(_PROMPTS, shards))
+    if spec.path:
+        height, width = config.sample.height, config.sample.width
+        backbone.latent_shape(height, width)  # raises for a size that does not fit
+        most = shards * max(1, _PIXELS // (height * width))
+        size = max(2, min(round_up(config.sample.batch_size, shards), most))
+        images = encoder(backbone.encode_image, batch_size=size)
+    return functools.partial(text_fields, tokenize=tokenize, encode=prompts), images
 
 
 main = Step(

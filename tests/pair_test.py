@@ -12,6 +12,7 @@ import pytest
 from agfsync_jax import backbones, pair, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data import images, preferences, records
+from agfsync_jax.data.pair_rows import text_fields
 from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from configs import common, micro
@@ -380,18 +381,18 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
     assert np.isfinite(losses[1]) and losses[1] != losses[0]
 
 
-class Encoders:
+class FirstChannels:
     """The first channels of every eighth pixel, in place of an autoencoder."""
 
-    def __init__(self, config):
-        pass
+    batch_size = 4
 
-    def images(self, height, width, batch_size):
-        return lambda pictures: np.repeat(pictures[:, ::8, ::8, :1], 4, axis=3) / 255.0, 2
+    def start(self, pictures):
+        return np.repeat(pictures[:, ::8, ::8, :1], 4, axis=3) / 255.0
 
 
 def test_imports_again_and_what_is_bad(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(pair, "_Encoders", Encoders)
+    texts = functools.partial(text_fields, tokenize=backbones.tokenizer(config), encode=None)
+    monkeypatch.setattr(pair, "_load_encoders", lambda config: (texts, FirstChannels()))
     config.pair.path = str(tmp_path / "human.parquet")
     workdir = tmp_path / "work"
     rows = preference_table(9)

@@ -8,31 +8,37 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float16, Int
 
+from agfsync_jax.data.loader import put_rows
 from agfsync_jax.parallel.sharding import batch_sharding, filled, replicated
 
 
-def in_batches(
-    encode: Callable[[Any, Array], Any], params: Any, batch_size: int, mesh: Mesh
-) -> Callable[[np.ndarray], Any]:
-    """`encode` as one compiled program, whatever the number of rows.
+class BatchEncoder:
+    """`encode` as one compiled program: `encoder(rows)` is a pytree of numpy arrays [n, ...].
 
     Args:
         encode: (params, rows [b, ...]) -> a pytree of arrays [b, ...], row by row.
         params: what it is given first, on `mesh`.
         batch_size: rows of the program; a multiple of the mesh's data and fsdp axes.
         mesh: rows are split over its data and fsdp axes.
-
-    Returns:
-        run(rows [n, ...]), n from 1 to batch_size -> the pytree [batch_size, ...] on the devices;
-        what stands behind the first n rows fills the batch up.
     """
-    program = jax.jit(encode, out_shardings=replicated(mesh))
-    sharding = batch_sharding(mesh)
 
-    def run(rows):
-        return program(params, jax.device_put(filled(rows, batch_size), sharding))
+    def __init__(
+        self, encode: Callable[[Any, Array], Any], params: Any, batch_size: int, mesh: Mesh
+    ):
+        self.batch_size = batch_size
+        self._params, self._sharding = params, batch_sharding(mesh)
+        self._program = jax.jit(encode, out_shardings=replicated(mesh))
 
-    return run
+    def start(self, rows: np.ndarray) -> Any:
+        """The pytree [batch_size, ...] of 1 to `batch_size` rows, still to come on the devices."""
+        batch = jax.device_put(filled(rows, self.batch_size), self._sharding)
+        return self._program(self._params, batch)
+
+    def __call__(self, rows: np.ndarray) -> Any:
+        size = self.batch_size
+        starts = range(0, len(rows), size)
+        chunks = [jax.device_get(self.start(rows[start : start + size])) for start in starts]
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *chunks)
 
 
 def to_half(values: Any, what: str, instead: str) -> Float16[np.ndarray, "..."]:
@@ -66,35 +72,15 @@ class PromptEmbeddings:
     def encode(
         cls, backbone: Any, tokens: Int[np.ndarray, "n l"], batch_size: int, mesh: Mesh
     ) -> "PromptEmbeddings":
-        """Encodes each distinct row of `tokens` once.
+        """Encodes each distinct row of `tokens`, one row an example, once; see `BatchEncoder`.
 
-        Args:
-            backbone: see backbones/; its parameters are read here and not kept.
-            tokens: one row an example.
-            batch_size: prompts encoded at a time; a multiple of the mesh's data and fsdp axes.
-            mesh: see above.
+        The backbone's parameters (see backbones/) are read here and not kept.
         """
         distinct, index = np.unique(tokens, axis=0, return_inverse=True)
-        run = in_batches(backbone.encode_prompt, backbone.params, batch_size, mesh)
-        chunks = []
-        for start in range(0, len(distinct), batch_size):
-            chunks.append(jax.device_get(run(distinct[start : start + batch_size])))
-        table = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(distinct)], *chunks)
-        return cls(table, index.reshape(-1), mesh)
+        encoder = BatchEncoder(backbone.encode_prompt, backbone.params, batch_size, mesh)
+        return cls(encoder(distinct), index.reshape(-1), mesh)
 
     def __call__(self, rows: Int[np.ndarray, " b"]) -> dict[str, Array]:
-        """The conditioning of these rows of `index`, arrays [b, ...] split over the mesh.
-
-        float16 becomes float32, which is exact: a denoiser casts to what it computes in.
-        """
-
-        def put(leaf):
-            dtype = np.float32 if leaf.dtype == np.float16 else leaf.dtype
-            # Asked once per device of this process, for that device's rows only.
-            return jax.make_array_from_callback(
-                (len(rows), *leaf.shape[1:]),
-                self._sharding,
-                lambda part: leaf[self._index[rows[part[0]]]].astype(dtype),
-            )
-
-        return {name: put(leaf) for name, leaf in self._table.items()}
+        """The conditioning of these rows of `index`, as `put_rows` makes a batch of it."""
+        found = self._index[rows]
+        return {name: put_rows(leaf, found, self._sharding) for name, leaf in self._table.items()}

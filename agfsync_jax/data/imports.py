@@ -5,13 +5,15 @@ A parquet file; a folder of parquet files as repositories have them (data/train-
 a label that says which is better; the columns' names are config.pair.columns.
 """
 
-import hashlib
+import contextlib
+import functools
 import io
+import itertools
 import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,19 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_ROWS = 16  # read and decoded together
-_BATCHES_AHEAD = 2  # of these, decoded while the device is busy
+_ROWS = 16  # read together
+_ROWS_AHEAD = 32  # decoded while the device is busy
 _THREADS = 8  # decoders run outside the interpreter's lock
 _TOLD = 5  # bad rows that an error names
 _FLAG = "has_label"  # Pick-a-Pic's column, read where it is there
+# What a column holds: pyarrow's checks of its type, and what they are called.
+_BYTES = "is_binary is_large_binary is_null", "the bytes of an image, or a struct of bytes and path"
+_KINDS = {
+    "caption": ("is_string is_large_string", "text"),
+    "first": _BYTES,
+    "second": _BYTES,
+    "label": ("is_floating is_integer is_boolean", "numbers"),
+}
 
 
 class Preference(NamedTuple):
@@ -67,10 +77,17 @@ def find_files(path: str | Path, split: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"config.pair.path={path}: no such file or folder.")
+
+    def no_split(there):
+        return FileNotFoundError(
+            f"{path} has no split {split!r}: set config.pair.split to one of {', '.join(there)}"
+            " (or, for a folder of parquet files, to nothing for all of them)."
+        )
+
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
-            raise _no_split(path, split, splits)
+            raise no_split(splits)
         path = path / split
     if (path / "state.json").is_file():
         state = json.loads((path / "state.json").read_text())
@@ -86,24 +103,16 @@ def find_files(path: str | Path, split: str) -> list[Path]:
         )
     found = [file for file in splits if not split or split in splits[file]]
     if not found:
-        raise _no_split(path, split, sorted(set().union(*splits.values())))
+        raise no_split(sorted(set().union(*splits.values())))
     return found
-
-
-def _no_split(path: Path, split: str, there: list[str]) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{path} has no split {split!r}: set config.pair.split to one of {', '.join(there)}"
-        " (or, for a folder of parquet files, to nothing for all of them)."
-    )
 
 
 class PreferenceSet:
     """The rows of such files; every file's columns are looked at before the first row is read.
 
     Args:
-        path, split: see `find_files`.
-        columns: the names of "caption", "first", "second" and "label".
-        max_rows: rows to read, 0 for all.
+        settings: `config.pair`: its path, split, columns, max_rows (0: all), and max_bad, the share
+            of all rows that may have no caption or an image that cannot be decoded.
 
     Attributes:
         files, num_rows: what will be read.
@@ -115,80 +124,63 @@ class PreferenceSet:
         ValueError: a file that cannot be read, lacks a column or has one of another type.
     """
 
-    def __init__(
-        self, path: str | Path, split: str, columns: Mapping[str, str], *, max_rows: int = 0
-    ):
-        path = Path(path).expanduser()
+    def __init__(self, settings):
+        path = Path(settings.path).expanduser()
         self.folder = path if path.is_dir() else path.parent
-        self.files = find_files(path, split)
+        self.files = find_files(path, settings.split)
         self.counts: Counter = Counter()
-        self._columns = dict(columns)
+        self._columns, self._max_bad = settings.columns.to_dict(), settings.max_bad
         total = sum(_look_at(file, self._columns) for file in self.files)
-        self.num_rows = min(total, max_rows) if max_rows else total
-        self._captions: set[bytes] = set()
+        self.num_rows = min(total, settings.max_rows or total)
+        self._captions: set[str] = set()
         self._bad: list[str] = []
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
         """Changes when a file does: its name, size and time of change."""
-        stats = [(file, file.stat()) for file in self.files]
-        return [(str(file.name), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        stats = [(file.name, file.stat()) for file in self.files]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def read(
-        self,
-        height: int,
-        width: int,
-        *,
-        max_bad: float = 1.0,
-        done: Callable[[int], None] = lambda count: None,
+        self, height: int, width: int, done: Callable[[int], None] = lambda count: None
     ) -> Iterator[Preference]:
         """Decodes the rows that count, some ahead of whoever asks for them.
 
         Args:
             height, width: of the images, see `fit_image`.
-            max_bad: the share of all rows that may have no caption or an image that cannot be
-                decoded.
             done: called with a number of rows once they are read, dropped ones too.
 
         Raises:
-            ValueError: more bad rows than that, of which the first are named; a label that is
+            ValueError: more bad rows than may be, of which the first are named; a label that is
                 neither 0, 0.5 nor 1; a damaged file.
         """
-        pending: deque[tuple[list[tuple[Preference, list[Future]]], int]] = deque()
+        pending: deque = deque()
         with ThreadPoolExecutor(_THREADS) as pool:
-            start = 0
-            for cells in self._batches():
-                batch = []
-                for row, values in enumerate(zip(*cells.values(), strict=True), start):
-                    each = dict(zip(cells, values, strict=True))
-                    chosen = self._chosen(row, each, max_bad)
-                    if chosen is not None:
-                        images = [
-                            pool.submit(self._image, each[side], height, width)
-                            for side in ("first", "second")
-                        ]
-                        batch.append((Preference(row, each["caption"], (), chosen), images))
-                start += len(cells["label"])
-                pending.append((batch, len(cells["label"])))
-                if len(pending) > _BATCHES_AHEAD:
-                    yield from self._decoded(*pending.popleft(), max_bad, done)
-            while pending:
-                yield from self._decoded(*pending.popleft(), max_bad, done)
+            for row, cells in enumerate(itertools.islice(self._rows(), self.num_rows)):
+                chosen = self._chosen(row, cells)
+                sides = () if chosen is None else (cells["first"], cells["second"])
+                images = [pool.submit(self._image, each, height, width) for each in sides]
+                pending.append((row, cells["caption"], images, chosen))
+                if len(pending) > _ROWS_AHEAD:
+                    yield from self._decoded(*pending.popleft())
+                    done(1)
+            for each in pending:
+                yield from self._decoded(*each)
+                done(1)
 
-    def _decoded(self, batch, num_rows, max_bad, done) -> Iterator[Preference]:
-        for preference, futures in batch:
-            try:
-                images = tuple(future.result() for future in futures)
-            except ValueError as error:
-                self._drop("bad_images", f"row {preference.row}: {error}", max_bad)
-                continue
-            yield preference._replace(images=images)
-        done(num_rows)
+    def _decoded(self, row, caption, images, chosen) -> Iterator[Preference]:
+        try:
+            images = tuple(image.result() for image in images)
+        except ValueError as error:
+            self._drop("bad_images", f"row {row}: {error}")
+        else:
+            if images:
+                yield Preference(row, caption, images, chosen)
 
-    def _chosen(self, row: int, cells: Mapping[str, Any], max_bad: float) -> int | None:
+    def _chosen(self, row: int, cells: Mapping[str, Any]) -> int | None:
         """Which image is preferred; None for a row that is dropped, which is counted."""
-        caption, label = cells["caption"], cells["label"]
-        if caption and caption.strip():
-            self._captions.add(hashlib.sha256(caption.encode()).digest()[:8])
+        caption, label = (cells["caption"] or "").strip(), cells["label"]
+        if caption:
+            self._captions.add(cells["caption"])
             self.counts["prompts"] = len(self._captions)
         if label is None or label != label or cells.get(_FLAG) is False:  # NaN is none either
             self.counts["unlabelled"] += 1
@@ -199,19 +191,19 @@ class PreferenceSet:
             )
         elif label == 0.5:
             self.counts["ties"] += 1
-        elif not (caption and caption.strip()):
-            self._drop("empty_captions", f"row {row}: no caption", max_bad)
+        elif not caption:
+            self._drop("empty_captions", f"row {row}: no caption")
         else:
             return 0 if label else 1
         return None
 
-    def _drop(self, reason: str, what: str, max_bad: float) -> None:
+    def _drop(self, reason: str, what: str) -> None:
         self.counts[reason] += 1
         self._bad.append(what)
-        if len(self._bad) > max_bad * self.num_rows:
+        if len(self._bad) > self._max_bad * self.num_rows:
             raise ValueError(
                 f"{len(self._bad)} of {self.num_rows} rows are bad, more than"
-                f" config.pair.max_bad={max_bad} of them: {self.bad_rows()}"
+                f" config.pair.max_bad={self._max_bad} of them: {self.bad_rows()}"
             )
 
     def bad_rows(self) -> str:
@@ -231,87 +223,57 @@ class PreferenceSet:
             raise ValueError("there is no image")
         return fit_image(data, height, width)
 
-    def _batches(self) -> Iterator[dict[str, list]]:
-        """The cells of some rows at a time: "caption", "first", "second", "label", "has_label"."""
-        left = self.num_rows
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The cells "caption", "first", "second", "label" and "has_label" of all rows."""
         for file in self.files:
-            for batch in _record_batches(file, list(self._columns.values())):
-                flag = {_FLAG: _FLAG} if _FLAG in batch.schema.names else {}
-                for start in range(0, batch.num_rows, _ROWS):
-                    part = batch.slice(start, min(_ROWS, left))
-                    yield {
-                        key: part.column(name).to_pylist()
-                        for key, name in (self._columns | flag).items()
-                    }
-                    left -= part.num_rows
-                    if not left:
-                        return
+            with _told(file):
+                schema, _, batches = _open(file)
+                names = self._columns | ({_FLAG: _FLAG} if _FLAG in schema.names else {})
+                for batch in batches(list(names.values())):
+                    for row in batch.to_pylist():
+                        yield {key: row[name] for key, name in names.items()}
 
 
-def _open(file: Path) -> Any:
-    """A pyarrow ParquetFile, or a reader of record batches."""
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Says which file cannot be read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _open(file: Path) -> tuple[Any, int, Callable[[list[str]], Iterator[Any]]]:
+    """A file's schema, its number of rows, and what gives columns of it, some rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if file.suffix == ".arrow":
-        return pa.ipc.open_stream(pa.memory_map(str(file)))
-    return pq.ParquetFile(file)
-
-
-def _record_batches(file: Path, columns: list[str]) -> Iterator[Any]:
-    import pyarrow as pa
-
-    try:
-        reader = _open(file)
-        if file.suffix == ".arrow":
-            yield from reader
-            return
-        names = [*columns, *([_FLAG] if _FLAG in reader.schema_arrow.names else [])]
-        yield from reader.iter_batches(_ROWS, columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()  # it stays on the disk
+        return table.schema, table.num_rows, lambda names: table.select(names).to_batches(_ROWS)
+    reader = pq.ParquetFile(file)
+    read = functools.partial(reader.iter_batches, _ROWS)
+    return reader.schema_arrow, reader.metadata.num_rows, lambda names: read(columns=names)
 
 
 def _look_at(file: Path, columns: Mapping[str, str]) -> int:
     """The number of rows of a file. Raises ValueError if a column is not what it must be."""
-    import pyarrow as pa
     from pyarrow import types
 
-    try:
-        reader = _open(file)
-        if file.suffix == ".arrow":
-            schema, num_rows = reader.schema, sum(batch.num_rows for batch in reader)
-        else:
-            schema, num_rows = reader.schema_arrow, reader.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-    def is_text(kind):
-        return types.is_string(kind) or types.is_large_string(kind)
-
-    def is_image(kind):
-        if types.is_struct(kind):
-            fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-            return "bytes" in fields and is_bytes(fields["bytes"])
-        return is_bytes(kind)
-
-    def is_bytes(kind):
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
-
-    def is_number(kind):
-        return any(f(kind) for f in (types.is_floating, types.is_integer, types.is_boolean))
-
-    image = is_image, "the bytes of an image, or a struct of bytes and path"
-    kinds = {"caption": (is_text, "text"), "first": image, "second": image}
-    kinds["label"] = is_number, "numbers"
+    with _told(file):
+        schema, num_rows, _ = _open(file)
     for key, name in columns.items():
         if name not in schema.names:
             raise ValueError(
                 f"{file} has no column {name!r} (config.pair.columns.{key}); it has"
                 f" {', '.join(schema.names)}."
             )
-        fits, expected = kinds[key]
-        if not fits(schema.field(name).type):
+        kind, (checks, expected) = schema.field(name).type, _KINDS[key]
+        if _KINDS[key] is _BYTES and types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        if not any(getattr(types, check)(kind) for check in checks.split()):
             raise ValueError(
                 f"{file}: column {name!r} (config.pair.columns.{key}) holds"
                 f" {schema.field(name).type}, expected {expected}."

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 
@@ -20,47 +20,35 @@ class PairLoader:
 
     Step s holds rows s*b to (s+1)*b of an endless stream: one permutation of the pairs after
     another, each drawn from (seed, epoch). A batch may span two epochs, so no pair is left out.
+
+    Args:
+      pairs: what `pairs.read_pairs` gives: at least pair_id, token_ids and latents (those of chosen
+        and rejected, or of rankings as `pad_rankings` makes them), one row per pair; and stored
+        embeddings with prompt_row.
+      batch_size: rows of the global batch, over all processes.
+      seed: of the order.
+      mesh: batches are split over its data and fsdp axes.
+      parts: that a step takes a batch in, each of which the mesh must divide.
+
+    Raises:
+      ValueError: a batch that the mesh does not divide.
     """
 
     def __init__(
         self, pairs: Mapping[str, Any], batch_size: int, seed: int, mesh: Mesh, *, parts: int = 1
     ):
-        """Checks sizes before any device time is spent.
-
-        Args:
-          pairs: what `pairs.read_pairs` gives: at least pair_id, token_ids and latents (those of
-            chosen and rejected, or of rankings as `pad_rankings` makes them), one row per pair; and
-            stored embeddings with prompt_row.
-          batch_size: rows of the global batch, over all processes.
-          seed: of the order.
-          mesh: batches are split over its data and fsdp axes.
-          parts: that a step takes a batch in, each of which the mesh must divide.
-
-        Raises:
-          ValueError: no pairs, a missing field, fields of different lengths, or a batch that the
-            mesh does not divide.
-        """
-        latents = ("latents",) if "latents" in pairs else ("chosen_latents", "rejected_latents")
-        wanted = ("pair_id", *latents, "token_ids")
-        if missing := [name for name in wanted if name not in pairs]:
-            raise ValueError(f"Pairs lack the fields {missing}; they have {sorted(pairs)}.")
-        fields = [name for name in FIELDS if name in pairs]
-        lengths = {name: len(pairs[name]) for name in ("pair_id", *fields)}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"Pairs have fields of different lengths: {lengths}.")
-        if not lengths["pair_id"]:
-            raise ValueError("There are no pairs to train on.")
         if batch_size < 1 or batch_size % (batch_shards(mesh) * parts):
             taken = f" in {parts} parts" if parts > 1 else ""
             raise ValueError(
                 f"A batch of {batch_size} cannot be split over {batch_shards(mesh)} devices "
                 f"(data x fsdp of the mesh {dict(mesh.shape)}){taken}: make it a multiple."
             )
-        self.num_pairs = lengths["pair_id"]
+        self.num_pairs = len(pairs["pair_id"])
         self.batch_size = batch_size
         self.seed = seed
         self._sharding = batch_sharding(mesh)
-        self._arrays = {name: np.asarray(pairs[name]) for name in fields}
+        self._arrays = {name: np.asarray(pairs[name]) for name in FIELDS if name in pairs}
+        self._arrays["example"] = example_ids(pairs["pair_id"])
         self.token_ids = self._arrays["token_ids"]
         self.stored_embeddings = {
             name.removeprefix("embeddings/"): values
@@ -68,46 +56,39 @@ class PairLoader:
             if name.startswith("embeddings/")
         }
         self.prompt_row = pairs.get("prompt_row")  # [n], which row of them is a pair's
-        self._arrays["example"] = example_ids(pairs["pair_id"])
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps to see every pair once; not a whole number when a batch spans two epochs."""
-        return self.num_pairs / self.batch_size
-
-    def epoch(self, step: int) -> float:
-        """Epochs seen before `step`."""
-        return step / self.steps_per_epoch
 
     def rows(self, step: int) -> np.ndarray:
         """Which pairs the global batch of a step holds, int64 [batch_size]."""
         stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, positions = np.divmod(stream, self.num_pairs)
-        return np.array(
-            [self._permutation(int(e))[p] for e, p in zip(epochs, positions, strict=True)]
-        )
+        drawn = zip(map(self._permutation, epochs.tolist()), positions, strict=True)
+        return np.array([order[position] for order, position in drawn])
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The global batch of a step, of which each process fills only its own devices.
+        """The global batch of a step.
 
         Returns:
           chosen_latents, rejected_latents float32 [b, h, w, c]; token_ids int32 [b, n]; example
           int32 [b], a number that belongs to the pair wherever it turns up (for noise keys).
         """
         rows = self.rows(step)
-        return {name: self._put(array, rows) for name, array in self._arrays.items()}
-
-    def _put(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
-        dtype = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int32)
-        shape = (len(rows), *array.shape[1:])
-        # Asked once per device of this process, for that device's rows only.
-        return jax.make_array_from_callback(
-            shape, self._sharding, lambda index: array[rows[index[0]]].astype(dtype)
-        )
+        return {name: put_rows(each, rows, self._sharding) for name, each in self._arrays.items()}
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+
+
+def put_rows(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The rows of an array as a batch; each process fills only its own devices.
+
+    float16 becomes float32, which is exact: a denoiser casts to what it computes in.
+    """
+    dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    # Asked once per device of this process, for that device's rows only.
+    return jax.make_array_from_callback(
+        (len(rows), *array.shape[1:]), sharding, lambda part: array[rows[part[0]]].astype(dtype)
+    )
 
 
 def example_ids(pair_ids: Sequence[str]) -> np.ndarray:

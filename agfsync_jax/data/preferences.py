@@ -15,6 +15,7 @@ import numpy as np
 
 NORMALIZATIONS = ("none", "zscore", "rank", "minmax")
 STRATEGIES = ("best_worst", "all_above_margin", "top_k_bottom_k", "ranked")
+_LEAST = {"min_margin": 0, "max_pairs": 0, "min_questions": 0, "k": 1, "max_rows": 0}
 # What config.pair.columns names, of an imported set.
 IMPORTED = ("caption", "first", "second", "label")
 # Scores are float32: values that differ by less are one value, or zscore would blow noise up.
@@ -22,12 +23,7 @@ _ROUNDING = 1e-6
 
 
 class Count(NamedTuple):
-    """A number of pair.json.
-
-    Attributes:
-        of: what is counted: pairs, prompts, candidates or imported rows.
-        what: what became of it.
-    """
+    """A number of pair.json: of what (pairs, prompts, ...), and what became of it."""
 
     of: str
     what: str
@@ -53,6 +49,14 @@ COUNTS = {
     "empty_captions": Count("imported rows", "without a caption"),
     "bad_images": Count("imported rows", "with an image that cannot be decoded"),
 }
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """The counts in one line; of what was dropped, the reasons that there are."""
+    reasons = [name for name in COUNTS if counts[name] and name not in ("pairs", "prompts")]
+    dropped = ", ".join(f"{counts[name]} {COUNTS[name].text}" for name in reasons)
+    head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
+    return f"{head}; dropped: {dropped or 'nothing'}"
 
 
 class Scored(NamedTuple):
@@ -107,9 +111,7 @@ def normalize(scores: np.ndarray, method: str) -> np.ndarray:
         higher = x[:, None] - x[None, :]
         ranks = ((higher > rounding).sum(1) + (higher >= -rounding).sum(1) - 1) / 2
         return ranks / (len(x) - 1)
-    if method == "minmax":
-        return (x - x.min()) / spread
-    raise ValueError(f"config.pair.normalize={method!r}: expected {' | '.join(NORMALIZATIONS)}.")
+    return (x - x.min()) / spread
 
 
 def combine(columns: dict[str, np.ndarray], weights: dict[str, float], method: str) -> np.ndarray:
@@ -154,11 +156,9 @@ def select(
         found = [tuple(order)]
     elif strategy == "all_above_margin":
         found = itertools.combinations(order, 2)
-    elif strategy in ("best_worst", "top_k_bottom_k"):
+    else:
         k = 1 if strategy == "best_worst" else min(k, len(order) // 2)
         found = itertools.product(order[:k], sorted(order[k:], key=lambda i: scores[i])[:k])
-    else:
-        raise ValueError(f"config.pair.strategy={strategy!r}: expected {' | '.join(STRATEGIES)}.")
     kept, dropped = [], Counter()
     for each in sorted(found, key=lambda each: scores[each[-1]] - scores[each[0]]):
         margin = scores[each[0]] - scores[each[-1]]
@@ -175,59 +175,43 @@ def select(
 
 def check_settings(settings) -> None:
     """Raises ValueError for a `config.pair` that cannot be followed."""
+
+    def expect(fits: bool, key: str, expected: str) -> None:
+        if not fits:
+            value = settings[key]
+            value = value.to_dict() if key in ("weights", "columns") else value
+            raise ValueError(f"config.pair.{key}={value!r}: expected {expected}.")
+
     for key, allowed in (("normalize", NORMALIZATIONS), ("strategy", STRATEGIES)):
-        if settings[key] not in allowed:
+        expect(settings[key] in allowed, key, " | ".join(allowed))
+    for key, least in _LEAST.items():
+        expect(settings[key] >= least, key, f"{least} or more")
+    hub = 'the name that the Hugging Face Hub has for it, such as "cc-by-4.0" or "other"'
+    expect(re.fullmatch(r"[A-Za-z0-9][\w.+-]*", settings.license), "license", hub)
+    for key in ("shuffle_labels", "path"):
+        if settings.strategy == "ranked" and settings[key]:
             raise ValueError(
-                f"config.pair.{key}={settings[key]!r}: expected {' | '.join(allowed)}."
+                f"config.pair.{key}={settings[key]!r} makes pairs, and"
+                " config.pair.strategy='ranked' none: set another strategy."
             )
-    for key, least in (("min_margin", 0), ("max_pairs", 0), ("min_questions", 0), ("k", 1)):
-        if not settings[key] >= least:
-            raise ValueError(f"config.pair.{key}={settings[key]}: expected {least} or more.")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", settings.license):
-        raise ValueError(
-            f"config.pair.license={settings.license!r}: expected the name that the Hugging Face"
-            ' Hub has for it, such as "cc-by-4.0" or "other".'
-        )
-    if settings.strategy == "ranked":
-        for key in ("shuffle_labels", "path"):
-            if settings[key]:
-                raise ValueError(
-                    f"config.pair.{key}={settings[key]!r} makes pairs, and"
-                    " config.pair.strategy='ranked' none: set another strategy."
-                )
-    if settings.path:
-        _check_import(settings)
+    if not settings.path:
+        weights = settings.weights.values()
+        finite = any(weights) and all(map(math.isfinite, weights))
+        expect(finite, "weights", "numbers, one at least not 0")
         return
-    weights = settings.weights.to_dict()
-    if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
-        raise ValueError(f"config.pair.weights={weights}: expected numbers, one at least not 0.")
-
-
-def _check_import(settings) -> None:
     columns = settings.columns.to_dict()
     names = list(columns.values())
-    if set(columns) != set(IMPORTED) or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(
-            f"config.pair.columns={columns}: expected a column's name for each of"
-            f" {', '.join(IMPORTED)}, and no others."
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"config.pair.columns={columns}: expected a different column for each.")
-    if not settings.max_rows >= 0:
-        raise ValueError(f"config.pair.max_rows={settings.max_rows}: expected 0 or more.")
-    if not 0 <= settings.max_bad <= 1:
-        raise ValueError(f"config.pair.max_bad={settings.max_bad}: expected 0 to 1.")
+    named = set(columns) == set(IMPORTED) and all(isinstance(n, str) and n for n in names)
+    each = f"a column's name for each of {', '.join(IMPORTED)}, and no others"
+    expect(named, "columns", each)
+    expect(len(set(names)) == len(names), "columns", "a different column for each")
+    expect(0 <= settings.max_bad <= 1, "max_bad", "0 to 1")
 
 
 def choose(
     scores: Mapping[str, Scored], prompts: Mapping[str, str], settings
 ) -> tuple[list[Choice], dict[str, int]]:
-    """Picks the pairs of all prompts.
-
-    Args:
-        scores: shard -> its scores.
-        prompts: prompt id -> text.
-        settings: `config.pair`.
+    """Picks the pairs of all prompts (id -> text), from the scores of all shards.
 
     Returns:
         the pairs in the order of the scores, and the numbers that `COUNTS` names.
@@ -258,40 +242,22 @@ def choose(
                 continue
             candidates = [scored.candidates[row] for row in rows]
             columns = {name: np.asarray(scored.columns[name])[rows] for name in weights}
+            finite = np.logical_and.reduce([np.isfinite(column) for column in columns.values()])
             answered = np.array([(prompt_id, c) not in scored.unanswered for c in candidates])
-            found, counted = _choose_in_prompt(candidates, columns, answered, weights, settings)
-            counts.update(counted)
-            choices += [Choice(shard, prompt_id, *each) for each in found]
+            unanswered, nonfinite = int((~answered).sum()), int((answered & ~finite).sum())
+            counts.update(unanswered=unanswered, nonfinite=nonfinite)
+            kept = np.flatnonzero(answered & finite)
+            if len(kept) < 2:
+                continue
+            columns = {name: column[kept] for name, column in columns.items()}
+            total = combine(columns, weights, settings.normalize).tolist()
+            limits = {key: settings[key] for key in ("strategy", "k", "min_margin", "max_pairs")}
+            found, dropped = select(total, same(columns, weights), **limits)
+            counts.update(dropped, pairs=len(found), too_few=-1)  # one that is none of the too few
+            for order in found:
+                ids = tuple(candidates[kept[i]] for i in order)
+                choices.append(Choice(shard, prompt_id, ids, tuple(total[i] for i in order)))
     return choices, dict(counts)
-
-
-def _choose_in_prompt(
-    candidates: Sequence[int],
-    columns: Mapping[str, np.ndarray],
-    answered: np.ndarray,
-    weights: Mapping[str, float],
-    settings,
-) -> tuple[list[tuple[tuple[int, ...], tuple[float, ...]]], Counter]:
-    """(candidates, scores) of each pair, and what to add to counts."""
-    finite = np.logical_and.reduce([np.isfinite(column) for column in columns.values()])
-    kept = answered & finite
-    counts = Counter(unanswered=int((~answered).sum()), nonfinite=int((answered & ~finite).sum()))
-    if kept.sum() < 2:
-        return [], counts
-    columns = {name: column[kept] for name, column in columns.items()}
-    candidates = list(itertools.compress(candidates, kept))
-    total = combine(columns, weights, settings.normalize).tolist()
-    found, dropped = select(
-        total,
-        same(columns, weights),
-        strategy=settings.strategy,
-        k=settings.k,
-        min_margin=settings.min_margin,
-        max_pairs=settings.max_pairs,
-    )
-    counts.update(dropped, pairs=len(found), too_few=-1)  # one that is none of the too few
-    picked = [(tuple(candidates[i] for i in e), tuple(total[i] for i in e)) for e in found]
-    return picked, counts
 
 
 def is_swapped(pair_id: str, seed: int, round_index: int) -> bool:

