@@ -8,12 +8,13 @@ Diffusion-DPO's sqrt(b num_elements / m): 1145 for 2 pairs of 1024 x 1024 pixels
 grows with the batch; the code's batch is what one GPU holds (2 pairs), here it is the global one.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss, pair_errors
-from agfsync_jax.losses._rewards import reward_metrics
+from agfsync_jax.losses import Loss, pair_errors, reward_metrics
 
 
 def loss(
@@ -48,7 +49,7 @@ def loss(
 
 LOSS = Loss(
     loss,
-    inputs=lambda r: (*pair_errors(r), r.num_elements),
+    inputs=lambda r: (*pair_errors(r), math.prod(r.policy.shape[2:])),
     same_noise=False,
     is_batchwise=True,
 )

@@ -8,8 +8,7 @@ log((1 - label_smoothing) / label_smoothing) instead of never.
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -21,9 +20,7 @@ def loss(
     beta: float = 2000.0,
     label_smoothing: float = 0.1,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), with s = label_smoothing, the
+    """loss = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), with s = label_smoothing, the
     probability that chosen and rejected are swapped. Margin and beta as in Diffusion-DPO (2000 for
     Stable Diffusion 1.5, 5000 for SDXL); s = 0 is Diffusion-DPO.
 

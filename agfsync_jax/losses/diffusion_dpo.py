@@ -9,8 +9,7 @@ v-prediction alike: errors are taken at the model's own target.
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -21,11 +20,9 @@ def loss(
     *,
     beta: float = 2000.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = -log sigmoid(margin), margin = chosen - rejected reward, reward = -beta/2 (policy error -
-    reference error): ln 2 where policy and reference are equal. Paper: beta 2000 for Stable
-    Diffusion 1.5, 5000 for SDXL; its code has 5000 for both.
+    """loss = -log sigmoid(margin), margin = chosen - rejected reward, reward = -beta/2 (policy
+    error - reference error): ln 2 where policy and reference are equal. Paper: beta 2000 for
+    Stable Diffusion 1.5, 5000 for SDXL; its code has 5000 for both.
     """
     chosen = reward(policy_chosen, reference_chosen, beta)
     rejected = reward(policy_rejected, reference_rejected, beta)

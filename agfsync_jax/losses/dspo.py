@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss, pair_errors
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, pair_errors, reward, reward_metrics
 
 
 def loss(
@@ -23,9 +22,7 @@ def loss(
     *,
     beta: float = 0.001,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = mean over elements of (a - c (a - r))^2, with a and r the residuals of policy and
+    """loss = mean over elements of (a - c (a - r))^2, with a and r the residuals of policy and
     reference on the chosen, and c = beta (1 - sigmoid(margin)), margin as in Diffusion-DPO. As in
     the code, the gradient flows through c, too. chosen_product is the mean of a r.
 

@@ -7,8 +7,7 @@ Unlike Diffusion-DPO, a pair whose margin has reached 1 is left alone, and all o
 import jax
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -19,10 +18,8 @@ def loss(
     *,
     beta: float = 2000.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = max(0, 1 - margin); margin and beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5,
-    5000 for SDXL). The script leaves out Diffusion-DPO's half: its 2500 is 5000 here.
+    """loss = max(0, 1 - margin); margin and beta as in Diffusion-DPO (2000 for Stable Diffusion
+    1.5, 5000 for SDXL). The script leaves out Diffusion-DPO's half: its 2500 is 5000 here.
     """
     chosen = reward(policy_chosen, reference_chosen, beta)
     rejected = reward(policy_rejected, reference_rejected, beta)

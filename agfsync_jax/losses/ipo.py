@@ -8,8 +8,7 @@ already told apart do not drive the policy away from the reference.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -20,9 +19,7 @@ def loss(
     *,
     beta: float = 2000.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = (margin - 1/2)^2, with margin = beta h and h the paper's log-ratio: beta^2 times its
+    """loss = (margin - 1/2)^2, with margin = beta h and h the paper's log-ratio: beta^2 times its
     (h - 1/(2 beta))^2, which is 1e-7 at the usual beta and lost in an optimizer's epsilon. Margin
     and beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL).
     """

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -24,11 +23,9 @@ def loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, "..."]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = mean over the two images of weight (1 - sigmoid(+-(reward - kl))), plus for the chosen,
-    where kl = max(0, mean reward of the 2 b images), without a gradient. Reward and beta as in
-    Diffusion-DPO; the code leaves out its half: the paper's best beta, 5000, is 10000 here.
+    """loss = mean over the two images of weight (1 - sigmoid(+-(reward - kl))), plus for the
+    chosen, where kl = max(0, mean reward of the 2 b images), without a gradient. Reward and beta as
+    in Diffusion-DPO; the code leaves out its half: the paper's best beta, 5000, is 10000 here.
     """
     chosen = reward(policy_chosen, reference_chosen, beta)
     rejected = reward(policy_rejected, reference_rejected, beta)

@@ -21,9 +21,7 @@ def loss(
     snr_value: float = 0.5,
     num_train_timesteps: int = 1000,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Per-pair loss and metrics from denoising errors (mean over a latent's elements), all [b].
-
-    loss = error of chosen - beta log sigmoid(T (f(chosen) - f(rejected))), with f(error) =
+    """loss = error of chosen - beta log sigmoid(T (f(chosen) - f(rejected))), with f(error) =
     s error / (exp(s error) - 1) in (0, 1), s = snr_value, T = num_train_timesteps. Beta weighs the
     second term against a mean squared error: 0.1 in the code, not Diffusion-DPO's thousands.
     """

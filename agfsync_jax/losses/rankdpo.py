@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses import Loss, ranking_errors
-from agfsync_jax.losses._rewards import reward, reward_metrics
+from agfsync_jax.losses import Loss, reward, reward_metrics
 
 
 def loss(
@@ -49,4 +48,8 @@ def loss(
 
 
 # Candidates share their noise, as in Diffusion-DPO's code; the paper draws one for each.
-LOSS = Loss(loss, inputs=ranking_errors, is_listwise=True)
+LOSS = Loss(
+    loss,
+    inputs=lambda r: (r.policy_errors, r.reference_errors, r.scores, r.mask),
+    is_listwise=True,
+)
