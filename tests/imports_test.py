@@ -55,7 +55,8 @@ WORLD = ("grammar", "scenes", "drawing", "questions", "referee")
 # A file -> all that it may import of the package.
 ONLY = {f"micro/{name}.py": {"micro"} for name in WORLD}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
-SHARED = {"models": {"hooks", "layers", "attention", "t5"}}  # a BLIP-2 contains a T5
+# A BLIP-2 contains a T5, and an encoder as CLIP's.
+SHARED = {"models": {"hooks", "layers", "attention", "clip", "t5"}}
 # A room -> the only libraries that it may import.
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from agfsync_jax import models
 from agfsync_jax.models.layers import BOOKKEEPING, USUAL, ModelConfig, in_json
@@ -22,18 +22,13 @@ value is accepted, and so is any field whose name begins with an underscore:
 """
 
 
-def config_classes() -> Iterator[type[ModelConfig]]:
+def config_classes() -> Iterable[type[ModelConfig]]:
     """The configs of this room's files, each after those that are parts of it."""
-    seen = set()
-    for module in pkgutil.iter_modules(models.__path__):
-        if module.name.startswith("__"):
-            continue
-        found = vars(importlib.import_module(f"{models.__name__}.{module.name}")).values()
-        for cls in found:
-            is_config = isinstance(cls, type) and issubclass(cls, ModelConfig)
-            if is_config and cls is not ModelConfig and cls not in seen:
-                seen.add(cls)
-                yield cls
+    names = [module.name for module in pkgutil.iter_modules(models.__path__)]
+    files = [importlib.import_module(f"{models.__name__}.{name}") for name in names]
+    found = [value for file in files for value in vars(file).values() if isinstance(value, type)]
+    configs = [cls for cls in found if issubclass(cls, ModelConfig) and cls is not ModelConfig]
+    return dict.fromkeys(configs)
 
 
 def page() -> str:
@@ -41,9 +36,7 @@ def page() -> str:
     table = ["| field | support | values | default |", "| --- | --- | --- | --- |"]
     lines = [_HEAD]
     for cls in config_classes():
-        lines += [f"## {cls.__name__}", ""]
-        if not cls.__doc__.startswith(f"{cls.__name__}("):  # as dataclasses write it
-            lines += [cls.__doc__.split("\n")[0], ""]
+        lines += [f"## {cls.__name__}", "", cls.__doc__.split("\n")[0], ""]
         lines += table + [f"| `{name}` | {' | '.join(cells)} |" for name, *cells in cls.support()]
         lines.append("")
     lines += ["## All networks", "", *table]

@@ -6,8 +6,7 @@ sac+logos+ava1-l14-linearMSE take the 768 numbers of CLIP ViT-L/14.
 """
 
 import dataclasses
-import functools
-from typing import Any
+import itertools
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +17,8 @@ from agfsync_jax.models.layers import Linear, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class AestheticConfig(ModelConfig):
+    """The only size of the LAION aesthetic predictor that is not fixed."""
+
     input_size: int = 768  # of the CLIP image embedding
 
 
@@ -26,24 +27,13 @@ class AestheticPredictor(nnx.Module):
 
     config_class = AestheticConfig
 
-    def __init__(self, config: AestheticConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        def dense(size_in: int, size_out: int) -> nnx.Linear:
-            return Linear(size_in, size_out, rngs=rngs, dtype=dtype)
-
+    def __init__(self, config: AestheticConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        sizes = [config.input_size, 1024, 128, 64, 16, 1]
+        dense = [Linear(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(sizes)]
         # Nothing is dropped here: dropout keeps its place in the checkpoint's numbering.
-        dropout = functools.partial(nnx.Dropout, 0.0, deterministic=True)
-        self.layers = nnx.List(
-            [
-                dense(config.input_size, 1024),
-                dropout(),
-                dense(1024, 128),
-                dropout(),
-                dense(128, 64),
-                dropout(),
-                dense(64, 16),
-                dense(16, 1),
-            ]
-        )
+        dropout = [nnx.Dropout(0.0, deterministic=True) for _ in range(3)]
+        first = [dense[0], dropout[0], dense[1], dropout[1], dense[2], dropout[2]]
+        self.layers = nnx.List([*first, *dense[3:]])
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, " b"]:
         for layer in self.layers:

@@ -197,3 +197,17 @@ def split_heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s h d"]
 def merge_heads(x: Float[Array, "b s h d"]) -> Float[Array, "b s c"]:
     """The inverse of `split_heads`."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def multi_head(
+    q: Float[Array, "b s c"],
+    k: Float[Array, "b t c"],
+    v: Float[Array, "b t c"],
+    heads: int,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+) -> Float[Array, "b s c"]:
+    """`attention` of projected channels, in heads."""
+    q, k, v = (split_heads(each, heads) for each in (q, k, v))
+    return merge_heads(attention(q, k, v, mask=mask, bias=bias))

@@ -10,8 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.attention import attention, merge_heads, split_heads
-from agfsync_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, ModelConfig, param
+from agfsync_jax.models.attention import attention, merge_heads, multi_head
+from agfsync_jax.models.clip import CLIPEncoder
+from agfsync_jax.models.layers import (
+    ACTIVATIONS,
+    BertIntermediate,
+    BertOutput,
+    Conv,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+    param,
+)
 from agfsync_jax.models.t5 import T5Config, T5ForConditionalGeneration
 
 
@@ -37,10 +47,7 @@ class Blip2VisionConfig(ModelConfig):
 class Blip2QFormerConfig(ModelConfig):
     """`qformer_config` of a BLIP-2."""
 
-    fixed: ClassVar = {
-        "use_qformer_text_input": (False,),
-        "position_embedding_type": ("absolute",),
-    }
+    fixed: ClassVar = {"use_qformer_text_input": (False,), "position_embedding_type": ("absolute",)}
     ignored: ClassVar = {
         "attention_probs_dropout_prob": "this network drops nothing",
         "max_position_embeddings": "only image-text retrieval gives the Q-Former text",
@@ -72,7 +79,7 @@ class Blip2Config(ModelConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Blip2Config":
-        """Builds the three parts from their dictionaries, then the whole.
+        """As `ModelConfig.from_dict`.
 
         Raises:
             ValueError: a text model other than T5, or fields that are not supported.
@@ -83,20 +90,15 @@ class Blip2Config(ModelConfig):
                 f"BLIP-2 with text_config.model_type={text_type!r} is not supported; use one whose "
                 "text model is 't5' (blip2-flan-t5-xl, blip2-flan-t5-xxl)"
             )
-        vision = Blip2VisionConfig.from_dict(values.get("vision_config", {}))
-        qformer = {**values.get("qformer_config", {}), "encoder_hidden_size": vision.hidden_size}
-        parts = {
-            "vision_config": vision,
-            "qformer_config": Blip2QFormerConfig.from_dict(qformer),
-            "text_config": T5Config.from_dict(values["text_config"]),
-        }
-        return super().from_dict({**values, **parts})
+        width = values.get("vision_config", {}).get("hidden_size", Blip2VisionConfig.hidden_size)
+        qformer = values.get("qformer_config", {}) | {"encoder_hidden_size": width}
+        return super().from_dict(values | {"qformer_config": qformer})
 
 
 class Blip2VisionEmbeddings(nnx.Module):
     """Patches, a class token before them, learned positions."""
 
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
+    def __init__(self, config: Blip2VisionConfig, *, dtype, rngs):
         self.dtype = dtype
         patch, width = config.patch_size, config.hidden_size
         num_positions = (config.image_size // patch) ** 2 + 1
@@ -117,66 +119,28 @@ class Blip2VisionEmbeddings(nnx.Module):
 
 
 class Blip2Attention(nnx.Module):
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
-        self.num_heads, width = config.num_attention_heads, config.hidden_size
-        self.qkv = Linear(width, 3 * width, use_bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.projection = Linear(width, width, dtype=dtype, rngs=rngs)
+    """Multi-head self-attention whose three projections are one."""
 
-    def __call__(self, states: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    def __init__(self, config: Blip2VisionConfig, **kwargs):
+        self.num_heads, width = config.num_attention_heads, config.hidden_size
+        self.qkv = Linear(width, 3 * width, use_bias=config.qkv_bias, **kwargs)
+        self.projection = Linear(width, width, **kwargs)
+
+    def __call__(self, states: Float[Array, "b s d"], mask: Array | None) -> Float[Array, "b s d"]:
         batch, length, _ = states.shape
         qkv = self.qkv(states).reshape(batch, length, 3, self.num_heads, -1)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=mask)
         return self.projection(merge_heads(out))
-
-
-class Blip2MLP(nnx.Module):
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
-        self.hidden_act = config.hidden_act
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
-
-    def __call__(self, states):
-        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(states)))
-
-
-class Blip2EncoderLayer(nnx.Module):
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attn = Blip2Attention(config, rngs=rngs, dtype=dtype)
-        self.layer_norm1 = LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.mlp = Blip2MLP(config, rngs=rngs, dtype=dtype)
-        self.layer_norm2 = LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
-
-    def __call__(self, states):
-        states = states + self.self_attn(self.layer_norm1(states))
-        return states + self.mlp(self.layer_norm2(states))
-
-
-class Blip2Encoder(nnx.Module):
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
-        self.layers = nnx.List(
-            [
-                Blip2EncoderLayer(config, rngs=rngs, dtype=dtype)
-                for _ in range(config.num_hidden_layers)
-            ]
-        )
-
-    def __call__(self, states):
-        for layer in self.layers:
-            states = layer(states)
-        return states
 
 
 class Blip2VisionModel(nnx.Module):
     """Image [b, h, w, 3] to one state a patch and one for the class token, [b, s, d]."""
 
-    def __init__(self, config: Blip2VisionConfig, *, rngs, dtype):
+    def __init__(self, config: Blip2VisionConfig, **kwargs):
         self.image_size = config.image_size
-        self.embeddings = Blip2VisionEmbeddings(config, rngs=rngs, dtype=dtype)
-        self.encoder = Blip2Encoder(config, rngs=rngs, dtype=dtype)
-        self.post_layernorm = LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
-        )
+        self.embeddings = Blip2VisionEmbeddings(config, **kwargs)
+        self.encoder = CLIPEncoder(config, Blip2Attention, **kwargs)
+        self.post_layernorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def __call__(self, pixel_values: Float[Array, "b h w 3"]) -> Float[Array, "b s d"]:
         expected = (self.image_size, self.image_size, 3)
@@ -185,69 +149,43 @@ class Blip2VisionModel(nnx.Module):
                 f"pixel_values are {pixel_values.shape[1:]}, the vision model takes {expected}: "
                 "resize the images first"
             )
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        states, _ = self.encoder(self.embeddings(pixel_values))
+        return self.post_layernorm(states)
 
 
 class Blip2QFormerMultiHeadAttention(nnx.Module):
-    def __init__(self, config: Blip2QFormerConfig, key_size: int, *, rngs, dtype):
+    def __init__(self, config: Blip2QFormerConfig, key_size: int, **kwargs):
         self.num_heads, width = config.num_attention_heads, config.hidden_size
-        self.query = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.key = Linear(key_size, width, dtype=dtype, rngs=rngs)
-        self.value = Linear(key_size, width, dtype=dtype, rngs=rngs)
+        self.query = Linear(width, width, **kwargs)
+        self.key = Linear(key_size, width, **kwargs)
+        self.value = Linear(key_size, width, **kwargs)
 
     def __call__(self, states: Float[Array, "b s d"], source: Float[Array, "b k e"]):
-        q = split_heads(self.query(states), self.num_heads)
-        k = split_heads(self.key(source), self.num_heads)
-        v = split_heads(self.value(source), self.num_heads)
-        return merge_heads(attention(q, k, v))
-
-
-class Blip2QFormerOutput(nnx.Module):
-    """Projection, residual, then the norm (post-norm, as BERT)."""
-
-    def __init__(self, config: Blip2QFormerConfig, fan_in: int, *, rngs, dtype):
-        self.dense = Linear(fan_in, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.LayerNorm = LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, states, residual):
-        return self.LayerNorm(self.dense(states) + residual)
+        q, k, v = self.query(states), self.key(source), self.value(source)
+        return multi_head(q, k, v, self.num_heads)
 
 
 class Blip2QFormerAttention(nnx.Module):
-    def __init__(self, config: Blip2QFormerConfig, key_size: int, *, rngs, dtype):
-        self.attention = Blip2QFormerMultiHeadAttention(config, key_size, rngs=rngs, dtype=dtype)
-        self.output = Blip2QFormerOutput(config, config.hidden_size, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Blip2QFormerConfig, key_size: int, **kwargs):
+        self.attention = Blip2QFormerMultiHeadAttention(config, key_size, **kwargs)
+        self.output = BertOutput(config, config.hidden_size, **kwargs)
 
     def __call__(self, states, source):
         return self.output(self.attention(states, source), states)
 
 
-class Blip2QFormerIntermediate(nnx.Module):
-    def __init__(self, config: Blip2QFormerConfig, *, rngs, dtype):
-        self.hidden_act = config.hidden_act
-        self.dense = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-
-    def __call__(self, states):
-        return ACTIVATIONS[self.hidden_act](self.dense(states))
-
-
 class Blip2QFormerLayer(nnx.Module):
     """Self-attention of the queries, cross-attention to the image in some layers, feed-forward."""
 
-    def __init__(self, config: Blip2QFormerConfig, index: int, *, rngs, dtype):
+    def __init__(self, config: Blip2QFormerConfig, index: int, **kwargs):
         self.has_cross_attention = index % config.cross_attention_frequency == 0
         width = config.hidden_size
-        self.attention = Blip2QFormerAttention(config, width, rngs=rngs, dtype=dtype)
+        self.attention = Blip2QFormerAttention(config, width, **kwargs)
         if self.has_cross_attention:
-            self.crossattention = Blip2QFormerAttention(
-                config, config.encoder_hidden_size, rngs=rngs, dtype=dtype
-            )
-        self.intermediate_query = Blip2QFormerIntermediate(config, rngs=rngs, dtype=dtype)
-        self.output_query = Blip2QFormerOutput(
-            config, config.intermediate_size, rngs=rngs, dtype=dtype
-        )
+            image_width = config.encoder_hidden_size
+            self.crossattention = Blip2QFormerAttention(config, image_width, **kwargs)
+        self.intermediate_query = BertIntermediate(config, **kwargs)
+        self.output_query = BertOutput(config, config.intermediate_size, **kwargs)
 
     def __call__(self, states, image_states):
         states = self.attention(states, states)
@@ -257,13 +195,9 @@ class Blip2QFormerLayer(nnx.Module):
 
 
 class Blip2QFormerEncoder(nnx.Module):
-    def __init__(self, config: Blip2QFormerConfig, *, rngs, dtype):
-        self.layer = nnx.List(
-            [
-                Blip2QFormerLayer(config, index, rngs=rngs, dtype=dtype)
-                for index in range(config.num_hidden_layers)
-            ]
-        )
+    def __init__(self, config: Blip2QFormerConfig, **kwargs):
+        layers = range(config.num_hidden_layers)
+        self.layer = nnx.List([Blip2QFormerLayer(config, index, **kwargs) for index in layers])
 
     def __call__(self, states, image_states):
         for layer in self.layer:
@@ -274,11 +208,9 @@ class Blip2QFormerEncoder(nnx.Module):
 class Blip2QFormerModel(nnx.Module):
     """Learned queries [b, n, d] that read the image states [b, s, e] into [b, n, d]."""
 
-    def __init__(self, config: Blip2QFormerConfig, *, rngs, dtype):
-        self.layernorm = LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
-        )
-        self.encoder = Blip2QFormerEncoder(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Blip2QFormerConfig, **kwargs):
+        self.layernorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+        self.encoder = Blip2QFormerEncoder(config, **kwargs)
 
     def __call__(self, query_embeds, image_states):
         return self.encoder(self.layernorm(query_embeds), image_states)
@@ -304,16 +236,15 @@ class Blip2ForConditionalGeneration(nnx.Module):
 
     def __init__(self, config: Blip2Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config, self.dtype = config, dtype
+        kwargs = {"dtype": dtype, "rngs": rngs}
         qformer_size = config.qformer_config.hidden_size
         # not zeros as in transformers, where identical queries could never learn to differ
         queries = (1, config.num_query_tokens, qformer_size)
         self.query_tokens = param(nnx.initializers.normal(0.02), queries, rngs=rngs)
-        self.vision_model = Blip2VisionModel(config.vision_config, rngs=rngs, dtype=dtype)
-        self.qformer = Blip2QFormerModel(config.qformer_config, rngs=rngs, dtype=dtype)
-        self.language_projection = Linear(
-            qformer_size, config.text_config.d_model, dtype=dtype, rngs=rngs
-        )
-        self.language_model = T5ForConditionalGeneration(config.text_config, rngs=rngs, dtype=dtype)
+        self.vision_model = Blip2VisionModel(config.vision_config, **kwargs)
+        self.qformer = Blip2QFormerModel(config.qformer_config, **kwargs)
+        self.language_projection = Linear(qformer_size, config.text_config.d_model, **kwargs)
+        self.language_model = T5ForConditionalGeneration(config.text_config, **kwargs)
 
     def get_image_tokens(
         self, pixel_values: Float[Array, "b h w 3"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.attention import attention, merge_heads, split_heads
+from agfsync_jax.models.attention import multi_head
 from agfsync_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -64,17 +64,17 @@ class CLIPConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CLIPConfig":
-        """As `ModelConfig.from_dict`, with the two nested configs.
+        """As `ModelConfig.from_dict`.
 
         The first CLIPs repeat a nested config as `text_config_dict`. As in transformers it comes
         before `text_config`, and so do the defaults of the fields that it leaves out.
         """
         values = dict(values)
-        for name, nested in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            fields, repeated = values.get(name) or {}, values.pop(f"{name}_dict", None)
+        for name in ("text_config", "vision_config"):
+            repeated = values.pop(f"{name}_dict", None)
             if repeated is not None:
-                fields = fields | dataclasses.asdict(nested()) | repeated
-            values[name] = nested.from_dict(fields)
+                defaults = dataclasses.asdict(getattr(cls, name))
+                values[name] = (values.get(name) or {}) | defaults | repeated
         return super().from_dict(values)
 
 
@@ -90,28 +90,25 @@ class CLIPTextOutput(NamedTuple):
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, width: int, heads: int, *, dtype, rngs):
-        self.heads = heads
-        self.q_proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs):
+        self.heads, width = config.num_attention_heads, config.hidden_size
+        self.q_proj = Linear(width, width, **kwargs)
+        self.k_proj = Linear(width, width, **kwargs)
+        self.v_proj = Linear(width, width, **kwargs)
+        self.out_proj = Linear(width, width, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"], mask: Array | None) -> Float[Array, "b n d"]:
-        q, k, v = (
-            split_heads(project(x), self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(merge_heads(attention(q, k, v, mask=mask)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(multi_head(q, k, v, self.heads, mask=mask))
 
 
 class CLIPMLP(nnx.Module):
     """Two linear layers around an activation."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, dtype, rngs):
-        self.activation = activation
-        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, **kwargs):
+        self.activation = config.hidden_act
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, **kwargs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -120,14 +117,12 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs):
-        width, epsilon = config.hidden_size, config.layer_norm_eps
-        self.self_attn = CLIPAttention(width, config.num_attention_heads, dtype=dtype, rngs=rngs)
-        self.layer_norm1 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = CLIPMLP(
-            width, config.intermediate_size, config.hidden_act, dtype=dtype, rngs=rngs
-        )
-        self.layer_norm2 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, attention_class: type, **kwargs):
+        norm = {"epsilon": config.layer_norm_eps, **kwargs}
+        self.self_attn = attention_class(config, **kwargs)
+        self.layer_norm1 = LayerNorm(config.hidden_size, **norm)
+        self.mlp = CLIPMLP(config, **kwargs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, **norm)
 
     def __call__(self, x: Float[Array, "b n d"], mask: Array | None) -> Float[Array, "b n d"]:
         x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -135,11 +130,13 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    """The stack of blocks."""
+    """The stack of blocks; BLIP-2's vision tower has one of another attention."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs):
+    def __init__(self, config: ModelConfig, attention_class: type = CLIPAttention, **kwargs):
         layers = range(config.num_hidden_layers)
-        self.layers = nnx.List([CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in layers])
+        self.layers = nnx.List(
+            [CLIPEncoderLayer(config, attention_class, **kwargs) for _ in layers]
+        )
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Array | None = None
@@ -154,28 +151,25 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextEmbeddings(nnx.Module):
     """Token and position embeddings."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype, rngs):
-        self.token_embedding = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.position_embedding = Embed(
-            config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, config: CLIPTextConfig, **kwargs):
+        width = config.hidden_size
+        self.token_embedding = Embed(config.vocab_size, width, **kwargs)
+        self.position_embedding = Embed(config.max_position_embeddings, width, **kwargs)
 
     def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-        return (
-            self.token_embedding(input_ids)
-            + self.position_embedding(jnp.arange(input_ids.shape[1]))[None]
-        )
+        tokens = self.token_embedding(input_ids)
+        return tokens + self.position_embedding(jnp.arange(input_ids.shape[1]))[None]
 
 
 class CLIPTextTransformer(nnx.Module):
     """The causal text tower."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype, rngs):
+    def __init__(self, config: CLIPTextConfig, **kwargs):
         self.eos_token_id = config.eos_token_id
-        self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
-        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.embeddings = CLIPTextEmbeddings(config, **kwargs)
+        self.encoder = CLIPEncoder(config, **kwargs)
         self.final_layer_norm = LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
+            config.hidden_size, epsilon=config.layer_norm_eps, **kwargs
         )
 
     def __call__(self, input_ids: Int[Array, "b n"]) -> CLIPTextOutput:
@@ -197,6 +191,7 @@ class CLIPVisionEmbeddings(nnx.Module):
     """Patches, the class token and position embeddings."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype, rngs):
+        kwargs = {"dtype": dtype, "rngs": rngs}
         patch, width = config.patch_size, config.hidden_size
         tokens = (config.image_size // patch) ** 2 + 1
         self.class_embedding = param(nnx.initializers.normal(0.02), (width,), rngs=rngs)
@@ -207,10 +202,9 @@ class CLIPVisionEmbeddings(nnx.Module):
             stride=patch,
             padding="VALID",
             use_bias=False,
-            dtype=dtype,
-            rngs=rngs,
+            **kwargs,
         )
-        self.position_embedding = Embed(tokens, width, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embed(tokens, width, **kwargs)
 
     def __call__(self, pixel_values: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         patches = self.patch_embedding(pixel_values)
@@ -226,11 +220,11 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionTransformer(nnx.Module):
     """The vision tower."""
 
-    def __init__(self, config: CLIPVisionConfig, *, dtype, rngs):
-        norm = {"epsilon": config.layer_norm_eps, "dtype": dtype, "rngs": rngs}
-        self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: CLIPVisionConfig, **kwargs):
+        norm = {"epsilon": config.layer_norm_eps, **kwargs}
+        self.embeddings = CLIPVisionEmbeddings(config, **kwargs)
         self.pre_layrnorm = LayerNorm(config.hidden_size, **norm)  # the checkpoint's spelling
-        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.encoder = CLIPEncoder(config, **kwargs)
         self.post_layernorm = LayerNorm(config.hidden_size, **norm)
 
     def __call__(
@@ -244,7 +238,7 @@ class CLIPTextModel(nnx.Module):
     """The text tower alone: Stable Diffusion's text encoder, and the first of XL's two."""
 
     config_class = CLIPTextConfig
-    key_aliases = ((r"^(?!text_model\.)", "text_model."),)  # transformers 5 drops the prefix
+    key_aliases = ((r"^(?!text_model\.|text_projection\.)", "text_model."),)  # of transformers 5
     ignored_keys = (r"text_model\.embeddings\.position_ids",)
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -255,15 +249,11 @@ class CLIPTextModel(nnx.Module):
         return self.text_model(input_ids)
 
 
-class CLIPTextModelWithProjection(nnx.Module):
+class CLIPTextModelWithProjection(CLIPTextModel):
     """The text tower and its projection: the second text encoder of Stable Diffusion XL."""
 
-    config_class = CLIPTextConfig
-    key_aliases = ((r"^(?!text_model\.|text_projection\.)", "text_model."),)
-    ignored_keys = (r"text_model\.embeddings\.position_ids",)
-
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+        super().__init__(config, rngs=rngs, dtype=dtype)
         self.text_projection = Linear(
             config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
         )
@@ -281,15 +271,12 @@ class CLIPModel(nnx.Module):
     ignored_keys = (r"(text|vision)_model\.embeddings\.position_ids",)
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        projection = {"use_bias": False, "dtype": dtype, "rngs": rngs}
-        self.text_model = CLIPTextTransformer(config.text_config, dtype=dtype, rngs=rngs)
-        self.vision_model = CLIPVisionTransformer(config.vision_config, dtype=dtype, rngs=rngs)
-        self.text_projection = Linear(
-            config.text_config.hidden_size, config.projection_dim, **projection
-        )
-        self.visual_projection = Linear(
-            config.vision_config.hidden_size, config.projection_dim, **projection
-        )
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        text, vision, size = config.text_config, config.vision_config, config.projection_dim
+        self.text_model = CLIPTextTransformer(text, **kwargs)
+        self.vision_model = CLIPVisionTransformer(vision, **kwargs)
+        self.text_projection = Linear(text.hidden_size, size, use_bias=False, **kwargs)
+        self.visual_projection = Linear(vision.hidden_size, size, use_bias=False, **kwargs)
         self.logit_scale = param(nnx.initializers.constant(2.6592), (), rngs=rngs)
 
     def get_text_features(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b p"]:

@@ -1,4 +1,8 @@
-"""What every network is made of: the config base class, layers, activations."""
+"""What the networks are made of: the config base class, layers, blocks of several, activations.
+
+The `**kwargs` that blocks hand on to layers are `dtype`, of the computation, and `rngs`, for the
+initial weights.
+"""
 
 import dataclasses
 import functools
@@ -102,7 +106,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Builds the config from a parsed config.json.
+        """Builds the config from a parsed config.json, and the configs in it from theirs.
 
         Raises:
           ValueError: fields that are not supported, all of them listed.
@@ -112,9 +116,12 @@ class ModelConfig:
         fixed = USUAL | cls.fixed
         for name, value in values.items():
             if name in kinds:
+                kind = kinds[name]
+                if isinstance(kind, type) and issubclass(kind, ModelConfig):
+                    value = kind.from_dict(value or {})
                 known[name] = tuple(value) if isinstance(value, list) else value
-                if not _fits(value, kinds[name]):
-                    wrong.append(f"{name}={value!r} (supported: {_describe(kinds[name])})")
+                if not _fits(value, kind):
+                    wrong.append(f"{name}={value!r} (supported: {_describe(kind)})")
             elif name in fixed:
                 if value not in fixed[name]:
                     supported = " or ".join(repr(option) for option in fixed[name])
@@ -126,6 +133,17 @@ class ModelConfig:
                 f"{cls.__name__}: fields of config.json that are not supported: {'; '.join(wrong)}."
             )
         return cls(**known)
+
+    def check_levels(self, *fields: str) -> None:
+        """Raises ValueError unless each field is one number or has one of each resolution level."""
+        levels = len(self.block_out_channels)
+        for field in fields:
+            each = getattr(self, field)
+            if not isinstance(each, int) and len(each) != levels:
+                raise ValueError(
+                    f"{type(self).__name__}: {field}={list(each)} is not supported: one is needed "
+                    f"for each of the {levels} block_out_channels."
+                )
 
     @classmethod
     def support(cls) -> Iterator[tuple[str, str, str, str]]:
@@ -152,72 +170,6 @@ def initializer(init: Callable) -> Callable:
     return initialize
 
 
-_ZEROS = initializer(nnx.initializers.zeros)
-_ONES = initializer(nnx.initializers.ones)
-_FAN_IN = nnx.initializers.lecun_normal()
-_EMBEDDING = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
-_NORMS = {"bias_init": _ZEROS, "scale_init": _ONES}
-
-LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5, **_NORMS)
-RMSNorm = functools.partial(nnx.RMSNorm, scale_init=_ONES)
-
-
-def param(init: Callable, shape: tuple[int, ...], *, rngs: nnx.Rngs) -> nnx.Param:
-    """A parameter of a network's own."""
-    return nnx.Param(initializer(init)(rngs.params(), shape))
-
-
-def Linear(  # noqa: N802 - reads as the layer it makes, as the next two
-    features_in: int, features_out: int, *, kernel_init: Callable = _FAN_IN, **kwargs
-) -> nnx.Linear:
-    """A linear layer over the last axis."""
-    kernel_init = initializer(kernel_init)
-    return nnx.Linear(
-        features_in,
-        features_out,
-        kernel_init=kernel_init,
-        bias_init=_ZEROS,
-        dot_general=_dot_general,
-        **kwargs,
-    )
-
-
-def Embed(  # noqa: N802
-    size: int, features: int, *, embedding_init: Callable = _EMBEDDING, **kwargs
-) -> nnx.Embed:
-    """A table of `size` rows."""
-    return nnx.Embed(size, features, embedding_init=initializer(embedding_init), **kwargs)
-
-
-def Conv(  # noqa: N802
-    features_in: int,
-    features_out: int,
-    kernel: int = 3,
-    *,
-    stride: int = 1,
-    padding=None,
-    use_bias: bool = True,
-    **kwargs,
-) -> nnx.Conv:
-    """A 2D convolution over [b, h, w, c].
-
-    `padding` is ((top, bottom), (left, right)) and keeps the size by default.
-    """
-    padding = ((kernel // 2, kernel // 2),) * 2 if padding is None else padding
-    return nnx.Conv(
-        features_in,
-        features_out,
-        (kernel, kernel),
-        strides=(stride, stride),
-        padding=padding,
-        use_bias=use_bias,
-        kernel_init=initializer(_FAN_IN),
-        bias_init=_ZEROS,
-        conv_general_dilated=_conv_general_dilated,
-        **kwargs,
-    )
-
-
 def _product(function: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
     """A layer's product of activations and weights, each as the hooks want it."""
     hook = hooks.current()
@@ -226,8 +178,45 @@ def _product(function: Callable, x: Array, kernel: Array, *args: Any, **kwargs: 
 
 
 # One object each: what holds them compares equal.
+_ZEROS = initializer(nnx.initializers.zeros)
+_ONES = initializer(nnx.initializers.ones)
+_FAN_IN = initializer(nnx.initializers.lecun_normal())
+_EMBEDDING = initializer(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
 _dot_general = functools.partial(_product, jax.lax.dot_general)
 _conv_general_dilated = functools.partial(_product, jax.lax.conv_general_dilated)
+
+# A layer's initializers, if others, are made by `initializer`.
+LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5, bias_init=_ZEROS, scale_init=_ONES)
+RMSNorm = functools.partial(nnx.RMSNorm, scale_init=_ONES)
+Embed = functools.partial(nnx.Embed, embedding_init=_EMBEDDING)
+Linear = functools.partial(
+    nnx.Linear, kernel_init=_FAN_IN, bias_init=_ZEROS, dot_general=_dot_general
+)
+
+
+def Conv(  # noqa: N802 - reads as the layer it makes
+    features_in: int, features_out: int, kernel: int = 3, *, stride: int = 1, padding=None, **kwargs
+) -> nnx.Conv:
+    """A 2D convolution over [b, h, w, c].
+
+    `padding` is ((top, bottom), (left, right)) and keeps the size by default.
+    """
+    return nnx.Conv(
+        features_in,
+        features_out,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((kernel // 2, kernel // 2),) * 2 if padding is None else padding,
+        kernel_init=_FAN_IN,
+        bias_init=_ZEROS,
+        conv_general_dilated=_conv_general_dilated,
+        **kwargs,
+    )
+
+
+def param(init: Callable, shape: tuple[int, ...], *, rngs: nnx.Rngs) -> nnx.Param:
+    """A parameter of a network's own."""
+    return nnx.Param(initializer(init)(rngs.params(), shape))
 
 
 class GroupNorm(nnx.Module):
@@ -259,11 +248,79 @@ class GroupNorm(nnx.Module):
 class Upsample2D(nnx.Module):
     """Nearest-neighbor doubling, then a convolution."""
 
-    def __init__(self, channels: int, *, dtype, rngs):
-        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, **kwargs):
+        self.conv = Conv(channels, channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h*2 w*2 c"]:
         return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class Downsample2D(nnx.Module):
+    """A strided convolution; `padding` is (before, after), of each axis."""
+
+    def __init__(self, channels: int, padding: tuple[int, int], **kwargs):
+        self.conv = Conv(channels, channels, stride=2, padding=(padding, padding), **kwargs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        return self.conv(x)
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, conv twice, with the timestep added between them where it has a width.
+
+    A 1x1 convolution is the shortcut where the number of channels changes.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        groups: int,
+        epsilon: float,
+        time_width: int | None = None,
+        **kwargs,
+    ):
+        self.norm1 = GroupNorm(features_in, groups, epsilon, **kwargs)
+        self.conv1 = Conv(features_in, features_out, **kwargs)
+        if time_width:
+            self.time_emb_proj = Linear(time_width, features_out, **kwargs)
+        self.norm2 = GroupNorm(features_out, groups, epsilon, **kwargs)
+        self.conv2 = Conv(features_out, features_out, **kwargs)
+        if features_in != features_out:
+            self.conv_shortcut = Conv(features_in, features_out, 1, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b h w d"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class BertIntermediate(nnx.Module):
+    """The wide half of a BERT block's MLP."""
+
+    def __init__(self, config: ModelConfig, **kwargs):
+        self.activation = config.hidden_act
+        self.dense = Linear(config.hidden_size, config.intermediate_size, **kwargs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
+        return ACTIVATIONS[self.activation](self.dense(x))
+
+
+class BertOutput(nnx.Module):
+    """A projection to a BERT block's width, its residual, then the norm."""
+
+    def __init__(self, config: ModelConfig, features_in: int, **kwargs):
+        self.dense = Linear(features_in, config.hidden_size, **kwargs)
+        self.LayerNorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "b n m"], residual: Float[Array, "b n d"]
+    ) -> Float[Array, "b n d"]:
+        return self.LayerNorm(self.dense(x) + residual)
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

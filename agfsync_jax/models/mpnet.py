@@ -11,9 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from agfsync_jax.models.attention import attention, merge_heads, split_heads
-from agfsync_jax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, ModelConfig
-from agfsync_jax.models.t5 import relative_position_buckets
+from agfsync_jax.models.attention import multi_head
+from agfsync_jax.models.layers import (
+    ACTIVATIONS,
+    BertIntermediate,
+    BertOutput,
+    Embed,
+    LayerNorm,
+    Linear,
+    ModelConfig,
+)
+from agfsync_jax.models.t5 import position_bias
 
 _PADDING = 1  # the padding token's id, and its position
 _BUCKETS, _MAX_DISTANCE = 32, 128  # of the relative positions
@@ -42,20 +50,14 @@ class MPNetConfig(ModelConfig):
         return self.max_position_embeddings - _PADDING - 1
 
 
-def _norm(config: MPNetConfig, *, dtype, rngs) -> nnx.LayerNorm:
-    return LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-
-
 class MPNetEmbeddings(nnx.Module):
     """Token and position embeddings; positions count the tokens that are no padding."""
 
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
+    def __init__(self, config: MPNetConfig, **kwargs):
         width = config.hidden_size
-        self.word_embeddings = Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
-        self.position_embeddings = Embed(
-            config.max_position_embeddings, width, dtype=dtype, rngs=rngs
-        )
-        self.LayerNorm = _norm(config, dtype=dtype, rngs=rngs)
+        self.word_embeddings = Embed(config.vocab_size, width, **kwargs)
+        self.position_embeddings = Embed(config.max_position_embeddings, width, **kwargs)
+        self.LayerNorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         is_token = (input_ids != _PADDING).astype(jnp.int32)
@@ -66,61 +68,37 @@ class MPNetEmbeddings(nnx.Module):
 class MPNetSelfAttention(nnx.Module):
     """Multi-head self-attention with a bias of the scores."""
 
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
+    def __init__(self, config: MPNetConfig, **kwargs):
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.k = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.v = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.o = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.q = Linear(width, width, **kwargs)
+        self.k = Linear(width, width, **kwargs)
+        self.v = Linear(width, width, **kwargs)
+        self.o = Linear(width, width, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"], *, mask, bias) -> Float[Array, "b n d"]:
-        q, k, v = (split_heads(project(x), self.heads) for project in (self.q, self.k, self.v))
-        return self.o(merge_heads(attention(q, k, v, mask=mask, bias=bias)))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(multi_head(q, k, v, self.heads, mask=mask, bias=bias))
 
 
 class MPNetAttention(nnx.Module):
     """Attention, its residual, then the norm."""
 
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
-        self.attn = MPNetSelfAttention(config, dtype=dtype, rngs=rngs)
-        self.LayerNorm = _norm(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: MPNetConfig, **kwargs):
+        self.attn = MPNetSelfAttention(config, **kwargs)
+        self.LayerNorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"], *, mask, bias) -> Float[Array, "b n d"]:
         return self.LayerNorm(x + self.attn(x, mask=mask, bias=bias))
 
 
-class MPNetIntermediate(nnx.Module):
-    """The wide half of a block's MLP."""
-
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
-        self.activation = config.hidden_act
-        self.dense = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
-        return ACTIVATIONS[self.activation](self.dense(x))
-
-
-class MPNetOutput(nnx.Module):
-    """The narrow half of a block's MLP, its residual, then the norm."""
-
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
-        self.dense = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.LayerNorm = _norm(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b n m"], residual: Float[Array, "b n d"]
-    ) -> Float[Array, "b n d"]:
-        return self.LayerNorm(self.dense(x) + residual)
-
-
 class MPNetLayer(nnx.Module):
     """A post-norm transformer block."""
 
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
-        self.attention = MPNetAttention(config, dtype=dtype, rngs=rngs)
-        self.intermediate = MPNetIntermediate(config, dtype=dtype, rngs=rngs)
-        self.output = MPNetOutput(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: MPNetConfig, **kwargs):
+        self.attention = MPNetAttention(config, **kwargs)
+        self.intermediate = BertIntermediate(config, **kwargs)
+        self.output = BertOutput(config, config.intermediate_size, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"], *, mask, bias) -> Float[Array, "b n d"]:
         x = self.attention(x, mask=mask, bias=bias)
@@ -130,21 +108,15 @@ class MPNetLayer(nnx.Module):
 class MPNetEncoder(nnx.Module):
     """The stack of blocks; one table of relative positions serves them all."""
 
-    def __init__(self, config: MPNetConfig, *, dtype, rngs):
+    def __init__(self, config: MPNetConfig, **kwargs):
         layers = range(config.num_hidden_layers)
-        self.layer = nnx.List([MPNetLayer(config, dtype=dtype, rngs=rngs) for _ in layers])
-        self.relative_attention_bias = Embed(
-            _BUCKETS, config.num_attention_heads, dtype=dtype, rngs=rngs
-        )
-
-    def position_bias(self, length: int) -> Float[Array, "1 heads n n"]:
-        buckets = relative_position_buckets(
-            length, bidirectional=True, num_buckets=_BUCKETS, max_distance=_MAX_DISTANCE
-        )
-        return jnp.transpose(self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1))[None]
+        self.layer = nnx.List([MPNetLayer(config, **kwargs) for _ in layers])
+        self.relative_attention_bias = Embed(_BUCKETS, config.num_attention_heads, **kwargs)
 
     def __call__(self, x: Float[Array, "b n d"], *, mask) -> Float[Array, "b n d"]:
-        bias = self.position_bias(x.shape[1])
+        bias = position_bias(
+            self.relative_attention_bias, x.shape[1], bidirectional=True, max_distance=_MAX_DISTANCE
+        )
         for layer in self.layer:
             x = layer(x, mask=mask, bias=bias)
         return x
@@ -153,10 +125,7 @@ class MPNetEncoder(nnx.Module):
 class MPNetModel(nnx.Module):
     """The encoder without its pooler, which sentence encoders leave unused.
 
-    Args:
-        config: sizes, in transformers' words.
-        rngs: for the initial weights.
-        dtype: of the computation; parameters are float32.
+    Compute is in `dtype`, parameters are float32.
     """
 
     config_class = MPNetConfig
@@ -164,8 +133,9 @@ class MPNetModel(nnx.Module):
 
     def __init__(self, config: MPNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
-        self.embeddings = MPNetEmbeddings(config, dtype=dtype, rngs=rngs)
-        self.encoder = MPNetEncoder(config, dtype=dtype, rngs=rngs)
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.embeddings = MPNetEmbeddings(config, **kwargs)
+        self.encoder = MPNetEncoder(config, **kwargs)
 
     def __call__(
         self, input_ids: Int[Array, "b n"], attention_mask: Bool[Array, "b n"] | Int

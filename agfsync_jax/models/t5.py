@@ -15,7 +15,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from agfsync_jax.models.attention import attention, merge_heads, split_heads
-from agfsync_jax.models.layers import ACTIVATIONS, Embed, Linear, ModelConfig, RMSNorm
+from agfsync_jax.models.layers import (
+    ACTIVATIONS,
+    Embed,
+    Linear,
+    ModelConfig,
+    RMSNorm,
+    initializer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,49 +92,51 @@ def relative_position_buckets(
     return (buckets + np.where(distance < max_exact, distance, large)).astype(np.int32)
 
 
-def t5_norm(config: T5Config, *, rngs: nnx.Rngs, dtype) -> nnx.RMSNorm:
-    return RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+def position_bias(
+    table: nnx.Embed, length: int, *, bidirectional: bool, max_distance: int
+) -> Float[Array, "1 heads s s"]:
+    """The bias of the scores, from a table that has a row a bucket and a column a head."""
+    buckets = relative_position_buckets(
+        length,
+        bidirectional=bidirectional,
+        num_buckets=table.num_embeddings,
+        max_distance=max_distance,
+    )
+    return jnp.transpose(table(jnp.asarray(buckets)), (2, 0, 1))[None]
+
+
+def _norm(config: T5Config, **kwargs) -> nnx.RMSNorm:
+    return RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **kwargs)
+
+
+def _linear(features_in: int, features_out: int, stddev: float, **kwargs) -> nnx.Linear:
+    init = initializer(nnx.initializers.normal(stddev))
+    return Linear(features_in, features_out, use_bias=False, kernel_init=init, **kwargs)
 
 
 class T5Attention(nnx.Module):
     """Attention with neither biases nor scaling of the products; position enters as a bias."""
 
-    def __init__(self, config, *, has_relative_bias: bool, bidirectional: bool, rngs, dtype):
-        self.config, self.bidirectional, self.dtype = config, bidirectional, dtype
+    def __init__(self, config: T5Config, *, has_relative_bias: bool = False, **kwargs):
+        self.heads, width = config.num_heads, config.d_model
         inner = config.num_heads * config.d_kv
-
-        def linear(fan_in, fan_out, stddev):
-            init = nnx.initializers.normal(stddev)
-            return Linear(fan_in, fan_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-
-        self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
-        self.k = linear(config.d_model, inner, config.d_model**-0.5)
-        self.v = linear(config.d_model, inner, config.d_model**-0.5)
-        self.o = linear(inner, config.d_model, inner**-0.5)
+        self.q = _linear(width, inner, (width * config.d_kv) ** -0.5, **kwargs)
+        self.k = _linear(width, inner, width**-0.5, **kwargs)
+        self.v = _linear(width, inner, width**-0.5, **kwargs)
+        self.o = _linear(inner, width, inner**-0.5, **kwargs)
         if has_relative_bias:
             self.relative_attention_bias = Embed(
                 config.relative_attention_num_buckets,
                 config.num_heads,
-                embedding_init=nnx.initializers.normal(config.d_model**-0.5),
-                dtype=dtype,
-                rngs=rngs,
+                embedding_init=initializer(nnx.initializers.normal(width**-0.5)),
+                **kwargs,
             )
 
-    def position_bias(self, length: int) -> Float[Array, "1 heads s s"]:
-        buckets = relative_position_buckets(
-            length,
-            bidirectional=self.bidirectional,
-            num_buckets=self.config.relative_attention_num_buckets,
-            max_distance=self.config.relative_attention_max_distance,
-        )
-        return jnp.transpose(self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1))[None]
-
     def keys_values(self, states: Float[Array, "b s d_model"]) -> tuple[Array, Array]:
-        heads = self.config.num_heads
-        return split_heads(self.k(states), heads), split_heads(self.v(states), heads)
+        return split_heads(self.k(states), self.heads), split_heads(self.v(states), self.heads)
 
     def __call__(self, states, keys_values, *, mask=None, bias=None) -> Float[Array, "b s d_model"]:
-        query = split_heads(self.q(states), self.config.num_heads)
+        query = split_heads(self.q(states), self.heads)
         out = attention(query, *keys_values, mask=mask, bias=bias, scale=1.0)
         return self.o(merge_heads(out))
 
@@ -135,19 +144,15 @@ class T5Attention(nnx.Module):
 class T5DenseReluDense(nnx.Module):
     """`wo(relu(wi x))`, or the gated form `wo(gelu(wi_0 x) * wi_1 x)`."""
 
-    def __init__(self, config: T5Config, *, rngs, dtype):
+    def __init__(self, config: T5Config, **kwargs):
         self.gated, self.act = config.feed_forward_proj == "gated-gelu", config.dense_act_fn
-
-        def linear(fan_in, fan_out):
-            init = nnx.initializers.normal(fan_in**-0.5)
-            return Linear(fan_in, fan_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-
+        width, hidden = config.d_model, config.d_ff
         if self.gated:
-            self.wi_0 = linear(config.d_model, config.d_ff)
-            self.wi_1 = linear(config.d_model, config.d_ff)
+            self.wi_0 = _linear(width, hidden, width**-0.5, **kwargs)
+            self.wi_1 = _linear(width, hidden, width**-0.5, **kwargs)
         else:
-            self.wi = linear(config.d_model, config.d_ff)
-        self.wo = linear(config.d_ff, config.d_model)
+            self.wi = _linear(width, hidden, width**-0.5, **kwargs)
+        self.wo = _linear(hidden, width, hidden**-0.5, **kwargs)
 
     def __call__(self, states: Float[Array, "b s d_model"]) -> Float[Array, "b s d_model"]:
         if self.gated:
@@ -156,15 +161,9 @@ class T5DenseReluDense(nnx.Module):
 
 
 class T5LayerSelfAttention(nnx.Module):
-    def __init__(self, config, *, has_relative_bias, bidirectional, rngs, dtype):
-        self.SelfAttention = T5Attention(
-            config,
-            has_relative_bias=has_relative_bias,
-            bidirectional=bidirectional,
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.layer_norm = t5_norm(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config: T5Config, *, has_relative_bias: bool, **kwargs):
+        self.SelfAttention = T5Attention(config, has_relative_bias=has_relative_bias, **kwargs)
+        self.layer_norm = _norm(config, **kwargs)
 
     def __call__(self, states, *, mask, bias):
         normed = self.layer_norm(states)
@@ -183,20 +182,18 @@ class T5LayerSelfAttention(nnx.Module):
 
 
 class T5LayerCrossAttention(nnx.Module):
-    def __init__(self, config, *, rngs, dtype):
-        self.EncDecAttention = T5Attention(
-            config, has_relative_bias=False, bidirectional=True, rngs=rngs, dtype=dtype
-        )
-        self.layer_norm = t5_norm(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config: T5Config, **kwargs):
+        self.EncDecAttention = T5Attention(config, **kwargs)
+        self.layer_norm = _norm(config, **kwargs)
 
     def __call__(self, states, keys_values, *, mask):
         return states + self.EncDecAttention(self.layer_norm(states), keys_values, mask=mask)
 
 
 class T5LayerFF(nnx.Module):
-    def __init__(self, config, *, rngs, dtype):
-        self.DenseReluDense = T5DenseReluDense(config, rngs=rngs, dtype=dtype)
-        self.layer_norm = t5_norm(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config: T5Config, **kwargs):
+        self.DenseReluDense = T5DenseReluDense(config, **kwargs)
+        self.layer_norm = _norm(config, **kwargs)
 
     def __call__(self, states):
         return states + self.DenseReluDense(self.layer_norm(states))
@@ -205,43 +202,34 @@ class T5LayerFF(nnx.Module):
 class T5Block(nnx.Module):
     """Self-attention, cross-attention (decoder only), feed-forward; each residual, pre-norm."""
 
-    def __init__(self, config, *, is_decoder: bool, has_relative_bias: bool, rngs, dtype):
-        layers = [
-            T5LayerSelfAttention(
-                config,
-                has_relative_bias=has_relative_bias,
-                bidirectional=not is_decoder,
-                rngs=rngs,
-                dtype=dtype,
-            )
-        ]
+    def __init__(self, config: T5Config, *, is_decoder: bool, has_relative_bias: bool, **kwargs):
+        layers = [T5LayerSelfAttention(config, has_relative_bias=has_relative_bias, **kwargs)]
         if is_decoder:
-            layers.append(T5LayerCrossAttention(config, rngs=rngs, dtype=dtype))
-        layers.append(T5LayerFF(config, rngs=rngs, dtype=dtype))
+            layers.append(T5LayerCrossAttention(config, **kwargs))
+        layers.append(T5LayerFF(config, **kwargs))
         self.layer = nnx.List(layers)
 
 
 class T5Stack(nnx.Module):
     """The blocks of one side; the first block's relative bias serves them all."""
 
-    def __init__(self, config: T5Config, *, is_decoder: bool, rngs, dtype):
-        num_blocks = config.num_decoder_layers if is_decoder else config.num_layers
+    def __init__(self, config: T5Config, *, is_decoder: bool, **kwargs):
+        self.is_decoder, self.max_distance = is_decoder, config.relative_attention_max_distance
+        count = config.num_decoder_layers if is_decoder else config.num_layers
         self.block = nnx.List(
             [
-                T5Block(
-                    config,
-                    is_decoder=is_decoder,
-                    has_relative_bias=index == 0,
-                    rngs=rngs,
-                    dtype=dtype,
-                )
-                for index in range(num_blocks)
+                T5Block(config, is_decoder=is_decoder, has_relative_bias=index == 0, **kwargs)
+                for index in range(count)
             ]
         )
-        self.final_layer_norm = t5_norm(config, rngs=rngs, dtype=dtype)
+        self.final_layer_norm = _norm(config, **kwargs)
 
     def position_bias(self, length: int) -> Float[Array, "1 heads s s"]:
-        return self.block[0].layer[0].SelfAttention.position_bias(length)
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        bidirectional = not self.is_decoder
+        return position_bias(
+            table, length, bidirectional=bidirectional, max_distance=self.max_distance
+        )
 
     def cross_keys_values(self, encoder_hidden) -> list[tuple[Array, Array]]:
         """Keys and values of the encoder's output, one pair a decoder block."""
@@ -251,10 +239,8 @@ class T5Stack(nnx.Module):
 class T5ForConditionalGeneration(nnx.Module):
     """Encoder, decoder and vocabulary head over one shared embedding table.
 
-    Args:
-        config: sizes, in transformers' words.
-        rngs: for the initial weights (transformers' standard deviations).
-        dtype: of the computation; parameters are float32, logits come out as float32.
+    Compute is in `dtype`; parameters are float32, and so are logits. Initial weights have
+    transformers' standard deviations.
     """
 
     config_class = T5Config
@@ -268,21 +254,14 @@ class T5ForConditionalGeneration(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config, self.dtype = config, dtype
-        init = nnx.initializers.normal(1.0)
-        self.shared = Embed(
-            config.vocab_size, config.d_model, embedding_init=init, dtype=dtype, rngs=rngs
-        )
-        self.encoder = T5Stack(config, is_decoder=False, rngs=rngs, dtype=dtype)
-        self.decoder = T5Stack(config, is_decoder=True, rngs=rngs, dtype=dtype)
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        vocab_size, width = config.vocab_size, config.d_model
+        init = initializer(nnx.initializers.normal(1.0))
+        self.shared = Embed(vocab_size, width, embedding_init=init, **kwargs)
+        self.encoder = T5Stack(config, is_decoder=False, **kwargs)
+        self.decoder = T5Stack(config, is_decoder=True, **kwargs)
         if not config.scale_decoder_outputs:
-            self.lm_head = Linear(
-                config.d_model,
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=init,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            self.lm_head = _linear(width, vocab_size, 1.0, **kwargs)
 
     def encode(
         self, inputs_embeds: Float[Array, "b s d_model"], mask: Bool[Array, "b s"] | Int

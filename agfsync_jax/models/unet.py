@@ -6,6 +6,7 @@ conditioning, the pooled text and the sizes of the image.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -14,20 +15,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from agfsync_jax.models.attention import attention, merge_heads, split_heads
+from agfsync_jax.models.attention import multi_head
 from agfsync_jax.models.layers import (
     Conv,
+    Downsample2D,
     GroupNorm,
     LayerNorm,
     Linear,
     ModelConfig,
+    ResnetBlock2D,
     Upsample2D,
     checkpointed,
     stacked,
 )
-
-_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # block type -> has attention
-_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,14 @@ class UNet2DConditionConfig(ModelConfig):
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[Literal[tuple(_DOWN)], ...] = (
+    down_block_types: tuple[Literal["DownBlock2D", "CrossAttnDownBlock2D"], ...] = (
         *("CrossAttnDownBlock2D",) * 3,
         "DownBlock2D",
     )
-    up_block_types: tuple[Literal[tuple(_UP)], ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    up_block_types: tuple[Literal["UpBlock2D", "CrossAttnUpBlock2D"], ...] = (
+        "UpBlock2D",
+        *("CrossAttnUpBlock2D",) * 3,
+    )
     layers_per_block: int = 2
     cross_attention_dim: int = 1280
     # Diffusers' name is wrong and kept: this is the number of heads, one for all blocks or one a
@@ -90,17 +93,8 @@ class UNet2DConditionConfig(ModelConfig):
     }
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        for field in (
-            *("down_block_types", "up_block_types"),
-            *("attention_head_dim", "transformer_layers_per_block"),
-        ):
-            each = getattr(self, field)
-            if not isinstance(each, int) and len(each) != levels:
-                raise ValueError(
-                    f"UNet2DConditionModel: {field}={list(each)} is not supported: one is needed "
-                    f"for each of the {levels} block_out_channels."
-                )
+        self.check_levels("down_block_types", "up_block_types")
+        self.check_levels("attention_head_dim", "transformer_layers_per_block")
         sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if self.addition_embed_type and None in sizes:
             raise ValueError(
@@ -108,16 +102,6 @@ class UNet2DConditionConfig(ModelConfig):
                 "addition_time_embed_dim and projection_class_embeddings_input_dim, found "
                 f"{sizes[0]} and {sizes[1]}."
             )
-
-    def heads(self, level: int) -> int:
-        """The number of attention heads at a resolution level, 0 the highest."""
-        heads = self.attention_head_dim
-        return heads if isinstance(heads, int) else heads[level]
-
-    def transformer_layers(self, level: int) -> int:
-        """The number of transformer blocks after a resnet at a resolution level, 0 the highest."""
-        layers = self.transformer_layers_per_block
-        return layers if isinstance(layers, int) else layers[level]
 
 
 def timestep_embedding(
@@ -129,74 +113,43 @@ def timestep_embedding(
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / (half - shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
-    pair = (
-        (jnp.cos(angles), jnp.sin(angles))
-        if flip_sin_to_cos
-        else (jnp.sin(angles), jnp.cos(angles))
-    )
-    return jnp.concatenate(pair, axis=-1)
+    waves = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
+    return jnp.concatenate([wave(angles) for wave in waves], axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
     """Two linear layers around SiLU."""
 
-    def __init__(self, features_in: int, features_out: int, *, dtype, rngs):
-        self.linear_1 = Linear(features_in, features_out, dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(features_out, features_out, dtype=dtype, rngs=rngs)
+    def __init__(self, features_in: int, features_out: int, **kwargs):
+        self.linear_1 = Linear(features_in, features_out, **kwargs)
+        self.linear_2 = Linear(features_out, features_out, **kwargs)
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b d"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-class ResnetBlock2D(nnx.Module):
-    """Norm, SiLU, conv twice, with the timestep added between them."""
-
-    def __init__(
-        self, features_in: int, features_out: int, config: UNet2DConditionConfig, *, dtype, rngs
-    ):
-        groups, epsilon = config.norm_num_groups, config.norm_eps
-        self.norm1 = GroupNorm(features_in, groups, epsilon, dtype=dtype, rngs=rngs)
-        self.conv1 = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
-        self.time_emb_proj = Linear(
-            4 * config.block_out_channels[0], features_out, dtype=dtype, rngs=rngs
-        )
-        self.norm2 = GroupNorm(features_out, groups, epsilon, dtype=dtype, rngs=rngs)
-        self.conv2 = Conv(features_out, features_out, dtype=dtype, rngs=rngs)
-        if features_in != features_out:
-            self.conv_shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"]
-    ) -> Float[Array, "b h w d"]:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
-
-
 class Attention(nnx.Module):
     """Multi-head attention of x over a context, or over itself."""
 
-    def __init__(self, width: int, context_width: int, heads: int, *, dtype, rngs):
+    def __init__(self, width: int, context_width: int, heads: int, **kwargs):
         self.heads = heads
-        self.to_q = Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([Linear(width, width, dtype=dtype, rngs=rngs)])
+        self.to_q = Linear(width, width, use_bias=False, **kwargs)
+        self.to_k = Linear(context_width, width, use_bias=False, **kwargs)
+        self.to_v = Linear(context_width, width, use_bias=False, **kwargs)
+        self.to_out = nnx.List([Linear(width, width, **kwargs)])
 
     def __call__(
         self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]
     ) -> Float[Array, "b s c"]:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (split_heads(each, self.heads) for each in (q, k, v))
-        return self.to_out[0](merge_heads(attention(q, k, v)))
+        return self.to_out[0](multi_head(q, k, v, self.heads))
 
 
 class GEGLU(nnx.Module):
     """A linear layer gated by the GELU of another (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype, rngs):
-        self.proj = Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, **kwargs):
+        self.proj = Linear(width, 2 * hidden, **kwargs)
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -206,12 +159,12 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     """GEGLU, (dropout, which keeps its place in the checkpoint's numbering), linear."""
 
-    def __init__(self, width: int, *, dtype, rngs):
+    def __init__(self, width: int, **kwargs):
         self.net = nnx.List(
             [
-                GEGLU(width, 4 * width, dtype=dtype, rngs=rngs),
+                GEGLU(width, 4 * width, **kwargs),
                 nnx.Dropout(0.0, deterministic=True),
-                Linear(4 * width, width, dtype=dtype, rngs=rngs),
+                Linear(4 * width, width, **kwargs),
             ]
         )
 
@@ -222,13 +175,13 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; all pre-norm."""
 
-    def __init__(self, width: int, context_width: int, heads: int, *, dtype, rngs):
-        self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attn1 = Attention(width, width, heads, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attn2 = Attention(width, context_width, heads, dtype=dtype, rngs=rngs)
-        self.norm3 = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.ff = FeedForward(width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, context_width: int, heads: int, **kwargs):
+        self.norm1 = LayerNorm(width, **kwargs)
+        self.attn1 = Attention(width, width, heads, **kwargs)
+        self.norm2 = LayerNorm(width, **kwargs)
+        self.attn2 = Attention(width, context_width, heads, **kwargs)
+        self.norm3 = LayerNorm(width, **kwargs)
+        self.ff = FeedForward(width, **kwargs)
 
     def __call__(
         self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]
@@ -242,23 +195,26 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """A transformer over the pixels of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int, level: int, config: UNet2DConditionConfig, *, dtype, rngs):
-        heads, context_width = config.heads(level), config.cross_attention_dim
+    def __init__(self, channels: int, level: int, config: UNet2DConditionConfig, **kwargs):
+        heads, layers = (
+            each if isinstance(each, int) else each[level]
+            for each in (config.attention_head_dim, config.transformer_layers_per_block)
+        )
         if channels % heads:
             raise ValueError(
                 f"UNet2DConditionModel: {channels} channels do not divide into {heads} heads."
             )
         project = Linear if config.use_linear_projection else Conv
         size = () if config.use_linear_projection else (1,)
-        self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.proj_in = project(channels, channels, *size, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6, **kwargs)
+        self.proj_in = project(channels, channels, *size, **kwargs)
         self.transformer_blocks = nnx.List(
             [
-                BasicTransformerBlock(channels, context_width, heads, dtype=dtype, rngs=rngs)
-                for _ in range(config.transformer_layers(level))
+                BasicTransformerBlock(channels, config.cross_attention_dim, heads, **kwargs)
+                for _ in range(layers)
             ]
         )
-        self.proj_out = project(channels, channels, *size, dtype=dtype, rngs=rngs)
+        self.proj_out = project(channels, channels, *size, **kwargs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]
@@ -269,37 +225,34 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(tokens.reshape(b, h, w, c))
 
 
-class Downsample2D(nnx.Module):
-    """Strided convolution; the UNet's pads (1, 1), unlike the VAE's."""
-
-    def __init__(self, channels: int, *, dtype, rngs):
-        self.conv = Conv(
-            channels, channels, stride=2, padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-        return self.conv(x)
+def _resnets(
+    features_in: Sequence[int], features_out: int, config: UNet2DConditionConfig, **kwargs
+) -> nnx.List:
+    """Resnets that read the timestep, one for each number of channels that go in."""
+    time_width = 4 * config.block_out_channels[0]
+    norm = config.norm_num_groups, config.norm_eps
+    return nnx.List(
+        [ResnetBlock2D(each, features_out, *norm, time_width, **kwargs) for each in features_in]
+    )
 
 
 class DownBlock2D(nnx.Module):
     """Resnets, each with a transformer in the cross-attention type, then a downsampler.
 
-    The last block has no downsampler.
+    The last block has no downsampler; the others' pads (1, 1), unlike the VAE's.
     """
 
-    def __init__(self, level: int, config: UNet2DConditionConfig, *, dtype, rngs):
+    def __init__(self, level: int, config: UNet2DConditionConfig, **kwargs):
         widths = config.block_out_channels
         width = widths[level]
         ins = [widths[max(level - 1, 0)]] + [width] * (config.layers_per_block - 1)
-        self.resnets = nnx.List(
-            [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
-        )
-        if _DOWN[config.down_block_types[level]]:
+        self.resnets = _resnets(ins, width, config, **kwargs)
+        if config.down_block_types[level] == "CrossAttnDownBlock2D":
             self.attentions = nnx.List(
-                [Transformer2DModel(width, level, config, dtype=dtype, rngs=rngs) for _ in ins]
+                [Transformer2DModel(width, level, config, **kwargs) for _ in ins]
             )
         if level < len(widths) - 1:
-            self.downsamplers = nnx.List([Downsample2D(width, dtype=dtype, rngs=rngs)])
+            self.downsamplers = nnx.List([Downsample2D(width, (1, 1), **kwargs)])
 
     def __call__(
         self, x, time, context
@@ -319,12 +272,10 @@ class DownBlock2D(nnx.Module):
 class UNetMidBlock2DCrossAttn(nnx.Module):
     """Resnet, transformer, resnet at the lowest resolution."""
 
-    def __init__(self, config: UNet2DConditionConfig, *, dtype, rngs):
+    def __init__(self, config: UNet2DConditionConfig, **kwargs):
         width = config.block_out_channels[-1]
-        self.resnets = nnx.List(
-            [ResnetBlock2D(width, width, config, dtype=dtype, rngs=rngs) for _ in range(2)]
-        )
-        self.attentions = nnx.List([Transformer2DModel(width, -1, config, dtype=dtype, rngs=rngs)])
+        self.resnets = _resnets([width] * 2, width, config, **kwargs)
+        self.attentions = nnx.List([Transformer2DModel(width, -1, config, **kwargs)])
 
     def __call__(self, x, time, context) -> Float[Array, "b h w c"]:
         x = self.attentions[0](checkpointed(self.resnets[0], x, time), context)
@@ -337,27 +288,20 @@ class UpBlock2D(nnx.Module):
     The last block has no upsampler.
     """
 
-    def __init__(self, index: int, config: UNet2DConditionConfig, *, dtype, rngs):
+    def __init__(self, index: int, config: UNet2DConditionConfig, **kwargs):
         widths = config.block_out_channels[::-1]
-        level, layers = len(widths) - 1 - index, config.layers_per_block + 1
-        width, previous, below = (
-            widths[index],
-            widths[max(index - 1, 0)],
-            widths[min(index + 1, len(widths) - 1)],
-        )
-        ins = [
-            (previous if i == 0 else width) + (below if i == layers - 1 else width)  # input + skip
-            for i in range(layers)
-        ]
-        self.resnets = nnx.List(
-            [ResnetBlock2D(each, width, config, dtype=dtype, rngs=rngs) for each in ins]
-        )
-        if _UP[config.up_block_types[index]]:
+        level = len(widths) - 1 - index
+        width, previous = widths[index], widths[max(index - 1, 0)]
+        inputs = [previous] + [width] * config.layers_per_block
+        skips = [width] * config.layers_per_block + [widths[min(index + 1, len(widths) - 1)]]
+        ins = [sum(pair) for pair in zip(inputs, skips, strict=True)]
+        self.resnets = _resnets(ins, width, config, **kwargs)
+        if config.up_block_types[index] == "CrossAttnUpBlock2D":
             self.attentions = nnx.List(
-                [Transformer2DModel(width, level, config, dtype=dtype, rngs=rngs) for _ in ins]
+                [Transformer2DModel(width, level, config, **kwargs) for _ in ins]
             )
         if level > 0:
-            self.upsamplers = nnx.List([Upsample2D(width, dtype=dtype, rngs=rngs)])
+            self.upsamplers = nnx.List([Upsample2D(width, **kwargs)])
 
     def __call__(self, x, skips, time, context) -> Float[Array, "b h w c"]:
         for i, resnet in enumerate(self.resnets):
@@ -376,27 +320,21 @@ class UNet2DConditionModel(nnx.Module):
     config_class = UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.config = config
-        self.dtype = dtype
+        self.config, self.dtype = config, dtype
+        kwargs = {"dtype": dtype, "rngs": rngs}
         widths = config.block_out_channels
         levels = range(len(widths))
-        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.in_channels, widths[0], **kwargs)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kwargs)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, 4 * widths[0], dtype=dtype, rngs=rngs
+                config.projection_class_embeddings_input_dim, 4 * widths[0], **kwargs
             )
-        self.down_blocks = nnx.List(
-            [DownBlock2D(level, config, dtype=dtype, rngs=rngs) for level in levels]
-        )
-        self.mid_block = UNetMidBlock2DCrossAttn(config, dtype=dtype, rngs=rngs)
-        self.up_blocks = nnx.List(
-            [UpBlock2D(index, config, dtype=dtype, rngs=rngs) for index in levels]
-        )
-        self.conv_norm_out = GroupNorm(
-            widths[0], config.norm_num_groups, config.norm_eps, dtype=dtype, rngs=rngs
-        )
-        self.conv_out = Conv(widths[0], config.out_channels, dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List([DownBlock2D(level, config, **kwargs) for level in levels])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, **kwargs)
+        self.up_blocks = nnx.List([UpBlock2D(index, config, **kwargs) for index in levels])
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, config.norm_eps, **kwargs)
+        self.conv_out = Conv(widths[0], config.out_channels, **kwargs)
 
     def __call__(
         self,

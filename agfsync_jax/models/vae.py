@@ -4,6 +4,7 @@ As in diffusers; Rombach et al. 2022 (arXiv 2112.10752).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -11,8 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agfsync_jax.models.attention import attention, merge_heads, split_heads
-from agfsync_jax.models.layers import Conv, GroupNorm, Linear, ModelConfig, Upsample2D
+from agfsync_jax.models.attention import multi_head
+from agfsync_jax.models.layers import (
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    Linear,
+    ModelConfig,
+    ResnetBlock2D,
+    Upsample2D,
+)
+
+_EPSILON = 1e-6  # of the norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +53,7 @@ class AutoencoderKLConfig(ModelConfig):
     }
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        for field in ("down_block_types", "up_block_types"):
-            if len(getattr(self, field)) != levels:
-                raise ValueError(
-                    f"AutoencoderKL: {field}={list(getattr(self, field))} is not supported: one is "
-                    f"needed for each of the {levels} block_out_channels."
-                )
+        self.check_levels("down_block_types", "up_block_types")
 
     @property
     def downscale(self) -> int:
@@ -56,91 +61,51 @@ class AutoencoderKLConfig(ModelConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class ResnetBlock2D(nnx.Module):
-    """Norm, SiLU, conv twice, with a 1x1 shortcut where the width changes."""
-
-    def __init__(self, features_in: int, features_out: int, groups: int, *, dtype, rngs):
-        self.norm1 = GroupNorm(features_in, groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.conv1 = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
-        self.norm2 = GroupNorm(features_out, groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.conv2 = Conv(features_out, features_out, dtype=dtype, rngs=rngs)
-        if features_in != features_out:
-            self.conv_shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
-
-
 class Attention(nnx.Module):
     """Single-head self-attention over the pixels, with a residual connection."""
 
-    def __init__(self, channels: int, groups: int, *, dtype, rngs):
-        self.group_norm = GroupNorm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.to_q = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
+    def __init__(self, channels: int, groups: int, **kwargs):
+        self.group_norm = GroupNorm(channels, groups, _EPSILON, **kwargs)
+        self.to_q = Linear(channels, channels, **kwargs)
+        self.to_k = Linear(channels, channels, **kwargs)
+        self.to_v = Linear(channels, channels, **kwargs)
+        self.to_out = nnx.List([Linear(channels, channels, **kwargs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, c)
-        q, k, v = (split_heads(project(tokens), 1) for project in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out[0](merge_heads(attention(q, k, v))).reshape(b, h, w, c)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        return x + self.to_out[0](multi_head(q, k, v, 1)).reshape(b, h, w, c)
+
+
+def _resnets(features_in: Sequence[int], features_out: int, groups: int, **kwargs) -> nnx.List:
+    """Resnets, one for each number of channels that go in."""
+    return nnx.List(
+        [ResnetBlock2D(each, features_out, groups, _EPSILON, **kwargs) for each in features_in]
+    )
 
 
 class MidBlock2D(nnx.Module):
     """Resnet, attention, resnet at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int, *, dtype, rngs):
-        self.resnets = nnx.List(
-            [ResnetBlock2D(channels, channels, groups, dtype=dtype, rngs=rngs) for _ in range(2)]
-        )
-        self.attentions = nnx.List([Attention(channels, groups, dtype=dtype, rngs=rngs)])
+    def __init__(self, channels: int, groups: int, **kwargs):
+        self.resnets = _resnets([channels] * 2, channels, groups, **kwargs)
+        self.attentions = nnx.List([Attention(channels, groups, **kwargs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample2D(nnx.Module):
-    """Strided convolution; the VAE's pads (0, 1), unlike the UNet's."""
-
-    def __init__(self, channels: int, *, dtype, rngs):
-        self.conv = Conv(
-            channels, channels, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-        return self.conv(x)
-
-
-def _resnets(
-    features_in: int, features_out: int, layers: int, groups: int, *, dtype, rngs
-) -> nnx.List:
-    widths = [features_in] + [features_out] * (layers - 1)
-    return nnx.List(
-        [ResnetBlock2D(each, features_out, groups, dtype=dtype, rngs=rngs) for each in widths]
-    )
-
-
 class DownEncoderBlock2D(nnx.Module):
-    """Resnets, then a downsampler in all blocks but the last."""
+    """Resnets, then a downsampler in all blocks but the last; it pads (0, 1), unlike the UNet's."""
 
-    def __init__(
-        self,
-        features_in: int,
-        features_out: int,
-        layers: int,
-        groups: int,
-        *,
-        downsample: bool,
-        dtype,
-        rngs,
-    ):
-        self.resnets = _resnets(features_in, features_out, layers, groups, dtype=dtype, rngs=rngs)
-        if downsample:
-            self.downsamplers = nnx.List([Downsample2D(features_out, dtype=dtype, rngs=rngs)])
+    def __init__(self, level: int, config: AutoencoderKLConfig, **kwargs):
+        widths = config.block_out_channels
+        width = widths[level]
+        ins = [widths[max(level - 1, 0)]] + [width] * (config.layers_per_block - 1)
+        self.resnets = _resnets(ins, width, config.norm_num_groups, **kwargs)
+        if level < len(widths) - 1:
+            self.downsamplers = nnx.List([Downsample2D(width, (0, 1), **kwargs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for resnet in self.resnets:
@@ -151,20 +116,13 @@ class DownEncoderBlock2D(nnx.Module):
 class UpDecoderBlock2D(nnx.Module):
     """Resnets, then an upsampler in all blocks but the last."""
 
-    def __init__(
-        self,
-        features_in: int,
-        features_out: int,
-        layers: int,
-        groups: int,
-        *,
-        upsample: bool,
-        dtype,
-        rngs,
-    ):
-        self.resnets = _resnets(features_in, features_out, layers, groups, dtype=dtype, rngs=rngs)
-        if upsample:
-            self.upsamplers = nnx.List([Upsample2D(features_out, dtype=dtype, rngs=rngs)])
+    def __init__(self, index: int, config: AutoencoderKLConfig, **kwargs):
+        widths = config.block_out_channels[::-1]
+        width = widths[index]
+        ins = [widths[max(index - 1, 0)]] + [width] * config.layers_per_block
+        self.resnets = _resnets(ins, width, config.norm_num_groups, **kwargs)
+        if index < len(widths) - 1:
+            self.upsamplers = nnx.List([Upsample2D(width, **kwargs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for resnet in self.resnets:
@@ -175,26 +133,15 @@ class UpDecoderBlock2D(nnx.Module):
 class Encoder(nnx.Module):
     """Images to the moments of the latents."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, dtype, rngs):
+    def __init__(self, config: AutoencoderKLConfig, **kwargs):
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.in_channels, widths[0], **kwargs)
         self.down_blocks = nnx.List(
-            [
-                DownEncoderBlock2D(
-                    widths[max(i - 1, 0)],
-                    width,
-                    config.layers_per_block,
-                    groups,
-                    downsample=i < len(widths) - 1,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-                for i, width in enumerate(widths)
-            ]
+            [DownEncoderBlock2D(level, config, **kwargs) for level in range(len(widths))]
         )
-        self.mid_block = MidBlock2D(widths[-1], groups, dtype=dtype, rngs=rngs)
-        self.conv_norm_out = GroupNorm(widths[-1], groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
+        self.mid_block = MidBlock2D(widths[-1], groups, **kwargs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, _EPSILON, **kwargs)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h/f w/f 2*c"]:
         x = self.conv_in(x)
@@ -206,26 +153,15 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to images."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, dtype, rngs):
+    def __init__(self, config: AutoencoderKLConfig, **kwargs):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = Conv(config.latent_channels, widths[0], dtype=dtype, rngs=rngs)
-        self.mid_block = MidBlock2D(widths[0], groups, dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.latent_channels, widths[0], **kwargs)
+        self.mid_block = MidBlock2D(widths[0], groups, **kwargs)
         self.up_blocks = nnx.List(
-            [
-                UpDecoderBlock2D(
-                    widths[max(i - 1, 0)],
-                    width,
-                    config.layers_per_block + 1,
-                    groups,
-                    upsample=i < len(widths) - 1,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-                for i, width in enumerate(widths)
-            ]
+            [UpDecoderBlock2D(index, config, **kwargs) for index in range(len(widths))]
         )
-        self.conv_norm_out = GroupNorm(widths[-1], groups, 1e-6, dtype=dtype, rngs=rngs)
-        self.conv_out = Conv(widths[-1], config.out_channels, dtype=dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, _EPSILON, **kwargs)
+        self.conv_out = Conv(widths[-1], config.out_channels, **kwargs)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h*f w*f 3"]:
         x = self.mid_block(self.conv_in(z))
@@ -250,13 +186,14 @@ class AutoencoderKL(nnx.Module):
     )
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.encoder = Encoder(config, **kwargs)
+        self.decoder = Decoder(config, **kwargs)
         channels = config.latent_channels
         if config.use_quant_conv:
-            self.quant_conv = Conv(2 * channels, 2 * channels, 1, dtype=dtype, rngs=rngs)
+            self.quant_conv = Conv(2 * channels, 2 * channels, 1, **kwargs)
         if config.use_post_quant_conv:
-            self.post_quant_conv = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+            self.post_quant_conv = Conv(channels, channels, 1, **kwargs)
 
     def encode(
         self, images: Float[Array, "b h w 3"]
