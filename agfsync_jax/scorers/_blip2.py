@@ -5,9 +5,10 @@ tokens; what several longer choices have in common is computed once. The shapes 
 from its own questions alone, so the same questions give the same bytes whatever ran before.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,33 +37,17 @@ _DECODED = 16  # tokens of all choices of a question, up to which a batch is who
 
 
 class Question(NamedTuple):
-    """What is asked about an image of a batch.
+    """What is asked about an image of a batch."""
 
-    Attributes:
-        image: its index in the batch.
-        text: the whole prompt.
-        choices: the answers that are compared; none for free text.
-    """
-
-    image: int
-    text: str
-    choices: tuple[str, ...] = ()
+    image: int  # its index in the batch
+    text: str  # the whole prompt
+    choices: tuple[str, ...] = ()  # the answers that are compared; none for free text
 
 
 class Blip2:
     """A BLIP-2 with T5 on the mesh, and its tokenizer and image processor.
 
-    Args:
-        mesh: batches are split over its data and fsdp axes.
-        path: a folder in transformers' layout (T5 text model, tokenizer.json,
-            preprocessor_config.json), or micro:NAME.
-        batch_size: images at a time, rounded up to what the mesh divides.
-        questions_per_batch: questions at a time, 2 * batch_size by default.
-        dtype: of computation and weights.
-        sharding: (path regex, axes) rules for weights that one device cannot hold.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder is not there or is no BLIP-2 with T5.
+    Its settings are those of scorers/vqa.py.
     """
 
     def __init__(
@@ -71,21 +56,23 @@ class Blip2:
         *,
         path: str,
         batch_size: int,
-        questions_per_batch: int | None,
-        dtype: str,
-        sharding: Sequence,
+        questions_per_batch: int | None = None,
+        dtype: str = "float32",
+        sharding: Sequence = (),
     ):
         source = resolve_path(path)
         folder = local_files(source)
         self._tokenizer = TextTokenizer(folder)
-        self._texts: dict[tuple[str, bool], list[int]] = {}
+        # Token ids; with `special` the end token too. Millions of questions need not be kept.
+        encode = functools.partial(self._tokenizer.encode, special=False)
+        self.encode = functools.lru_cache(2**20)(encode)
         dtype = jnp.dtype(dtype)
         graph, self._params = load_model(
             Blip2ForConditionalGeneration,
             source,
             dtype=dtype,
             param_dtype=dtype,
-            shardings=lambda abstract: infer_shardings(abstract, mesh, sharding),
+            shardings=functools.partial(infer_shardings, mesh=mesh, rules=sharding),
         )
         self._shards = batch_shards(mesh)
         self._image_batch = round_up(batch_size, self._shards)
@@ -131,8 +118,8 @@ class Blip2:
             return {"choices": ids, "choice_mask": mask}
 
         results: list[np.ndarray] = [np.empty(0)] * len(questions)
-        batches = self._batches(images, questions, shape, arrays, self._score)
-        for part, totals in batches:
+        started = self._started(images, questions, shape, arrays, self._score)
+        for part, totals in _one_late(started):
             for index, row in zip(part, np.asarray(totals, np.float64), strict=False):
                 results[index] = row[: len(questions[index].choices)]
         return results
@@ -150,27 +137,18 @@ class Blip2:
             return self._generate(*args, max_new_tokens)
 
         results = [""] * len(questions)
-        batches = self._batches(images, questions, lambda _: (1, 1), lambda *_: {}, generate)
-        for part, ids in batches:
+        started = self._started(images, questions, lambda _: (1, 1), lambda *_: {}, generate)
+        for part, ids in _one_late(started):
             for index, row in zip(part, np.asarray(ids), strict=False):
                 results[index] = self._tokenizer.decode(row).strip()
         return results
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids; with `special` the end token too."""
-        key = text, special
-        if key not in self._texts:
-            if len(self._texts) > 2**20:
-                self._texts.clear()  # millions of questions need not be kept
-            self._texts[key] = self._tokenizer.encode(text, special=special)
-        return self._texts[key]
 
     def can_tell_apart(self, choices: Sequence[str]) -> bool:
         """Whether the choices are different for the tokenizer, and none is empty."""
         ids = {tuple(self.encode(choice)) for choice in choices}
         return len(ids) == len(choices) and () not in ids
 
-    def _batches(
+    def _started(
         self,
         images: np.ndarray,
         questions: Sequence[Question],
@@ -178,19 +156,7 @@ class Blip2:
         arrays: Callable[[list[int], int], dict[str, np.ndarray]],
         program: Callable[..., Array],
     ) -> Iterator[tuple[list[int], Array]]:
-        """(indices of questions, what the program makes of them), in some order.
-
-        Results are one batch late, so that the device works while the host prepares the next.
-        """
-        waiting = None
-        for part, started in self._started(images, questions, shape, arrays, program):
-            if waiting is not None:
-                yield waiting
-            waiting = part, started
-        if waiting is not None:
-            yield waiting
-
-    def _started(self, images, questions, shape, arrays, program):
+        """(indices of questions, what the program makes of them), in some order."""
         texts = [self.encode(question.text, special=True) for question in questions]
         lengths = [round_up(len(ids), LENGTH_MULTIPLE) for ids in texts]
         tokens = self._image_tokens(images)
@@ -232,6 +198,11 @@ class Blip2:
                 self._tokens.append(self._read_images(self._params, batch))
             self._seen = images
         return self._tokens
+
+
+def _one_late(batches: Iterable) -> Iterator:
+    """The same, read when the next is started: the device works while the host prepares it."""
+    return (batch for batch, _ in itertools.pairwise(itertools.chain(batches, [None])))
 
 
 def programs(

@@ -4,6 +4,7 @@ As TIFA (Hu et al. 2023) does it with sentence-transformers/all-mpnet-base-v2 (R
 2019): an embedding is the mean of MPNet's hidden states over the tokens, divided by its length.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -15,7 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from agfsync_jax.data.tokenizers import TextTokenizer
 from agfsync_jax.models.mpnet import MPNetModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, filled, replicated, round_up
+from agfsync_jax.parallel.sharding import (
+    batch_sharding,
+    batch_shards,
+    filled,
+    infer_shardings,
+    round_up,
+)
 from agfsync_jax.scorers.clip import unit
 from agfsync_jax.weights.networks import load_model, read_json
 from agfsync_jax.weights.places import local_files, resolve_path
@@ -42,16 +49,12 @@ class SentenceEncoder:
         source = resolve_path(path)
         folder = local_files(source)
         self._tokenizer = TextTokenizer(folder)
-        graph, self._params = load_model(
-            MPNetModel,
-            source,
-            shardings=lambda abstract: jax.tree.map(lambda _: replicated(mesh), abstract),
-        )
+        everywhere = functools.partial(infer_shardings, mesh=mesh)
+        graph, self._params = load_model(MPNetModel, source, shardings=everywhere)
         config = MPNetModel.config_class.from_dict(read_json(folder / "config.json"))
         limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
         self._max_length = min(limit or config.max_length, config.max_length)
-        shards = batch_shards(mesh)
-        self._batch_size = round_up(batch_size, shards)
+        self._batch_size = round_up(batch_size, batch_shards(mesh))
         self._sharding = batch_sharding(mesh)
         self._size = config.hidden_size
         self._texts: dict[str, np.ndarray] = {}
@@ -94,15 +97,14 @@ class SentenceEncoder:
         ids, mask = self._tokenizer(texts, self._max_length)
         lengths = mask.sum(axis=1)
         order = np.argsort(lengths, kind="stable")
-        parts, made = [], []
+        pending = []
         for start in range(0, len(order), self._batch_size):
             part = order[start : start + self._batch_size]
             rows = filled(part, self._batch_size)
             length = round_up(int(lengths[part[-1]]), _MULTIPLE)
             batch = jax.device_put((ids[rows, :length], mask[rows, :length]), self._sharding)
-            parts.append(part)
-            made.append(self._embed(self._params, *batch))
+            pending.append((part, self._embed(self._params, *batch)))
         embeddings = np.empty((len(texts), self._size), np.float32)
-        for part, values in zip(parts, made, strict=True):
+        for part, values in pending:
             embeddings[part] = np.asarray(values)[: len(part)]
         return embeddings

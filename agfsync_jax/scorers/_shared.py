@@ -1,5 +1,6 @@
 """Models that several scorers use are loaded once, for as long as one of them lives."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ _alive: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 
 def shared(make: Callable[..., T], mesh: Mesh, **settings: Any) -> T:
     """`make(mesh, **settings)`, or what the same call has made before, if it is still in use."""
-    key = make, mesh, repr(sorted(settings.items()))
+    bound = inspect.signature(make).bind(mesh, **settings)
+    bound.apply_defaults()
+    key = make, mesh, repr(bound.arguments)
     made = _alive.get(key)
     if made is None:
         made = _alive[key] = make(mesh, **settings)

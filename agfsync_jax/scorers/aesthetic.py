@@ -13,11 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.models.aesthetic import AestheticConfig, AestheticPredictor
-from agfsync_jax.scorers._shared import shared
-from agfsync_jax.scorers.clip import ClipEncoder
+from agfsync_jax.scorers import clip
 from agfsync_jax.weights import networks as weights
 from agfsync_jax.weights.places import resolve_path
 from agfsync_jax.weights.tensor_files import open_tensors
@@ -46,15 +44,13 @@ def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
     return fitted.graph, fitted.read()
 
 
-class Scorer(scorers.Scorer):
+class Scorer(clip.Scorer):
     """Column aesthetic, float32 [b]. Beside a CLIP scorer of the same settings the tower runs once.
 
     Args:
-        mesh: see `ClipEncoder`.
-        path, architecture: the CLIP on whose image embedding the head was trained.
+        path, mesh, batch_size and other settings: of the CLIP on whose image embedding the head was
+            trained, see `ClipEncoder`.
         head: the head's .safetensors or .pth.
-        batch_size: images at a time.
-        dtype: of CLIP's computation.
 
     Raises:
         FileNotFoundError, ValueError: no such weights, or a head for another embedding size.
@@ -67,25 +63,9 @@ class Scorer(scorers.Scorer):
         )
     }
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        *,
-        path: str,
-        head: str,
-        architecture: str = "",
-        batch_size: int = 64,
-        dtype: str = "float32",
-    ):
+    def __init__(self, mesh: Mesh, *, path: str, head: str, batch_size: int = 64, **settings: Any):
         graph, self._params = load_head(head)
-        self._encoder = shared(
-            ClipEncoder,
-            mesh,
-            path=path,
-            batch_size=batch_size,
-            dtype=dtype,
-            architecture=architecture,
-        )
+        super().__init__(mesh, path=path, batch_size=batch_size, **settings)
         expected = self._params["layers"][0]["kernel"].shape[0]
         if self._encoder.size != expected:
             raise ValueError(

@@ -4,6 +4,7 @@ Hessel et al. 2021 without the factor 2.5 and the clipping at 0, as AGFSync has 
 checkpoints, whose logit scale is exp(4.605) = 100, it is transformers' `logits_per_image`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,13 @@ from jaxtyping import Array, Float, UInt8
 from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.models.clip import CLIPModel
-from agfsync_jax.parallel.sharding import batch_sharding, batch_shards, filled, replicated, round_up
+from agfsync_jax.parallel.sharding import (
+    batch_sharding,
+    batch_shards,
+    filled,
+    infer_shardings,
+    round_up,
+)
 from agfsync_jax.scorers._shared import shared
 from agfsync_jax.weights.clip_files import ClipFiles
 from agfsync_jax.weights.networks import fit
@@ -45,8 +52,8 @@ class ClipEncoder:
         mesh: Mesh,
         *,
         path: str,
-        batch_size: int,
-        dtype: str,
+        batch_size: int = 64,
+        dtype: str = "float32",
         architecture: str = "",
         pad: bool = False,
         antialias: bool = True,
@@ -55,10 +62,7 @@ class ClipEncoder:
         config = CLIPModel.config_class.from_dict(files.config)
         fitted = fit(CLIPModel, config, files.tensors, dtype=jnp.dtype(dtype), where=path)
         graph, self._tokenize = fitted.graph, files.tokenize
-
-        def everywhere(abstract: nnx.State):
-            return jax.tree.map(lambda _: replicated(mesh), abstract)
-
+        everywhere = functools.partial(infer_shardings, mesh=mesh)
         self._params = fitted.read(shardings=everywhere, label=f"{path}")
         shards = batch_shards(mesh)
         self._batch_size = round_up(batch_size, shards)
@@ -120,33 +124,23 @@ def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
 
 
 class Scorer(scorers.Scorer):
-    """Column clip: 100 * cosine, float32 [b]. See `ClipEncoder` for the arguments."""
+    """Column clip: 100 * cosine, float32 [b]. See `ClipEncoder` for the settings.
+
+    Scores by a CLIP that was tuned for them derive from this class.
+    """
 
     columns = {
         "clip": Column(
             "similarity of image and prompt: 100 x cosine of their CLIP embeddings", ".2f"
         )
     }
+    scale = 100.0  # of the cosine
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        *,
-        path: str,
-        architecture: str = "",
-        batch_size: int = 64,
-        dtype: str = "float32",
-    ):
-        self._encoder = shared(
-            ClipEncoder,
-            mesh,
-            path=path,
-            batch_size=batch_size,
-            dtype=dtype,
-            architecture=architecture,
-        )
+    def __init__(self, mesh: Mesh, *, batch_size: int = 64, **settings: Any):
+        self._encoder = shared(ClipEncoder, mesh, batch_size=batch_size, **settings)
 
     def __call__(
         self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any
     ) -> dict[str, Float[np.ndarray, " b"]]:
-        return {"clip": 100 * self._encoder.cosines(images, prompts)}
+        (column,) = self.columns
+        return {column: self.scale * self._encoder.cosines(images, prompts)}

@@ -4,21 +4,16 @@ The score is exp(logit_scale) times the cosine of image and prompt, about 20 to 
 two images' scores is the probability that the first is picked.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
 
-from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
-from agfsync_jax.scorers._shared import shared
-from agfsync_jax.scorers.clip import ClipEncoder
+from agfsync_jax.scorers import clip
 
 
-class Scorer(scorers.Scorer):
-    """Column pickscore, float32 [b]. See `ClipEncoder` for the arguments."""
+class Scorer(clip.Scorer):
+    """Column pickscore, float32 [b]. See `ClipEncoder` for the settings."""
 
     columns = {
         "pickscore": Column(
@@ -31,21 +26,8 @@ class Scorer(scorers.Scorer):
         mesh: Mesh,
         *,
         path: str = "yuvalkirstain/PickScore_v1",
-        architecture: str = "",
         batch_size: int = 64,
-        dtype: str = "float32",
+        **settings: Any,
     ):
-        self._encoder = shared(
-            ClipEncoder,
-            mesh,
-            path=path,
-            batch_size=batch_size,
-            dtype=dtype,
-            architecture=architecture,
-        )
-
-    def __call__(
-        self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any
-    ) -> dict[str, Float[np.ndarray, " b"]]:
-        scores = self._encoder.logit_scale * self._encoder.cosines(images, prompts)
-        return {"pickscore": scores.astype(np.float32)}
+        super().__init__(mesh, path=path, batch_size=batch_size, **settings)
+        self.scale = self._encoder.logit_scale

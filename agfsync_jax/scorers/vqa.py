@@ -45,6 +45,8 @@ class Scorer(scorers.Scorer):
             preprocessor_config.json), or micro:NAME.
         batch_size: images at a time, rounded up to what the mesh divides.
         questions_per_batch: questions at a time, 2 * batch_size by default.
+        dtype: of computation and weights, float32 by default.
+        sharding: (path regex, axes) rules for weights that one device cannot hold.
         prompt: what the model is asked, with the fields {question} and {choices} (['yes','no']) or
             {options} (yes, no).
         answer_by: "likelihood": the likeliest choice. "generation": what the model writes, which
@@ -56,8 +58,6 @@ class Scorer(scorers.Scorer):
         score: "accuracy": share of questions whose answer is the expected one; "probability":
             mean probability of the expected answer, over the question's choices (mean p_yes of
             yes-only questions); "geometric_mean" of the same.
-        dtype: of computation and weights.
-        sharding: (path regex, axes) rules for weights that one device cannot hold.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not there or is no BLIP-2 with T5; a prompt
@@ -75,16 +75,13 @@ class Scorer(scorers.Scorer):
         self,
         mesh: Mesh,
         *,
-        path: str,
         batch_size: int = 64,
-        questions_per_batch: int | None = None,
         prompt: str = PROMPT,
         answer_by: str = "likelihood",
         closest: str = "",
         max_new_tokens: int = 30,
         score: str = "accuracy",
-        dtype: str = "float32",
-        sharding: Sequence = (),
+        **model: Any,
     ):
         fields = {field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None}
         if "question" not in fields or fields - set(FIELDS):
@@ -103,15 +100,7 @@ class Scorer(scorers.Scorer):
             )
         self._prompt, self._score, self._writes = prompt, score, answer_by == "generation"
         self._max_new_tokens = max_new_tokens
-        self._model = shared(
-            Blip2,
-            mesh,
-            path=path,
-            batch_size=batch_size,
-            questions_per_batch=questions_per_batch,
-            dtype=dtype,
-            sharding=sharding,
-        )
+        self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
         self._sentences = SentenceEncoder(closest, mesh=mesh) if closest else None
 
     def __call__(
@@ -130,18 +119,16 @@ class Scorer(scorers.Scorer):
             choices), p_yes (nan unless it is a yes/no question), correct; and "written", the
             answer before it is mapped to a choice, if the model writes.
         """
-        rows = [(image, row) for image, asked in enumerate(questions) for row in asked]
         asked = [
-            Question(image, ask(self._prompt, row), tuple(row["choices"])) for image, row in rows
+            Question(image, ask(self._prompt, row), tuple(row["choices"]))
+            for image, of_image in enumerate(questions)
+            for row in of_image
         ]
         read = self._written(images, asked) if self._writes else self._likeliest(images, asked)
-        answers: list[list[dict]] = [[] for _ in questions]
-        for (image, row), found in zip(rows, read, strict=True):
-            answers[image].append(answer_row(row, **found))
-        return {
-            "vqa": np.array([self._mean(of_image) for of_image in answers], np.float32),
-            "answers": answers,
-        }
+        found = iter(read)
+        answers = [[answer_row(row, **next(found)) for row in of_image] for of_image in questions]
+        scores = [self._mean(of_image) for of_image in answers]
+        return {"vqa": np.array(scores, np.float32), "answers": answers}
 
     def _likeliest(self, images: np.ndarray, asked: Sequence[Question]) -> list[dict]:
         """{"probs"} of each question; {} where the choices are the same to the tokenizer."""
@@ -156,23 +143,16 @@ class Scorer(scorers.Scorer):
     def _written(self, images: np.ndarray, asked: Sequence[Question]) -> list[dict]:
         """{"written", "answer"} of each question."""
         texts = self._model.answers(images, asked, max_new_tokens=self._max_new_tokens)
-        found = [
-            {"written": text, "answer": text if text in question.choices else None}
-            for text, question in zip(texts, asked, strict=True)
+        other = [
+            i for i, (text, q) in enumerate(zip(texts, asked, strict=True)) if text not in q.choices
         ]
-        other = [index for index, answer in enumerate(found) if answer["answer"] is None]
         if self._sentences:
-            pairs = [(texts[index], asked[index].choices) for index in other]
-            nearest = self._sentences.closest(pairs)
+            nearest = self._sentences.closest([(texts[i], asked[i].choices) for i in other])
         else:
-            likeliest = self._likeliest(images, [asked[index] for index in other])
-            nearest = [
-                best(asked[index].choices, **each)
-                for index, each in zip(other, likeliest, strict=True)
-            ]
-        for index, choice in zip(other, nearest, strict=True):
-            found[index]["answer"] = choice
-        return found
+            found = self._likeliest(images, [asked[i] for i in other])
+            nearest = [best(asked[i].choices, **each) for i, each in zip(other, found, strict=True)]
+        answers = dict(enumerate(texts)) | dict(zip(other, nearest, strict=True))
+        return [{"written": text, "answer": answers[i]} for i, text in enumerate(texts)]
 
     def _mean(self, answers: Sequence[Mapping[str, Any]]) -> float:
         answered = [answer for answer in answers if answer["answer"] is not None]

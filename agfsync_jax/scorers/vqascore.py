@@ -24,8 +24,8 @@ class Scorer(scorers.Scorer):
     """Column vqascore, float32 [b] in 0..1.
 
     Args:
-        mesh, path, batch_size, questions_per_batch, dtype, sharding: see scorers/vqa.py, with which
-            the model is shared where all of them are the same.
+        mesh, batch_size and model: see scorers/vqa.py, with which the model is shared where all of
+            them are the same.
         prompt: the question, with the field {prompt}.
         answer: whose probability counts.
 
@@ -39,13 +39,10 @@ class Scorer(scorers.Scorer):
         self,
         mesh: Mesh,
         *,
-        path: str,
         batch_size: int = 64,
-        questions_per_batch: int | None = None,
         prompt: str = PROMPT,
         answer: str = "Yes",
-        dtype: str = "float32",
-        sharding: Sequence = (),
+        **model: Any,
     ):
         if "{prompt}" not in prompt or not answer:
             raise ValueError(
@@ -53,15 +50,7 @@ class Scorer(scorers.Scorer):
                 " and an answer"
             )
         self._prompt, self._answer = prompt, answer
-        self._model = shared(
-            Blip2,
-            mesh,
-            path=path,
-            batch_size=batch_size,
-            questions_per_batch=questions_per_batch,
-            dtype=dtype,
-            sharding=sharding,
-        )
+        self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
 
     def __call__(
         self, images: UInt8[np.ndarray, "b h w 3"], prompts: Sequence[str], questions: Any
