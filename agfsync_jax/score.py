@@ -11,7 +11,6 @@ more than `config.score.max_bad` of any of them stops the stage.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,21 +32,13 @@ from agfsync_jax.steps.runner import Job, Step, of_process
 
 
 class Plan(NamedTuple):
-    """What a round scores.
+    """What a round scores."""
 
-    Attributes:
-        candidates: the paths of all shards.
-        images: how many each of them holds.
-        prompts: prompt id -> text.
-        questions: prompt id -> question rows; {} where no scorer asks any.
-        unasked: what is wrong with the questions, as rows of data/problems.py.
-    """
-
-    candidates: list[Path]
-    images: dict[Path, int]
-    prompts: dict[str, str]
-    questions: dict[str, list]
-    unasked: list[dict]
+    candidates: list[Path]  # all shards
+    images: dict[Path, int]  # how many each of them holds
+    prompts: dict[str, str]  # prompt id -> text
+    questions: dict[str, list]  # prompt id -> question rows; {} where no scorer asks any
+    unasked: list[dict]  # what is wrong with the questions, as rows of data/problems.py
 
 
 def plan(job: Job) -> Plan:
@@ -65,7 +56,11 @@ def plan(job: Job) -> Plan:
         question_rows = read_rows(job.folder / "questions.jsonl", "questions")
         questions, unasked = askable(prompt_rows, question_rows)
     candidates = shard_paths(job.folder / "candidates", ".tfrecord", "sample")
-    images = _images_of(candidates, len(prompt_rows), config.sample)
+    size, number = config.sample.prompts_per_shard, config.sample.num_candidates
+    images = {
+        path: number * min(size, max(len(prompt_rows) - index * size, 0))
+        for index, path in enumerate(candidates)
+    }
     prompts = {row["id"]: row["prompt"] for row in prompt_rows}
     return Plan(candidates, images, prompts, questions, unasked)
 
@@ -77,10 +72,26 @@ def score(job: Job) -> None:
         FileNotFoundError: weights are not there.
         ValueError: too much that cannot be scored.
     """
-    mine = of_process(job.plan.candidates)
+    config, plan = job.config, job.plan
+    mine = of_process(plan.candidates)
     problems = _problems(job, mine)
-    if todo := [path for path in mine if scores_path(path) in job.missing]:
-        _score(job, todo, problems)
+    todo = [path for path in mine if scores_path(path) in job.missing]
+    if not todo:
+        return
+    size, mesh = config.score.batch_size, local_mesh(config.score.mesh)
+    models = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
+    with job.stage.progress(sum(plan.images[path] for path in todo)) as progress:
+        for path, rows, answers, left_out in engine.score_shards(
+            models,
+            todo,
+            plan.prompts,
+            plan.questions,
+            batch_size=size,
+            scored=progress.update,
+            expected=plan.images.__getitem__,
+        ):
+            write_scores(scores_path(path), rows, answers, left_out)
+            problems.add(left_out)
 
 
 def summarize(job: Job) -> None:
@@ -97,16 +108,7 @@ def summarize(job: Job) -> None:
         stage.print(line)
 
 
-def _images_of(candidates: Sequence[Path], num_prompts: int, sample) -> dict[Path, int]:
-    """How many images each shard holds, as `agfsync sample` draws them."""
-    size = sample.prompts_per_shard
-    return {
-        path: sample.num_candidates * min(size, max(num_prompts - index * size, 0))
-        for index, path in enumerate(candidates)
-    }
-
-
-def _problems(job: Job, candidates: Sequence[Path]) -> Problems:
+def _problems(job: Job, candidates: list[Path]) -> Problems:
     """Those of the questions, and of the shards that are scored; raises where they are too many."""
     config, plan = job.config, job.plan
     total = sum(plan.images[path] for path in candidates)
@@ -129,25 +131,6 @@ def _problems(job: Job, candidates: Sequence[Path]) -> Problems:
         if scores.exists() and problems_path(scores).exists():
             problems.add(records.read_jsonl(problems_path(scores)))
     return problems
-
-
-def _score(job: Job, todo: list[Path], problems: Problems) -> None:
-    config, plan = job.config, job.plan
-    size = config.score.batch_size
-    mesh = local_mesh(config.score.mesh)
-    models = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
-    with job.stage.progress(sum(plan.images[path] for path in todo)) as progress:
-        for path, rows, answers, left_out in engine.score_shards(
-            models,
-            todo,
-            plan.prompts,
-            plan.questions,
-            batch_size=size,
-            scored=progress.update,
-            expected=plan.images.__getitem__,
-        ):
-            write_scores(scores_path(path), rows, answers, left_out)
-            problems.add(left_out)
 
 
 def repair(job: Job) -> None:

@@ -30,11 +30,11 @@ def load_scorers(
     `batch_size` is for those whose block names none.
     """
     classes = {block: scorer_class(block, spec) for block, spec in specs.items()}
-    arguments = {
-        block: {"batch_size": batch_size} | {k: v for k, v in spec.items() if k != "name"}
+    settings = {"batch_size": batch_size}
+    return {
+        block: classes[block](mesh, **settings | {k: v for k, v in spec.items() if k != "name"})
         for block, spec in specs.items()
     }
-    return {block: classes[block](mesh, **arguments[block]) for block in specs}
 
 
 def score_images(
@@ -73,19 +73,12 @@ def score_images(
 
 
 class ScoredShard(NamedTuple):
-    """A shard of candidates that has been through all scorers.
+    """A shard of candidates that has been through all scorers."""
 
-    Attributes:
-        path: of the candidates.
-        scores: a row an image: prompt_id, candidate, a number a column.
-        answers: a row a question and image.
-        problems: what was left out; see data/problems.py.
-    """
-
-    path: Path
-    scores: list[dict]
-    answers: list[dict]
-    problems: list[dict]
+    path: Path  # of the candidates
+    scores: list[dict]  # a row an image: prompt_id, candidate, a number a column
+    answers: list[dict]  # a row a question and image
+    problems: list[dict]  # what was left out; see data/problems.py
 
 
 def score_shards(
@@ -101,10 +94,8 @@ def score_shards(
     """Scores shards of candidates batch by batch, decoding the next ones meanwhile.
 
     Args:
-        scorers: from `load_scorers`.
         paths: TFRecord files of candidates.
-        prompts: prompt id -> text.
-        questions: prompt id -> its question rows; others count as having none.
+        prompts, questions: of each prompt id; who is not in `questions` counts as having none.
         batch_size: images at a time; a batch lies in one shard.
         scored: called with the number of images after each batch.
         expected: the number of images of a shard, with which damaged ones are left out and
@@ -123,11 +114,10 @@ def score_shards(
         for row in rows:
             if row["prompt_id"] not in prompts:
                 raise ValueError(f"{path} draws prompt {row['prompt_id']!r}, which is not listed.")
-        ids = [row["prompt_id"] for row in rows]
-        asked = [questions.get(prompt, []) for prompt in ids]
+        asked = [questions.get(row["prompt_id"], []) for row in rows]
         problems += lost
         if rows:
-            texts = [prompts[i] for i in ids]
+            texts = [prompts[row["prompt_id"]] for row in rows]
             columns, replies = score_images(scorers, images, texts, asked)
             scores += [
                 {key: row[key] for key in KEYS} | {name: float(v[i]) for name, v in columns.items()}
@@ -145,7 +135,8 @@ def _answer_rows(rows: list[dict], asked: list, answers: dict[str, list]) -> Ite
     for block, given in answers.items():
         for row, questions, replies in zip(rows, asked, given, strict=True):
             for index, (question, reply) in enumerate(zip(questions, replies, strict=True)):
-                made = {key: row[key] for key in KEYS} | {
+                yield {
+                    **{key: row[key] for key in KEYS},
                     "scorer": block,
                     "index": index,
                     "question": question["question"],
@@ -155,8 +146,8 @@ def _answer_rows(rows: list[dict], asked: list, answers: dict[str, list]) -> Ite
                     "p_yes": float(reply["p_yes"]),
                     "p_expected": float(reply["p_expected"]),
                     "correct": bool(reply["correct"]),
+                    **{key: reply[key] for key in ("written",) if key in reply},
                 }
-                yield made | {key: reply[key] for key in ("written",) if key in reply}
 
 
 def _problems(
