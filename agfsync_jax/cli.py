@@ -16,71 +16,64 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from agfsync_jax.utils import configs, modules
 
 PACKAGE = Path(__file__).parent
-VERBS = (
-    *("run", "prompts", "questions", "sample", "score", "pair", "train", "evaluate", "report"),
-    *("export", "plan", "bench"),
-)
-# Flags that only one verb knows, as argparse takes them.
-_JSON = {"action": "store_true", "help": "the last line of the output is one JSON object"}
+VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
+DEFAULT_CONFIG = "configs/micro.py"
+
+
+def _flag(text: str, **options: Any) -> dict[str, Any]:
+    """What argparse takes for a flag with this help; without options it is there or not."""
+    return {"help": text} | (options or {"action": "store_true"})
+
+
+COMMON = {
+    "config": _flag(f"such as {DEFAULT_CONFIG}", metavar="FILE[:arg]"),
+    "workdir": _flag("all that the verbs read and write", metavar="DIR"),
+    "repair": _flag("make damaged shards anew"),
+    "round": _flag("of the loop, from 0", type=int, default=0, metavar="N"),
+}
+_JSON = _flag("the last line of the output is one JSON object")
+# Flags that only one verb knows.
 FLAGS = {
-    "export": {
-        "verify": {
-            "action": "store_true",
-            "help": "let diffusers draw an image from the files, and compare",
-        }
-    },
+    "export": {"verify": _flag("let diffusers draw an image from the files, and compare")},
     "report": {
-        "stage": {
-            "choices": ("pair",),
-            "default": "",
-            "help": "a gallery of that stage's outcome, of --round, instead of the report",
-        }
+        "stage": _flag(
+            "a gallery of that stage's outcome, of --round, instead of the report",
+            choices=("pair",),
+            default="",
+        )
     },
     "bench": {
-        "stage": {
-            "choices": modules.names("benches"),
-            "default": "load",
-            "help": "what is measured",
-        },
-        "against": {
-            "choices": ("diffusers", "reference"),
-            "help": "measure this peer too, in turn with agfsync",
-        },
+        "stage": _flag("what is measured", choices=modules.names("benches"), default="load"),
+        "against": _flag(
+            "measure this peer too, in turn with agfsync", choices=("diffusers", "reference")
+        ),
         "json": _JSON,
     },
     "plan": {
-        "topology|topologies": {
-            "default": "",
-            "metavar": "NAME[,NAME]",
-            "help": "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
-        },
-        "verb": {
-            "choices": (*modules.names("plans"), "all"),
-            "default": "sample",
-            "help": "whose program is compiled",
-        },
-        "largest": {
-            "action": "store_true",
-            "help": "look for the largest batch that fits: some more compilations",
-        },
+        "topology|topologies": _flag(
+            "v5e:4x4, v5p:2x2x4, v6e:4x4, ...; without it, the devices that are here",
+            default="",
+            metavar="NAME[,NAME]",
+        ),
+        "verb": _flag(
+            "whose program is compiled", choices=(*modules.names("plans"), "all"), default="sample"
+        ),
+        "largest": _flag("look for the largest batch that fits: some more compilations"),
         "json": _JSON,
     },
 }
 # What says which of several processes this is, where the cluster does not.
 PROCESSES = {
-    "coordinator_address": {"metavar": "HOST:PORT", "help": "of process 0; of several processes"},
-    "num_processes": {"type": int, "metavar": "N", "help": "of them all"},
-    "process_id": {"type": int, "metavar": "N", "help": "of this one, from 0"},
+    "coordinator_address": _flag("of process 0; of several processes", metavar="HOST:PORT"),
+    "num_processes": _flag("of them all", type=int, metavar="N"),
+    "process_id": _flag("of this one, from 0", type=int, metavar="N"),
 }
-NEED_NO_WORKDIR = ("bench", "plan")
-DEFAULT_CONFIG = "configs/micro.py"
 # What --help lists besides the block of the verb's own name.
 ALSO_READS = {
     "run": ("seed", "rounds", "backbone", "mesh", "sharding"),
@@ -110,22 +103,23 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(argv)
+        return 0
     except KeyboardInterrupt as stop:
-        print(
-            "\nstopped; what is done is kept, and the same command goes on from there:\n"
-            f"  agfsync {shlex.join(argv)}",
-            file=sys.stderr,
-        )
-        status = 143 if stop.args == ("SIGTERM",) else 130
-        _tell_others("was stopped by a signal.", status)
-        return status
+        said = "\nstopped; what is done is kept, and the same command goes on from there:\n"
+        said += f"  agfsync {shlex.join(argv)}"
+        status, why = 143 if stop.args == ("SIGTERM",) else 130, "was stopped by a signal."
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"agfsync: error: {error}", file=sys.stderr)
-        _tell_others(f"stopped with an error: {error}", 2)
-        return 2
-    return 0
+        said, status, why = f"agfsync: error: {error}", 2, f"stopped with an error: {error}"
+    print(said, file=sys.stderr)
+    if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else there are no others
+        watch.stop(why, status)
+    return status
+
+
+def _terminate(*_) -> None:
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def _run(argv: list[str]) -> None:
@@ -145,27 +139,25 @@ def _run(argv: list[str]) -> None:
         if workdir:
             settings.claim(workdir, config, _steps, write=multihost.is_main())
         module = importlib.import_module(f"agfsync_jax.{verb}")
-        own = {name: getattr(args, name) for name in _names(FLAGS.get(verb, ()))}
+        shared = {"help", *COMMON, *PROCESSES}
+        own = {name: value for name, value in vars(args).items() if name not in shared}
         module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
 
 
 def _steps() -> list[Any]:
-    """The steps of the loop, in order."""
-    from agfsync_jax import run
-
-    return [module.main for module in run.ROUND]
+    """Those of the loop, in order."""
+    return [module.main for module in importlib.import_module("agfsync_jax.run").ROUND]
 
 
 def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """What must be the same in every process."""
     import jax
-    from ml_collections import ConfigDict
 
-    public = ConfigDict(configs.public(config.to_dict()))
     code = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
     flags = {k: v for k, v in vars(args).items() if k not in ("config", *PROCESSES)}
+    public = configs.public(config.to_dict())
     return {
         "the verb": verb,
         "jax": jax.__version__,
@@ -176,25 +168,10 @@ def _facts(verb: str, args: argparse.Namespace, config: Any) -> dict[str, Any]:
     }
 
 
-def _names(flags: Iterable[str]) -> list[str]:
-    """Of flags that may have other spellings, as in "topology|topologies"."""
-    return [name.partition("|")[0] for name in flags]
-
-
-def _tell_others(why: str, status: int) -> None:
-    """Of several processes this one ends here, and the others are told why."""
-    if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else none was started
-        watch.stop(why, status)
-
-
 def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
-    """The verb, its flags and the `--config.key=value` overrides; exits for --help.
-
-    Raises:
-        ValueError: a flag that is unknown or missing.
-    """
-    known = verbs()
-    lines = [f"  {verb:<10} {docstring(verb).splitlines()[0]}" for verb in known]
+    """The verb, its flags and the `--config.key=value` overrides; exits for --help, and raises
+    ValueError for a flag that is unknown or missing."""
+    lines = [f"  {verb:<10} {docstring(verb).splitlines()[0]}" for verb in VERBS]
     top = argparse.ArgumentParser(
         prog="agfsync",
         usage="agfsync VERB --config=FILE[:arg] --workdir=DIR [--config.key=value ...]",
@@ -203,16 +180,12 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("verb", choices=known, metavar="VERB", help="one of the above")
+    top.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the above")
     verb = top.parse_args(argv[:1] or ["--help"]).verb
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    flags.add_argument("-h", "--help", action="store_true", help="show this and exit")
-    flags.add_argument("--config", metavar="FILE[:arg]", help=f"such as {DEFAULT_CONFIG}")
-    flags.add_argument("--workdir", metavar="DIR", help="all that the verbs read and write")
-    flags.add_argument("--repair", action="store_true", help="make damaged shards anew")
-    flags.add_argument("--round", type=int, default=0, metavar="N", help="of the loop, from 0")
-    for name, options in (FLAGS.get(verb, {}) | PROCESSES).items():
+    flags.add_argument("-h", "--help", **_flag("show this and exit"))
+    for name, options in (COMMON | FLAGS.get(verb, {}) | PROCESSES).items():
         flags.add_argument(*(f"--{each}" for each in name.split("|")), **options)
     args, rest = flags.parse_known_args(argv[1:])
     overrides = {}
@@ -227,17 +200,13 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     if args.help:
         print_help(verb, flags, args.config or DEFAULT_CONFIG, overrides)
         raise SystemExit(0)
-    for flag, example in (("config", DEFAULT_CONFIG), ("workdir", "runs/micro")):
-        if getattr(args, flag) is None and not (flag == "workdir" and verb in NEED_NO_WORKDIR):
-            raise ValueError(f"agfsync {verb} needs --{flag}, such as --{flag}={example}")
+    if not args.config:
+        raise ValueError(f"agfsync {verb} needs --config, such as --config={DEFAULT_CONFIG}")
+    if not args.workdir and verb not in ("bench", "plan"):
+        raise ValueError(f"agfsync {verb} needs --workdir, such as --workdir=runs/micro")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
     return verb, args, overrides
-
-
-def verbs() -> list[str]:
-    """The verbs, `run` first, then in the order of the loop."""
-    return [verb for verb in VERBS if (PACKAGE / f"{verb}.py").exists()]
 
 
 def docstring(verb: str) -> str:
@@ -251,15 +220,12 @@ def print_help(
     """The verb's docstring, the flags, and the keys that it reads with their meaning."""
     meaning = configs.meanings()
     blocks = (*ALSO_READS.get(verb, ()), verb)
-    rows = []
-    for key, value in configs.flatten(configs.load(spec, overrides)).items():
-        if key.partition(".")[0] in blocks:
-            row = f"  --config.{key}={value}"
-            rows.append(f"{row:<48}  {meaning[key]}" if key in meaning else row)
     print(f"usage: agfsync {verb} --config=FILE[:arg] --workdir=DIR [--config.key=value ...]\n")
     print(f"{docstring(verb)}\n\n{flags.format_help().strip()}")
-    if rows:
-        print(f"\nkeys, with their values in {spec}:\n" + "\n".join(rows))
+    print(f"\nkeys, with their values in {spec}:")
+    for key, value in configs.flatten(configs.load(spec, overrides)).items():
+        if key.partition(".")[0] in blocks:
+            print(f"{f'  --config.{key}={value}':<48}  {meaning.get(key, '')}".rstrip())
 
 
 def start_jax(*processes: Any) -> None:
@@ -278,10 +244,6 @@ def start_jax(*processes: Any) -> None:
     if os.environ.get("AGFSYNC_TRACEBACK") != "1":
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises anyway
     multihost.initialize(*processes)
-
-
-def _terminate(*_) -> None:
-    raise KeyboardInterrupt("SIGTERM")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def agfsync(*args, **kwargs):
 def test_help_lists_the_verbs(args):
     done = agfsync(*args)
     assert done.returncode == 0
-    for name in cli.verbs():
+    for name in cli.VERBS:
         assert f"\n  {name} " in done.stdout
     assert "closed loop" in done.stdout and "AGFSYNC_TRACEBACK" in done.stdout
 
@@ -66,7 +66,7 @@ def test_help_imports_no_jax():
     assert done.stdout.rstrip().endswith("False False")
 
 
-@pytest.mark.parametrize("name", cli.verbs())
+@pytest.mark.parametrize("name", cli.VERBS)
 def test_help_of_a_verb(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

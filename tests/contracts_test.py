@@ -284,7 +284,7 @@ def test_panel(module):
     assert pages.environment().from_string(panel.template)
 
 
-@pytest.mark.parametrize("verb", cli.verbs())
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_verb(verb):
     """main(config, workdir, *, round_index=0, repair=False), and a first line for --help."""
     module = __import__(f"agfsync_jax.{verb}", fromlist=[verb])

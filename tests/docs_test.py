@@ -85,7 +85,7 @@ def look_up(argv):
         assert stop.code == 0 and "usage: agfsync" in out.getvalue()
         return
     checks.check(configs.load(args.config, overrides), "report")  # whose weights are none
-    assert verb in cli.verbs()
+    assert verb in cli.VERBS
 
 
 def check(command, folder):
@@ -230,7 +230,7 @@ def test_the_pages_tell_every_verb():
     named = set()
     for page in PAGES:
         named |= set(re.findall(r"`agfsync ([a-z]+)\b", page.read_text()))
-    assert named == set(cli.verbs())
+    assert named == set(cli.VERBS)
 
 
 def test_the_suites_command_runs(tmp_path, monkeypatch):

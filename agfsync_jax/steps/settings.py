@@ -52,19 +52,14 @@ def claim(
         raise NotADirectoryError(f"--workdir={workdir} is a file; expected a folder")
     path = workdir / "config.json"
     text = json.dumps(public(config.to_dict()), indent=2)
-    now = flatten(ConfigDict(json.loads(text)))  # tuples are lists in JSON
-    before = flatten(ConfigDict(json.loads(path.read_text()))) if path.exists() else now
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not is_run_time(key)
-    ]
-    differ, stale = [], []
-    for key in changed:
-        if made := _made_with(workdir, key, steps()):
-            stale += made
-            was, new = json.dumps(before.get(key)), json.dumps(now.get(key))
-            differ.append(f"  {key}: {was} there, {new} now")
+    now = flatten(json.loads(text))  # tuples are lists in JSON
+    before = flatten(json.loads(path.read_text())) if path.exists() else now
+    differ, stale = [], set()
+    for key in sorted(before.keys() | now.keys()):
+        was, new = before.get(key), now.get(key)
+        if was != new and not is_run_time(key) and (made := _made_with(workdir, key, steps())):
+            stale |= set(made)
+            differ.append(f"  {key}: {json.dumps(was)} there, {json.dumps(new)} now")
     if differ:
         outputs = [output for step in steps() for output in step.outputs if output in stale]
         raise ValueError(

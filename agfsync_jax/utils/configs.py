@@ -53,11 +53,11 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
     return config.lock()
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """{"sample.height": 64, ...}; an empty block has no keys."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
