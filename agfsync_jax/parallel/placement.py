@@ -27,16 +27,12 @@ LONG = 1024
 class Placement:
     """The hooks that a network's layers call (models/hooks.py), for the devices of a mesh.
 
-    Attributes:
-        mesh: the devices that the program is for, which need not be of this host.
-        kernel: of attention, one of `KERNELS`.
-
     Raises:
         ValueError: an unknown kernel, or one that the devices of the mesh cannot run.
     """
 
-    mesh: Mesh
-    kernel: str = "auto"
+    mesh: Mesh  # the devices that the program is for, which need not be of this host
+    kernel: str = "auto"  # of attention, one of `KERNELS`
 
     def __post_init__(self):
         if self.kernel in KERNELS and self._runs(self.kernel):
@@ -48,11 +44,7 @@ class Placement:
         )
 
     def describe(self) -> str:
-        """In one line, what computes attention, and why.
-
-        For example "attention: chunked over queries (plain below 1024 queries or keys), as the
-        devices are CPUs".
-        """
+        """In one line, what computes attention, and why."""
         text = {
             "plain": "plain",
             "chunked": "chunked over queries",

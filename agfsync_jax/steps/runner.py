@@ -19,25 +19,15 @@ from agfsync_jax.utils.files import to_path
 
 @dataclasses.dataclass
 class Job:
-    """A step at work in a round of a workdir.
+    """A step at work in a round of a workdir."""
 
-    Attributes:
-        config: the whole config.
-        workdir: a local folder, or one in a bucket.
-        round_index: from 0.
-        plan: what the step has made of its inputs and settings before it began.
-        files: what the step makes that the processes share out among them, in order.
-        missing: those of `files` that were not there when the step began.
-        stage: the step's clock and progress.
-    """
-
-    config: Any
-    workdir: Path
-    round_index: int
-    plan: Any = None
-    files: list[Path] = dataclasses.field(default_factory=list)
-    missing: set[Path] = dataclasses.field(default_factory=set)
-    stage: Stage | None = None
+    config: Any  # the whole
+    workdir: Path  # a local folder, or one in a bucket
+    round_index: int  # from 0
+    plan: Any = None  # what the step has made of its inputs and settings before it began
+    files: Sequence[Path] = ()  # what the processes share out among them, in order
+    missing: set[Path] = dataclasses.field(default_factory=set)  # of `files`, when the step began
+    stage: Stage | None = None  # the clock and progress
 
     @property
     def folder(self) -> Path:
@@ -51,43 +41,29 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A verb of the loop.
-
-    Attributes:
-        name: of the verb.
-        work: makes what is missing.
-        outputs: what the step leaves in the round's folder.
-        inputs: what it reads there -> the verb that makes it; the step does not begin without.
-        settings: blocks of the config that decide what the outputs are (steps/settings.py).
-        plan: reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
-        files: the files of the round that the processes share out; the work is done when all are
-            there.
-        finish: what the main process does when the work of all is done.
-        repair: drops damaged files first, where they are to be made anew; each process its share.
-        main_only: whether the main process works alone.
-        unit: what the progress counts, in the plural.
-    """
+    """A verb of the loop."""
 
     name: str
-    work: Callable[[Job], None]
-    outputs: tuple[str, ...]
+    work: Callable[[Job], None]  # makes what is missing
+    outputs: tuple[str, ...]  # what the step leaves in the round's folder
+    # What it reads there -> the verb that makes it; the step does not begin without.
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()  # blocks of the config that decide what the outputs are
+    # Reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
     plan: Callable[[Job], Any] | None = None
+    # The files that the processes share out; the work is done when all are there.
     files: Callable[[Job], Sequence[Path]] | None = None
-    finish: Callable[[Job], None] | None = None
-    repair: Callable[[Job], None] | None = None
-    main_only: bool = False
-    unit: str = "images"
+    finish: Callable[[Job], None] | None = None  # of the main process, when the work of all is done
+    repair: Callable[[Job], None] | None = None  # drops damaged files; each process its share
+    main_only: bool = False  # the main process works alone
+    unit: str = "images"  # what the progress counts, in the plural
 
     def __call__(
         self, config: Any, workdir: Path, *, round_index: int = 0, repair: bool = False
     ) -> None:
         """Runs the step in a round; what is there already is not made again.
 
-        Raises:
-            FileNotFoundError: an input is not there; the message names the verb that makes it.
-            Exception: what the parts of the step raise.
+        Raises FileNotFoundError where an input is not there, and what the parts of the step raise.
         """
         job = Job(config, to_path(workdir), round_index)
         for name, verb in self.inputs.items():
@@ -97,7 +73,7 @@ class Step:
         if self.plan:
             job.plan = self.plan(job)
         if self.files:
-            job.files = list(self.files(job))
+            job.files = self.files(job)
         if self.repair:
             if repair and mine:
                 self.repair(job)
@@ -110,8 +86,7 @@ class Step:
                 there = len(job.files) - len(job.missing)
                 what = "files" if self.main_only else "shards"
                 job.stage.skipped(there, len(job.files), what)
-            done = self.files and not job.missing
-            if not done and mine:
+            if mine and (job.missing or not self.files):
                 self.work(job)
             if self.finish:
                 multihost.barrier(f"{self.name} work")

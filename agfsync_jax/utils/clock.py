@@ -39,9 +39,7 @@ class Stage:
 
     def __init__(self, round_dir: Path, verb: str, unit: str = "images"):
         self.path = to_path(round_dir) / "stages.json"
-        self.verb = verb
-        self.unit = unit
-        self.items = 0
+        self.verb, self.unit, self.items = verb, unit, 0
         self._seconds = 0.0
         self._since: float | None = None  # None while the clock stands still
         self._before = {"seconds": 0.0, "items": 0}
@@ -79,11 +77,6 @@ class Stage:
         if done:
             self.print(f"skipped {done} of {total} {what} already there")
 
-    def estimate(self, seconds: float, total: int) -> None:
-        """Says how long the stage will take, when it is more than a minute."""
-        if seconds >= ESTIMATE_ABOVE_SECONDS:
-            self.print(f"about {_duration(seconds)} for {total} {self.unit}")
-
     def progress(self, work: int | Iterable, desc: str = "") -> "Progress":
         """A bar over `work`: a number of items, or an iterable of which each element is one."""
         return Progress(self, work, desc)
@@ -101,17 +94,13 @@ class Stage:
         self._seconds, self._since = self.seconds, None
 
     def _write(self) -> None:
-        if not self._main:
-            return
         seconds = self._before["seconds"] + self.seconds
         items = self._before["items"] + self.items
-        stages = read_stages(self.path)
-        stages[self.verb] = {
-            "seconds": round(seconds, 3),
-            "items": items,
-            "items_per_second": round(items / max(seconds, 1e-9), 4),
-        }
-        write_text(self.path, json.dumps(stages, indent=2) + "\n")
+        rate = round(items / max(seconds, 1e-9), 4)
+        figures = {"seconds": round(seconds, 3), "items": items, "items_per_second": rate}
+        if self._main:
+            stages = read_stages(self.path) | {self.verb: figures}
+            write_text(self.path, json.dumps(stages, indent=2) + "\n")
 
 
 class Progress:
@@ -119,16 +108,16 @@ class Progress:
 
     def __init__(self, stage: Stage, work: int | Iterable, desc: str):
         self._stage = stage
-        self._work = work
-        self._total = work if isinstance(work, int) else len(work) if isinstance(work, Sized) else 0
+        self._work = range(work) if isinstance(work, int) else work
+        self._total = len(self._work) if isinstance(self._work, Sized) else 0
         self._done = 0
-        self._desc = f" {desc}" if desc else ""
+        self._desc = f"{desc} " if desc else ""
         self._steady: tuple[float, int] | None = None  # stage seconds, items: after the first step
         self._estimated = False
         self._lined = time.monotonic()
         self._bar = tqdm(
             total=self._total or None,
-            desc=f"{stage.verb}{self._desc}",
+            desc=f"{stage.verb} {desc}".rstrip(),
             unit=f" {stage.unit}",
             disable=not (stage._main and stage._terminal),
             dynamic_ncols=True,
@@ -143,41 +132,39 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         with self:
-            for item in range(self._work) if isinstance(self._work, int) else self._work:
+            for item in self._work:
                 yield item
                 self.update()
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Counts `n` more items; `note` is shown beside the rate."""
+        stage, now = self._stage, time.monotonic()
         self._done += n
-        self._stage.items += n
-        if note:
-            self._bar.set_postfix_str(note, refresh=False)
+        stage.items += n
+        self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(n)
-        seconds, now = self._stage.seconds, time.monotonic()
         if self._steady is None:
-            self._steady = seconds, self._done
+            self._steady = stage.seconds, self._done
             return
         # From the second step on: the first one compiled.
-        rate = (self._done - self._steady[1]) / max(seconds - self._steady[0], 1e-9)
+        seconds = stage.seconds - self._steady[0]
+        rate = (self._done - self._steady[1]) / max(seconds, 1e-9)
         if not rate:
             return
         left = max(self._total - self._done, 0) / rate
-        if not self._estimated and seconds - self._steady[0] >= ESTIMATE_AFTER_SECONDS:
+        if not self._estimated and seconds >= ESTIMATE_AFTER_SECONDS:
             self._estimated = True
-            if self._total:
-                self._stage.estimate(seconds + left, self._total)
+            if self._total and stage.seconds + left >= ESTIMATE_ABOVE_SECONDS:
+                whole = _duration(stage.seconds + left)
+                stage.print(f"about {whole} for {self._total} {stage.unit}")
         if now - self._lined >= PLAIN_LINE_SECONDS:
             self._lined = now
-            self._stage._write()  # a killed run loses ten seconds of its figures at most
-            if not self._stage._terminal:
+            stage._write()  # a killed run loses ten seconds of its figures at most
+            if not stage._terminal:
                 of = f"/{self._total}" if self._total else ""
-                to_go = f", {_duration(left)} left" if self._total else ""
-                told = f", {note}" if note else ""
-                head = f"{self._desc.strip()} " if self._desc else ""
-                self._stage.print(
-                    f"{head}{self._done}{of} {self._stage.unit}, {rate:.4g}/s{to_go}{told}"
-                )
+                to_go = f"{_duration(left)} left" if self._total else ""
+                said = f"{self._desc}{self._done}{of} {stage.unit}", f"{rate:.4g}/s", to_go, note
+                stage.print(", ".join(filter(None, said)))
 
 
 def read_stages(path: Path) -> dict[str, dict[str, float]]:

@@ -1,8 +1,7 @@
 """Paths in a local folder, or in a bucket by a URL such as gs://bucket/run.
 
-What differs between the two is here, and in how records.py and pairs.py give things their final
-name. In a bucket a file appears whole when it is closed; nothing can be renamed or appended to, and
-a folder is no more than names that begin alike.
+In a bucket a file appears whole when it is closed; nothing can be renamed or appended to, and a
+folder is no more than names that begin alike.
 """
 
 import contextlib
@@ -21,11 +20,8 @@ _SCHEMES = ("gs", "s3", "az", "hf")  # that etils.epath knows
 
 
 def to_path(path: str | os.PathLike) -> Path:
-    """A pathlib.Path of a local path, an etils.epath.Path of a URL, which has the same methods.
-
-    Raises:
-      ValueError: a URL of another kind.
-    """
+    """A pathlib.Path of a local path, an etils.epath.Path, which has the same methods, of a URL;
+    ValueError for a URL of another kind."""
     text = os.fspath(path)
     match = re.match(r"(\w+):/+", text)  # a Path turns gs://a into gs:/a
     if not match:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from agfsync_jax.utils.files import absolute, copy_tree, is_url, local_folder, to_path, write_text
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Appends {"step": n, name: number, ...} lines to a file.
 
     A restarted run passes the step it restored: lines past it, and a half-written last line,
@@ -54,29 +54,22 @@ class MetricWriter:
             self._local_events = self._folders.enter_context(local_folder(self._events))
             # What a killed run wrote beyond its checkpoint is taken back.
             self._board = SummaryWriter(str(self._local_events), purge_step=step + 1)
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        kept = (row for row in read_metrics(self.path) if row["step"] <= step)
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.path, text)
         if is_url(self.path):
-            self._file = io.StringIO()
-            self._file.write(text)
+            self._file = io.StringIO(text)
+            self._file.seek(0, io.SEEK_END)
         else:
             self._file = self.path.open("a")
-
-    def __enter__(self) -> "MetricWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Adds one line; `values` are numbers or arrays of one element."""
         if self._file is None:
             return
-        row = {"step": int(step)} | {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
+        row = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step)} | row) + "\n")
         self._file.flush()
-        del row["step"]
         if self._board:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
@@ -100,14 +93,13 @@ class MetricWriter:
             self._board.flush()
             copy_tree(self._local_events, self._events)
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         if self._board:
             self._board.close()  # only now all events lie in the file
         self.flush()
         self._folders.close()
         if self._file is not None:
             self._file.close()
-            self._file = None
         if self._run:
             self._run.finish()
 

@@ -20,7 +20,8 @@ def test_step_zero_starts_afresh(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with metrics.MetricWriter(path) as writer:
         writer.write(1, {"loss": 1.0})
-    metrics.MetricWriter(path).close()
+    with metrics.MetricWriter(path):
+        pass
     assert metrics.read_metrics(path) == []
 
 
