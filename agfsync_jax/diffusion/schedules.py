@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Latents = Float[Array, "b ..."]
+Timesteps = Int[Array, " b"]
+Formula = Callable[[Array, Array, Array, Array], Array]
+
 # Fields of every class of scheduler, with the defaults of most.
 NOISE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -27,18 +31,12 @@ NOISE: dict[str, Any] = {
 
 
 class Parameterization(NamedTuple):
-    """What a denoiser predicts at x = signal x_0 + sigma noise, and what that says of the two.
+    """What a denoiser predicts at x = signal x_0 + sigma noise, and what that says of the two."""
 
-    Attributes:
-        target: (x_0, noise, signal, sigma) -> the prediction that is right.
-        clean, noise: (x, prediction, signal, sigma) -> x_0, and the noise.
-        needs_signal: x_0 cannot be told where the signal is 0.
-    """
-
-    target: Callable[[Array, Array, Array, Array], Array]
-    clean: Callable[[Array, Array, Array, Array], Array]
-    noise: Callable[[Array, Array, Array, Array], Array]
-    needs_signal: bool = False
+    target: Formula  # (x_0, noise, signal, sigma) -> the prediction that is right
+    clean: Formula  # (x, prediction, signal, sigma) -> x_0
+    noise: Formula  # of the same, the noise
+    needs_signal: bool = False  # x_0 cannot be told where the signal is 0
 
 
 PARAMETERIZATIONS = {
@@ -63,19 +61,12 @@ PARAMETERIZATIONS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """A discrete noise schedule, and the scheduler_config.json that it was read from.
+    """A discrete noise schedule, and the scheduler_config.json that it was read from."""
 
-    Attributes:
-        alphas_cumprod: float32 [num_train_timesteps], a_t.
-        prediction_type: what the denoiser predicts, a key of PARAMETERIZATIONS.
-        scheduler: the file's `_class_name`, such as "PNDMScheduler".
-        config: the file.
-    """
-
-    alphas_cumprod: np.ndarray
-    prediction_type: str
-    scheduler: str
-    config: dict[str, Any]
+    alphas_cumprod: np.ndarray  # float32 [num_train_timesteps], a_t
+    prediction_type: str  # what the denoiser predicts, a key of PARAMETERIZATIONS
+    scheduler: str  # the file's `_class_name`, such as "PNDMScheduler"
+    config: dict[str, Any]  # the file
 
     @classmethod
     def from_config(
@@ -94,22 +85,17 @@ class Schedule:
         left_out = ("_use_default_values", *config.get("_use_default_values", ()))
         config = {name: value for name, value in config.items() if name not in left_out}
         fields = {**defaults, **config}
-        errors = []
-        if fields["prediction_type"] not in PARAMETERIZATIONS:
-            errors.append(
-                f"prediction_type={fields['prediction_type']!r} (supported:"
-                f" {', '.join(PARAMETERIZATIONS)})"
-            )
-        if fields["trained_betas"] is None and fields["beta_schedule"] not in _BETAS:
-            errors.append(
-                f"beta_schedule={fields['beta_schedule']!r} (supported: {', '.join(_BETAS)})"
-            )
-        if fields["trained_betas"] is not None:
-            count = len(fields["trained_betas"])
-            if count != fields["num_train_timesteps"]:
-                errors.append(
-                    f"{count} trained_betas for {fields['num_train_timesteps']} timesteps"
-                )
+        betas, steps = fields["trained_betas"], fields["num_train_timesteps"]
+        known = {"prediction_type": PARAMETERIZATIONS}
+        if betas is None:
+            known["beta_schedule"] = _BETAS
+        errors = [
+            f"{name}={fields[name]!r} (supported: {', '.join(table)})"
+            for name, table in known.items()
+            if fields[name] not in table
+        ]
+        if betas is not None and len(betas) != steps:
+            errors.append(f"{len(betas)} trained_betas for {steps} timesteps")
         if errors:
             raise ValueError(
                 "scheduler_config.json holds what this schedule does not do: " + "; ".join(errors)
@@ -125,28 +111,18 @@ class Schedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
-    def signal_and_noise(self, timesteps: Int[Array, " b"], ndim: int) -> tuple[Array, Array]:
+    def signal_and_noise(self, timesteps: Timesteps, ndim: int) -> tuple[Array, Array]:
         """sqrt(a_t) and sqrt(1 - a_t), each [b, 1, ...] with `ndim` dimensions."""
         alphas = jnp.asarray(self.alphas_cumprod)[timesteps]
         alphas = alphas.reshape(alphas.shape + (1,) * (ndim - 1))
         return jnp.sqrt(alphas), jnp.sqrt(1 - alphas)
 
-    def add_noise(
-        self,
-        latents: Float[Array, "b ..."],
-        noise: Float[Array, "b ..."],
-        timesteps: Int[Array, " b"],
-    ) -> Float[Array, "b ..."]:
+    def add_noise(self, latents: Latents, noise: Latents, timesteps: Timesteps) -> Latents:
         """x_t of x_0 = `latents`."""
         signal, sigma = self.signal_and_noise(timesteps, latents.ndim)
         return signal * latents + sigma * noise
 
-    def target(
-        self,
-        latents: Float[Array, "b ..."],
-        noise: Float[Array, "b ..."],
-        timesteps: Int[Array, " b"],
-    ) -> Float[Array, "b ..."]:
+    def target(self, latents: Latents, noise: Latents, timesteps: Timesteps) -> Latents:
         """What the denoiser is trained to predict from x_t: noise, velocity or x_0."""
         signal, sigma = self.signal_and_noise(timesteps, latents.ndim)
         return self.parameterization.target(latents, noise, signal, sigma)
@@ -168,10 +144,6 @@ def _cumprod(alphas: np.ndarray) -> np.ndarray:
     return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
 
 
-def _scaled_linear(num: int, start: float, end: float) -> np.ndarray:
-    return np.linspace(start**0.5, end**0.5, num).astype(np.float32) ** 2
-
-
 def _linear(num: int, start: float, end: float) -> np.ndarray:
     return np.linspace(start, end, num).astype(np.float32)
 
@@ -182,7 +154,11 @@ def _squared_cosine(num: int, start: float, end: float) -> np.ndarray:
     return np.asarray([min(1 - alpha[i + 1] / alpha[i], 0.999) for i in range(num)], np.float32)
 
 
-_BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2": _squared_cosine}
+_BETAS = {
+    "linear": _linear,
+    "scaled_linear": lambda num, start, end: _linear(num, start**0.5, end**0.5) ** 2,
+    "squaredcos_cap_v2": _squared_cosine,
+}
 
 
 def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ What a value says of its class is checked against diffusers by tests that walk t
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from agfsync_jax.diffusion.schedules import (
     Schedule,
     alphas_cumprod,
 )
-from agfsync_jax.diffusion.trajectories import Span, Trajectory
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory
 from agfsync_jax.utils import modules
 
 Latents = Float[Array, "b h w c"]
@@ -106,8 +105,7 @@ class Model(NamedTuple):
         return self.split(latents, self.predict(latents))[0]
 
     def noise(self, shape: tuple[int, ...]) -> Latents:
-        """Fresh standard normal noise, of samplers that draw it; by a row's key and the step's
-        index alone."""
+        """Fresh standard normal noise; by a row's key and the step's index alone."""
 
         def draw(key):
             return jax.random.normal(jax.random.fold_in(key, self.row["index"]), shape[1:])
@@ -122,36 +120,25 @@ def memories(count: int) -> Callable[[Latents], State]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """A way from noise to latents, equal to a scheduler of diffusers.
+    """A way from noise to latents, equal to a scheduler of diffusers."""
 
-    Attributes:
-        scheduler: that class; its `from_config` of a schedule's file, with `variant`, is equal.
-        defaults: the fields of the class and their defaults. A field is honored unless
-            `supported` or `no_effect` has it, here or, for all samplers, above.
-        trajectory: (fields, num_steps, span) -> the calls of the denoiser in that span, which may
-            be more than `num_steps`; ValueError for what cannot be.
-        step: (model, row, *state) -> the next state. A row is the trajectory's, as scalars.
-        start: latents -> state.
-        end: state -> latents.
-        draws_noise: steps draw noise; rows then have an `index`, counted from the start of the
-            whole trajectory.
-        variant: fields that tell this sampler from others of the same class. A file of the class
-            means this sampler where it holds these values. Whoever names the sampler means them
-            too, whatever supported value the file holds.
-        supported: field -> the values that it may hold.
-        no_effect: field -> why it changes no trajectory.
-    """
-
-    scheduler: str
+    scheduler: str  # that class; its `from_config` of a schedule's file, with `variant`, is equal
+    # The fields of the class and their defaults. A field is honored unless `supported` or
+    # `no_effect` has it, here or, for all samplers, above.
     defaults: Mapping[str, Any]
-    trajectory: Callable[[SimpleNamespace, int, Span], Trajectory]
-    step: Callable[..., State]
+    # (fields, num_steps, span) -> the calls of the denoiser in that span, which may be more than
+    # `num_steps`; ValueError for what cannot be.
+    trajectory: Callable[[Fields, int, Span], Trajectory]
+    step: Callable[..., State]  # (model, row, *state) -> the next; a row's entries are scalars
     start: Callable[[Latents], State] = memories(0)
     end: Callable[[State], Latents] = lambda state: state[0]
-    draws_noise: bool = False
+    draws_noise: bool = False  # rows then have an `index`, counted from the whole one's start
+    # Fields that tell this sampler from others of the same class. A file of the class means this
+    # sampler where it holds these values. Whoever names the sampler means them too, whatever
+    # supported value the file holds.
     variant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    supported: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    supported: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # values of fields
+    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field -> why
 
     def __call__(
         self,
@@ -168,22 +155,17 @@ class Sampler:
         Args:
             denoise: (latents [b, h, w, c], timesteps [b]) -> prediction, the guided denoiser.
             schedule: the noise that it was trained with, and the scheduler's file.
-            latents: standard normal noise where `span` starts at 0; else what a call with a span
-                that ends there has returned.
+            latents: standard normal noise; where `span` does not start at 0, what ended there.
             num_steps: of the whole trajectory.
             keys: a PRNG key a row, for samplers that draw noise.
             span: the fractions of the trajectory between which to walk, as `denoising_start` and
-                `denoising_end` of diffusers' Stable Diffusion XL pipelines. Multistep solvers
-                start anew there.
+                `denoising_end` of diffusers' pipelines. Multistep solvers start anew there.
 
         Raises:
             ValueError: no keys where they are needed; see `steps`.
         """
         if self.draws_noise and keys is None:
-            raise ValueError(
-                f"The sampler of {self.scheduler} draws noise at each step: give `keys`, a PRNG"
-                " key a row."
-            )
+            raise ValueError(f"{self.scheduler} draws noise at each step: give `keys`, one a row.")
         steps = self.steps(schedule, num_steps, span)
         rows = {
             name: jnp.asarray(row, jnp.float32 if row.dtype.kind == "f" else jnp.int32)
@@ -207,11 +189,8 @@ class Sampler:
             ValueError: a field of the scheduler's file that is not supported, too many steps, a
                 span without any.
         """
-        start, end = span
-        if not 0 <= start < end <= 1:
-            raise ValueError(
-                f"A span is (start, end) with 0 <= start < end <= 1, got {tuple(span)}."
-            )
+        if not 0 <= span[0] < span[1] <= 1:
+            raise ValueError(f"A span is (start, end), 0 <= start < end <= 1, got {tuple(span)}.")
         steps = self.trajectory(self.fields(schedule), num_steps, span)
         if schedule.parameterization.needs_signal and (steps.rows["signal"] == 0).any():
             raise ValueError(
@@ -225,7 +204,7 @@ class Sampler:
         """How often the denoiser runs; raises as `steps`."""
         return len(self.steps(schedule, num_steps, span).timesteps)
 
-    def fields(self, schedule: Schedule) -> SimpleNamespace:
+    def fields(self, schedule: Schedule) -> Fields:
         """The class's fields, as its `from_config` of the schedule's file sets them in diffusers.
 
         Fields that the file lacks take the class's defaults, whatever class wrote the file; those
@@ -237,22 +216,19 @@ class Sampler:
         """
         fields = {name: schedule.config.get(name, value) for name, value in self.defaults.items()}
         supported = SUPPORTED | self.supported
-        errors = [
+        if errors := [
             f"{name}={value!r} (supported: {', '.join(map(repr, supported[name]))})"
             for name, value in fields.items()
-            if name in supported and value not in supported[name]
-        ]
-        if errors:
+            if value not in supported.get(name, (value,))
+        ]:
             raise ValueError(
                 f"scheduler_config.json, read as {self.scheduler}'s, asks for what this sampler"
                 f" does not do: {'; '.join(errors)}. Choose another config.sample.sampler, or"
                 " change the file."
             )
         fields |= self.variant
-        return SimpleNamespace(
-            alphas_cumprod=alphas_cumprod(fields),
-            **{n: value for n, value in fields.items() if n not in NO_EFFECT | self.no_effect},
-        )
+        used = {n: value for n, value in fields.items() if n not in NO_EFFECT | self.no_effect}
+        return Fields(alphas_cumprod=alphas_cumprod(fields), **used)
 
     def is_of(self, schedule: Schedule) -> bool:
         """Whether the schedule's file means this sampler."""
@@ -270,13 +246,12 @@ def find(name: str, schedule: Schedule) -> Sampler:
     """
     if name:
         return modules.load("samplers", name).SAMPLER
-    for sampler in _all().values():
+    known = []
+    for name, sampler in _all().items():
         if sampler.is_of(schedule):
             return sampler
-    known = [
-        f"{name} ({', '.join([each.scheduler, *(f'{k}={v!r}' for k, v in each.variant.items())])})"
-        for name, each in _all().items()
-    ]
+        variant = [f"{field}={value!r}" for field, value in sampler.variant.items()]
+        known.append(f"{name} ({', '.join([sampler.scheduler, *variant])})")
     raise ValueError(
         f"There is no sampler for this scheduler_config.json, of {schedule.scheduler}; there are"
         f" {', '.join(known)}: name one of them as config.sample.sampler."

@@ -1,28 +1,18 @@
 """DDIM with eta = 0 (arXiv:2010.02502, eq. 12)."""
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import (
-    Span,
-    Trajectory,
-    clip_bound,
-    integers,
-    spaced,
-    stride,
-    within,
-)
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, integers
 from agfsync_jax.samplers import THRESHOLDING, Sampler
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
-    timesteps = integers(spaced(fields, num_steps))
-    rows = {"bound": np.full(num_steps, clip_bound(fields))}
-    whole = Trajectory(timesteps, rows | stride(fields, timesteps, num_steps))
-    return whole.cut(within(span, timesteps, fields.num_train_timesteps))
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
+    timesteps = integers(fields.spaced(num_steps))
+    rows = {"bound": np.full(num_steps, fields.clip_bound)}
+    whole = Trajectory(timesteps, rows | fields.stride(timesteps, num_steps))
+    return whole.cut(fields.within(span, timesteps))
 
 
 def step(model, row, latents):

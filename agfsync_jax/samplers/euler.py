@@ -3,31 +3,21 @@
 Latents are x_0 + sigma noise; the denoiser sees them scaled to a variance of 1.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import (
-    Span,
-    Trajectory,
-    init_sigma,
-    interpolated,
-    of_sigma,
-    sigma_table,
-    within,
-)
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, of_sigma
 from agfsync_jax.samplers import SIGMAS, Sampler
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
-    timesteps, sigmas = interpolated(fields, num_steps)
-    end = sigma_table(fields)[0] if fields.final_sigmas_type == "sigma_min" else 0.0
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
+    timesteps, sigmas = fields.interpolated(num_steps)
+    end = fields.sigma_table[0] if fields.final_sigmas_type == "sigma_min" else 0.0
     # Not as a change of sigma: that would be the difference of two large latents, where the first
     # sigma is large.
     rows = {"keep": np.append(sigmas[1:], end) / sigmas} | of_sigma(sigmas)
-    whole = Trajectory(timesteps, rows, init_sigma(fields, sigmas))
-    return whole.cut(within(span, timesteps, fields.num_train_timesteps))
+    whole = Trajectory(timesteps, rows, fields.init_sigma(sigmas))
+    return whole.cut(fields.within(span, timesteps))
 
 
 def step(model, row, latents):

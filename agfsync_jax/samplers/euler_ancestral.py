@@ -1,24 +1,15 @@
 """Euler's method to below the next sigma, and noise up to it: DDPM's step (arXiv:2006.11239, eq. 7)
 in sigma."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import (
-    Span,
-    Trajectory,
-    init_sigma,
-    interpolated,
-    of_sigma,
-    within,
-)
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, of_sigma
 from agfsync_jax.samplers import Sampler, euler
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
-    timesteps, sigmas = interpolated(fields, num_steps)
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
+    timesteps, sigmas = fields.interpolated(num_steps)
     after = np.append(sigmas[1:], 0.0)
     up = np.sqrt(after**2 * (sigmas**2 - after**2) / sigmas**2)
     rows = {
@@ -26,8 +17,8 @@ def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajector
         "up": up,
         "index": np.arange(num_steps),
     } | of_sigma(sigmas)
-    whole = Trajectory(timesteps, rows, init_sigma(fields, sigmas))
-    return whole.cut(within(span, timesteps, fields.num_train_timesteps))
+    whole = Trajectory(timesteps, rows, fields.init_sigma(sigmas))
+    return whole.cut(fields.within(span, timesteps))
 
 
 def step(model, row, latents):

@@ -1,18 +1,16 @@
 """Latent consistency sampling (arXiv:2310.04378, algorithm 3)."""
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import Span, Trajectory, clip_bound, transfer, within
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, transfer
 from agfsync_jax.samplers import THRESHOLDING, Sampler
 
 _OF_DISTILLATION = "LCM visits timesteps of its distillation, and ends in a prediction of x_0"
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
     total, original = fields.num_train_timesteps, fields.original_inference_steps
     if not 1 <= num_steps <= original <= total:
         raise ValueError(
@@ -29,10 +27,10 @@ def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajector
     rows = transfer(alphas[timesteps], after) | {
         "skip": 0.25 / (scaled**2 + 0.25),
         "out": scaled / np.sqrt(scaled**2 + 0.25),
-        "bound": np.full(num_steps, clip_bound(fields)),
+        "bound": np.full(num_steps, fields.clip_bound),
         "index": np.arange(num_steps),
     }
-    return Trajectory(timesteps, rows).cut(within(span, timesteps, total))
+    return Trajectory(timesteps, rows).cut(fields.within(span, timesteps))
 
 
 def step(model, row, latents):

@@ -5,26 +5,17 @@ that span's second timestep as it does the trajectory's; diffusers would take a 
 granted that its pipelines do not make.
 """
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import (
-    Span,
-    Trajectory,
-    integers,
-    spaced,
-    stride,
-    within,
-)
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, integers
 from agfsync_jax.samplers import Sampler, memories
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
-    timesteps = integers(spaced(fields, num_steps))
-    timesteps = timesteps[within(span, timesteps, fields.num_train_timesteps)]
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
+    timesteps = integers(fields.spaced(num_steps))
+    timesteps = timesteps[fields.within(span, timesteps)]
     # The second timestep comes twice: first to step again from the start, with the mean of the
     # predictions at both ends (Heun's method).
     timesteps = np.insert(timesteps, 1, timesteps[1:2])
@@ -40,7 +31,7 @@ def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajector
     ]
     weights[:4] = first[: len(timesteps)]
     rows = {"again": again, "weights": weights}
-    return Trajectory(timesteps, rows | stride(fields, origins, num_steps))
+    return Trajectory(timesteps, rows | fields.stride(origins, num_steps))
 
 
 def step(model, row, latents, start, *before):

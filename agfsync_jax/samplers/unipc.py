@@ -4,30 +4,28 @@ The prediction at a step's latents first corrects these, then predicts the next.
 latents and of predictions at this step and at those before it, with coefficients of the host.
 """
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 
 from agfsync_jax.diffusion.schedules import NOISE
-from agfsync_jax.diffusion.trajectories import (
-    Span,
-    Trajectory,
-    integers,
-    karras,
-    of_sigma,
-    sigma_table,
-    spaced,
-    within,
+from agfsync_jax.diffusion.trajectories import Fields, Span, Trajectory, of_sigma
+from agfsync_jax.samplers import (
+    FLOW,
+    SIGMAS,
+    THRESHOLDING,
+    Sampler,
+    dpmsolver_multistep,
+    memories,
 )
-from agfsync_jax.samplers import FLOW, SIGMAS, THRESHOLDING, Sampler, memories
 
 _ORDER = 3  # the highest
 
 
-def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajectory:
-    timesteps, sigmas = _points(fields, num_steps)
-    part = within(span, timesteps, fields.num_train_timesteps)
+def trajectory(fields: Fields, num_steps: int, span: Span) -> Trajectory:
+    timesteps, sigmas = dpmsolver_multistep.points(fields, num_steps, always_round=True)
+    if fields.use_karras_sigmas and fields.final_sigmas_type == "sigma_min":
+        sigmas[-1] = sigmas[-2]
+    part = fields.within(span, timesteps)
     index = np.arange(num_steps)
     most = num_steps - index if fields.lower_order_final else num_steps
     orders = np.minimum(np.minimum(fields.solver_order, most), index - part.start + 1)
@@ -57,20 +55,8 @@ def trajectory(fields: SimpleNamespace, num_steps: int, span: Span) -> Trajector
     return Trajectory(timesteps, rows).cut(part)
 
 
-def _points(fields: SimpleNamespace, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [n], and their sigmas with the end's [n + 1]."""
-    table = sigma_table(fields)
-    extra = 0 if fields.timestep_spacing == "trailing" else 1
-    timesteps = integers(spaced(fields, num_steps, extra))
-    sigmas, smallest = table[timesteps], table[0]
-    if fields.use_karras_sigmas:
-        sigmas, timesteps = karras(fields, table, (table[-1], table[0]), num_steps)
-        timesteps, smallest = integers(timesteps), sigmas[-1]
-    return timesteps, np.append(sigmas, smallest if fields.final_sigmas_type == "sigma_min" else 0)
-
-
 def _weights(
-    fields: SimpleNamespace, sigmas: np.ndarray, step: int, order: int, *, correct: bool
+    fields: Fields, sigmas: np.ndarray, step: int, order: int, *, correct: bool
 ) -> tuple[float, list[float]]:
     """Coefficients of a step from point `step` to the next: of the latents, and of predictions.
 

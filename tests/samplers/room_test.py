@@ -6,7 +6,6 @@ The folder is walked: a new file is tested once it exists.
 import functools
 import inspect
 import re
-from types import SimpleNamespace
 
 import diffusers
 import jax
@@ -19,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from agfsync_jax import samplers
 from agfsync_jax.backbones.stable_diffusion import Backbone
 from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.diffusion.trajectories import Fields
 from agfsync_jax.samplers import ddim, dpmsolver_multistep, lcm
 from agfsync_jax.weights import skeletons
 from tests import twins
@@ -258,12 +258,12 @@ def test_every_field_of_the_class_is_read_or_stands_in_a_table(name, monkeypatch
 
     read = set()
 
-    class Recorder(SimpleNamespace):
+    class Recorder(Fields):
         def __getattribute__(self, field):
             read.add(field)
             return super().__getattribute__(field)
 
-    monkeypatch.setattr(samplers, "SimpleNamespace", Recorder)
+    monkeypatch.setattr(samplers, "Fields", Recorder)
     config = SD | {"use_karras_sigmas": True, "clip_sample": True, "rescale_betas_zero_snr": True}
     config |= {"prediction_type": "v_prediction", "timestep_spacing": "leading"}
     config |= {"final_sigmas_type": "sigma_min"}
