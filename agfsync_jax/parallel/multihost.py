@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +31,11 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the other processes; must run before the first use of a device.
+    """Joins the other processes, unless that is done; must run before the first use of a device.
 
     The three values come from the arguments or from JAX_COORDINATOR_ADDRESS ("host:port"),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. With AGFSYNC_DISTRIBUTED=1 and none of them, JAX asks
-    the cluster (TPU pod, GKE, Slurm, Open MPI). With nothing set this is a single process, and
-    with a group already joined there is nothing left to do.
+    the cluster (TPU pod, GKE, Slurm, Open MPI). With nothing set this is a single process.
 
     Raises:
       ValueError: only some of the three values are given, or one is not a number.
@@ -50,9 +49,8 @@ def initialize(
     }
     values = {k: os.environ.get(k) or None if v is None else v for k, v in values.items()}
     missing = [name for name, value in values.items() if value is None]
-    asked = os.environ.get("AGFSYNC_DISTRIBUTED", "0") not in ("", "0")
     if len(missing) == len(values):
-        if not asked:
+        if os.environ.get("AGFSYNC_DISTRIBUTED", "0") in ("", "0"):
             return
         values = {}
     elif missing:
@@ -63,6 +61,7 @@ def initialize(
     for name in values.keys() - {"JAX_COORDINATOR_ADDRESS"}:
         if not str(values[name]).isdecimal():
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
+        values[name] = int(values[name])
     if values:
         # XLA's CPU backend has no cross-process collectives of its own.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -77,12 +76,8 @@ def initialize(
         " reached."
     )
     with _registration_limit(START_SECONDS):
-        jax.distributed.initialize(
-            address,
-            count if count is None else int(count),
-            index if index is None else int(index),
-            initialization_timeout=START_SECONDS + 30,  # the service speaks first
-        )
+        limit = START_SECONDS + 30  # the service speaks first
+        jax.distributed.initialize(address, count, index, initialization_timeout=limit)
 
 
 @contextlib.contextmanager
@@ -94,9 +89,8 @@ def _registration_limit(seconds: int) -> Iterator[None]:
     from jax._src.lib import _jax
 
     create = _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = functools.partial(
-        create, cluster_register_timeout=seconds
-    )
+    limited = functools.partial(create, cluster_register_timeout=seconds)
+    _jax.get_distributed_runtime_service = limited
     try:
         yield
     finally:
@@ -114,11 +108,10 @@ def agree(facts: Mapping[str, Any]) -> None:
     mine = {"host": socket.gethostname()} | dict(facts)
     store.key_value_set(f"{_STORE}/{me}", json.dumps(mine, default=str))
     barrier("start", START_SECONDS)
-    told = {
-        int(key.rpartition("/")[2]): json.loads(value)
-        for key, value in store.key_value_dir_get(f"{_STORE}/")
-    }
-    names = [f"process {i} of {len(told)} ({told[i]['host']})" for i in sorted(told)]
+    found = store.key_value_dir_get(f"{_STORE}/")
+    found = {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+    told = [found[index] for index in sorted(found)]
+    names = [f"process {i} of {len(told)} ({each['host']})" for i, each in enumerate(told)]
     if differences := _differences(told, names):
         raise ValueError(
             "\n".join(["the processes were not started alike:", *differences])
@@ -127,16 +120,15 @@ def agree(facts: Mapping[str, Any]) -> None:
     watch.start(store, names)
 
 
-def _differences(told: Mapping[int, Mapping[str, Any]], names: list[str]) -> list[str]:
+def _differences(told: Sequence[Mapping[str, Any]], names: list[str]) -> list[str]:
     """A line for every process and fact unlike what most processes say."""
     lines = []
-    for fact in sorted({fact for each in told.values() for fact in each} - {"host"}):
-        said = {i: json.dumps(each.get(fact)) for i, each in told.items()}
-        # Of equally many the one of process 0, which comes first.
-        usual = Counter(said[i] for i in sorted(said)).most_common(1)[0][0]
-        for i, value in sorted(said.items()):
+    for fact in sorted(set().union(*told) - {"host"}):
+        said = [json.dumps(each.get(fact)) for each in told]
+        usual = Counter(said).most_common(1)[0][0]  # of equally many the one of process 0
+        for name, value in zip(names, said, strict=True):
             if value != usual:
-                lines.append(f"  {names[i]}: {fact} is {value}, elsewhere {usual}")
+                lines.append(f"  {name}: {fact} is {value}, elsewhere {usual}")
     return lines
 
 
