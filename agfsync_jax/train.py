@@ -31,9 +31,6 @@ from agfsync_jax.training.loop import Training, fit
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
 
-_PAIRS = ("chosen_latents", "rejected_latents")
-_RANKINGS = ("latents", "scores")
-
 
 def train(job: Job) -> None:
     """Trains to `config.train.num_steps` steps, from the round's newest checkpoint if there is one.
@@ -82,18 +79,18 @@ def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoa
         FileNotFoundError, RecordError: no pairs, or damaged ones.
         ValueError: rankings for a loss of pairs, or pairs for one of rankings.
     """
-    features = read_features(folder)
-    if spec.loss.is_listwise != ("scores" in features):
-        has, wants = ("pairs", "rankings") if spec.loss.is_listwise else ("rankings", "pairs")
-        strategy = "'ranked'" if spec.loss.is_listwise else "another than 'ranked'"
+    features, ranked = read_features(folder), spec.loss.is_listwise
+    if ranked != ("scores" in features):
+        has, wants = ("pairs", "rankings") if ranked else ("rankings", "pairs")
+        strategy = "'ranked'" if ranked else "another than 'ranked'"
         raise ValueError(
             f"{folder} holds {has}, and config.loss.name wants {wants}: run `agfsync pair` with"
             f" config.pair.strategy {strategy}, or set another loss."
         )
     stored = [name for name in features if name.startswith("embeddings/") and not spec.encode]
-    fields = ("pair_id", "token_ids", *(_RANKINGS if spec.loss.is_listwise else _PAIRS))
-    pairs = read_pairs(folder, fields, once=stored)
-    if spec.loss.is_listwise:
+    latents = ("latents", "scores") if ranked else ("chosen_latents", "rejected_latents")
+    pairs = read_pairs(folder, ("pair_id", "token_ids", *latents), once=stored)
+    if ranked:
         pairs |= pad_rankings(pairs.pop("latents"), pairs.pop("scores"))
     return PairLoader(pairs, config.train.batch_size, spec.seed, mesh, parts=spec.accumulate)
 

@@ -6,7 +6,7 @@ the array, so that what made the tree (nnx, optax) may change and a part of it c
 
 import contextlib
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from agfsync_jax.utils.files import absolute, to_path
 PyTree = Any
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one folder, the newest `keep` of them and the best one.
 
         with Checkpoints(round_dir / "checkpoints") as checkpoints:
@@ -56,34 +56,27 @@ class Checkpoints:
             self.folder, item_handlers=ocp.PyTreeCheckpointHandler(), options=options
         )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, *_) -> None:
-        self.close()
+        with self._no_space():
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step that is whole; None in an empty folder."""
         return self._manager.latest_step()
 
     def save(
-        self,
-        step: int,
-        state: PyTree,
-        wait: bool = False,
-        metrics: Mapping[str, float] | None = None,
+        self, step: int, state: PyTree, wait: bool = False, metrics: dict[str, float] | None = None
     ) -> None:
         """Stores `state` (arrays and numbers) as `step`; an existing step is left as it is.
 
         `metrics` are what `best` looks at; without them a checkpoint is never the best.
         """
-        if step in self._manager.all_steps():
-            return
-        args = ocp.args.PyTreeSave(_flatten(state))
-        with self._no_space():
-            self._manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
-        if wait:
-            self.wait()
+        if step not in self._manager.all_steps():
+            with self._no_space():
+                args = ocp.args.PyTreeSave(_flatten(state))
+                self._manager.save(step, args=args, metrics=metrics or None)
+            if wait:
+                self.wait()
 
     def restore(self, step: int, abstract_state: PyTree) -> PyTree:
         """Reads the leaves of `abstract_state` at `step`, each into its sharding.
@@ -96,8 +89,9 @@ class Checkpoints:
             FileNotFoundError: there is no such step.
             ValueError: leaves are missing in the checkpoint or have another shape; lists all.
         """
-        if step not in self._manager.all_steps():
-            steps = ", ".join(map(str, self._manager.all_steps())) or "none"
+        steps = self._manager.all_steps()
+        if step not in steps:
+            steps = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder} (has: {steps})")
         abstract = {name: _placed(leaf) for name, leaf in _flatten(abstract_state).items()}
         self._check(step, abstract)
@@ -109,19 +103,14 @@ class Checkpoints:
                 partial_restore=True,
             ),
         )
-        leaves = [restored[name] for name in abstract]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        structure = jax.tree.structure(abstract_state)
+        return jax.tree.unflatten(structure, [restored[name] for name in abstract])
 
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
         with self._no_space():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-
-    def close(self) -> None:
-        """Waits for the last save and lets go of the folder."""
-        with self._no_space():
-            self._manager.close()
 
     @contextlib.contextmanager
     def _no_space(self) -> Iterator[None]:
@@ -136,17 +125,14 @@ class Checkpoints:
 
     def _check(self, step: int, abstract: dict[str, Any]) -> None:
         found = self._manager.item_metadata(step)
-        wrong = []
-        for name, leaf in abstract.items():
-            if name not in found:
-                wrong.append(f"{name}: missing")
-            elif tuple(getattr(found[name], "shape", ())) != tuple(getattr(leaf, "shape", ())):
-                wrong.append(f"{name}: {tuple(found[name].shape)}, expected {tuple(leaf.shape)}")
+        wrong = [f"{name}: missing" for name in abstract if name not in found]
+        for name in (name for name in abstract if name in found):
+            has, wants = (tuple(getattr(x[name], "shape", ())) for x in (found, abstract))
+            if has != wants:
+                wrong.append(f"{name}: {has}, expected {wants}")
         if wrong:
-            raise ValueError(
-                f"the checkpoint {self.folder / str(step)} does not fit the model: "
-                + "; ".join(wrong)
-            )
+            folder = self.folder / str(step)
+            raise ValueError(f"the checkpoint {folder} does not fit the model: {'; '.join(wrong)}")
 
 
 def restore_denoiser(folder: Path, abstract_params: PyTree, num_steps: int) -> PyTree:

@@ -29,25 +29,15 @@ from agfsync_jax.utils.signals import hold_signals
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training that is ready to go on.
-
-    Attributes:
-        spec: what a step is made of.
-        state: where it goes on; the first step takes its memory.
-        frozen: what no step changes, see `train_step`.
-        compiled_step: see `step_program`.
-        loader: the pairs, or rankings.
-        embeddings: of the loader's rows; None where steps make them.
-        validation: None where nothing is drawn.
-    """
+    """A training that is ready to go on."""
 
     spec: StepSpec
-    state: TrainState
-    frozen: Mapping[str, Any]
-    compiled_step: Callable
+    state: TrainState  # where it goes on; the first step takes its memory
+    frozen: Mapping[str, Any]  # what no step changes, see `train_step`
+    compiled_step: Callable  # see `step_program`
     loader: PairLoader
-    embeddings: PromptEmbeddings | None = None
-    validation: Validation | None = None
+    embeddings: PromptEmbeddings | None = None  # of the loader's rows; None where steps make them
+    validation: Validation | None = None  # None where nothing is drawn
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
         """The state after step `index`, from 0, and its metrics; takes the state's memory."""
@@ -80,12 +70,9 @@ class Training:
 
 
 def fit(spec: Any, training: Training, start: int, stage: Stage, checkpoints: Checkpoints) -> None:
-    """Takes the steps from `start` to `spec.num_steps`, with metrics and checkpoints.
+    """Takes the steps from `start` to the end of `spec`, `config.train`, and saves what they make.
 
     A signal saves the step under way and is raised then.
-
-    Args:
-        spec: `config.train`.
 
     Raises:
         FloatingPointError: a loss or gradient that is not finite; names the step.
@@ -160,12 +147,21 @@ class _Loop:
         return scores
 
     def report(self, scores: Mapping[str, float] | None = None) -> None:
-        """Writes the metrics that are unread, if any, with a validation's scores."""
+        """Writes the metrics that are unread, if any, with a validation's scores.
+
+        Raises FloatingPointError for a loss or gradient that is not finite.
+        """
         if self.unread is None:
             return
         (step, metrics), self.unread = self.unread, None
         values = as_numbers(jax.device_get(metrics))
-        self.check(step, values)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"train, step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}, "
+                f"expected finite numbers. {self.checkpoints.folder} keeps the state of step "
+                f"{self.checkpoints.latest_step() or 0}. Lower config.train.learning_rate or "
+                "config.loss.beta, or set config.backbone.dtype=float32, in a new workdir."
+            )
         now = self.stage.seconds
         values["seconds"], self.clock = now - self.clock, now
         note = f"loss {values['loss']:.4g}"
@@ -176,16 +172,6 @@ class _Loop:
         values |= {f"validation/{name}": value for name, value in (scores or {}).items()}
         self.writer.write(step, values)
         self.progress.update(self.spec.batch_size, note=note)
-
-    def check(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises FloatingPointError for a loss or gradient that is not finite."""
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise FloatingPointError(
-                f"train, step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}, "
-                f"expected finite numbers. {self.checkpoints.folder} keeps the state of step "
-                f"{self.checkpoints.latest_step() or 0}. Lower config.train.learning_rate or "
-                "config.loss.beta, or set config.backbone.dtype=float32, in a new workdir."
-            )
 
 
 def as_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -54,13 +54,10 @@ def preference_loss(
     has one.
 
     Args:
-        policy, reference: what `denoise` takes first; the second is not read where the loss has no
-            reference.
+        policy, reference: what `denoise` takes first.
         batch: latents [b, k, h, w, c] (chosen, then rejected; or a ranking), example int [b],
             conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too.
-        loss: what is made of the residuals.
         denoise: (parameters, latents, timesteps, conditioning) -> prediction.
-        schedule: the noise schedule.
         seed, step: of noise and timesteps.
 
     Returns:
@@ -69,13 +66,9 @@ def preference_loss(
     """
     latents = batch["latents"]
     b, k, *shape = latents.shape
+    copies = 1 if loss.same_noise else k
     noise, timesteps = draw_noise(
-        seed,
-        step,
-        batch["example"],
-        tuple(shape),
-        schedule.num_train_timesteps,
-        1 if loss.same_noise else k,
+        seed, step, batch["example"], tuple(shape), schedule.num_train_timesteps, copies
     )
 
     def rows(x):

@@ -2,9 +2,6 @@
 
 import optax
 
-OPTIMIZERS = ("adamw", "adafactor", "lion")
-SCHEDULES = ("constant", "cosine")
-
 
 def make_optimizer(
     *,
@@ -39,8 +36,8 @@ def make_optimizer(
             nothing of the gradients.
     """
     for key, value, known in (
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("schedule", schedule, SCHEDULES),
+        ("optimizer", optimizer, ("adamw", "adafactor", "lion")),
+        ("schedule", schedule, ("constant", "cosine")),
         ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
     ):
         if value not in known:
@@ -57,14 +54,9 @@ def make_optimizer(
                 f"be below train.num_steps={num_steps}."
             )
         rate = optax.warmup_cosine_decay_schedule(start, learning_rate, warmup_steps, num_steps)
-    if optimizer == "adamw":
-        update = optax.adamw(
-            rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mu_dtype=momentum_dtype
-        )
-    elif optimizer == "lion":
-        update = optax.lion(
-            rate, b1=0.9, b2=0.99, weight_decay=weight_decay, mu_dtype=momentum_dtype
-        )
+    if optimizer in ("adamw", "lion"):
+        make = getattr(optax, optimizer)
+        update = make(rate, weight_decay=weight_decay, mu_dtype=momentum_dtype)
     else:
         # Decay in units of the learning rate, as the others; optax's own is of the parameters.
         update = optax.chain(

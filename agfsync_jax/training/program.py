@@ -1,7 +1,6 @@
 """The programs of a config's training, for `agfsync train`, and ahead of time for `agfsync plan`.
 
-Each is compiled when it is first called; jax.eval_shape tells the shapes and shardings of what it
-gives.
+Each is compiled when it is first called.
 """
 
 import functools
@@ -18,9 +17,9 @@ from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
 from agfsync_jax.utils import flops, modules
 
-EMBEDDINGS = ("cached", "step")
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
+_STEP = ("lora_rank", "accumulate", "ema_decay", "remat")
 
 
 def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSpec:
@@ -30,10 +29,8 @@ def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSp
         ValueError: settings that do not exist or do not go together.
     """
     spec, loss = config.train, config.loss.to_dict()
-    if spec.embeddings not in EMBEDDINGS:
-        raise ValueError(
-            f"config.train.embeddings={spec.embeddings!r}: expected {' or '.join(EMBEDDINGS)}."
-        )
+    if spec.embeddings not in ("cached", "step"):
+        raise ValueError(f"config.train.embeddings={spec.embeddings!r}: expected cached or step.")
     if spec.remat not in REMAT:
         raise ValueError(
             f"config.train.remat is {spec.remat!r}, expected one of {', '.join(REMAT)}."
@@ -58,12 +55,9 @@ def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSp
         optimizer=optimizer,
         learning_rate=learning_rate,
         seed=seed,
-        lora_rank=spec.lora_rank,
-        accumulate=spec.accumulate,
-        ema_decay=spec.ema_decay,
-        remat=spec.remat,
         encode=spec.embeddings == "step",
         backbone=backbone,
+        **{name: spec[name] for name in _STEP},
     )
 
 
@@ -102,8 +96,8 @@ def step_program(
 
 
 def forward_passes(spec: StepSpec) -> int:
-    """Forward passes of an image that a pair costs by formula: 3 for policy and gradient and 1 for
-    the reference, for both images; one less with LoRA, whose base needs no gradient."""
+    """Forward passes that a pair costs by formula: of each image 3 for policy and gradient, and 1
+    for the reference; one less with LoRA, whose base needs no gradient."""
     return 2 * (3 - bool(spec.lora_rank) + spec.loss.uses_reference)
 
 

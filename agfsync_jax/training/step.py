@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from agfsync_jax.losses import Loss
 from agfsync_jax.models import lora
@@ -30,31 +30,18 @@ class TrainState(NamedTuple):
 
 
 class StepSpec(NamedTuple):
-    """What a step is made of; all of it is static.
+    """What a step is made of; all of it is static."""
 
-    Attributes:
-        loss: see losses/, with its settings.
-        optimizer, learning_rate: see training/optimizer.py.
-        seed: of noise and timesteps.
-        lora_rank: 0 if all of the denoiser is trained.
-        accumulate: parts that a batch is taken in, one after the other.
-        ema_decay: 0 for no moving average.
-        remat: what blocks keep for their gradient; models/layers.py, REMAT.
-        encode: whether a batch has token_ids, which the frozen text encoder reads in every step,
-            instead of conditioning.
-        backbone: see backbones/; its `params` are not read. None until it is loaded.
-    """
-
-    loss: Loss
+    loss: Loss  # with its settings
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    seed: int
-    lora_rank: int = 0
-    accumulate: int = 1
-    ema_decay: float = 0.0
-    remat: str = "none"
-    encode: bool = False
-    backbone: Any = None
+    seed: int  # of noise and timesteps
+    lora_rank: int = 0  # all of the denoiser is trained
+    accumulate: int = 1  # parts that a batch is taken in, one after the other
+    ema_decay: float = 0.0  # no moving average
+    remat: str = "none"  # what blocks keep for their gradient; models/layers.py, REMAT
+    encode: bool = False  # a batch has token_ids, which the frozen text encoder reads in every step
+    backbone: Any = None  # once it is loaded; its `params` are not read
 
     @property
     def needs_base(self) -> bool:
@@ -126,13 +113,8 @@ def train_step(
             step=state.step,
         )
 
-    differentiate = jax.grad(objective, has_aux=True)
-    if spec.accumulate == 1:
-        grads, metrics = differentiate(state.params, batch)
-    else:
-        grads, metrics = _accumulated(
-            functools.partial(differentiate, state.params), batch, spec.accumulate
-        )
+    differentiate = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    grads, metrics = _accumulated(differentiate, batch, spec.accumulate)
     metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
     metrics["learning_rate"] = jnp.asarray(spec.learning_rate(state.step))
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
@@ -147,6 +129,8 @@ def train_step(
 
 def _accumulated(differentiate: Callable, batch: Mapping[str, Any], parts: int) -> tuple[Any, dict]:
     """Gradients and metrics of a batch, computed in parts; metrics that are arrays are sums."""
+    if parts == 1:
+        return differentiate(batch)
 
     def split(x):
         # Every parts-th row: with a sharded batch all devices have their rows of each part.
@@ -173,7 +157,7 @@ def _cast(params: Any, dtype: Any) -> Any:
     """
     dtype = jnp.dtype(dtype)
 
-    def cast(leaf: Float[Array, "..."]):
+    def cast(leaf):
         wide = leaf.ndim > 1 and leaf.dtype == jnp.float32 and dtype.itemsize < 4
         return leaf.astype(dtype) if wide else leaf
 

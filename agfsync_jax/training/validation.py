@@ -25,13 +25,8 @@ _CAPTION = 14  # pixels below an image
 class Validation:
     """Draws `config.train.num_validation_prompts` prompts of `config.evaluate` and scores them.
 
-    The scorers and what the backbone needs besides its denoiser stay on the devices. Each process
-    draws and scores its share.
-
-    Args:
-        config: the whole config: evaluate's prompts, sample's settings, the scorers.
-        mesh: the training's.
-        backbone: with the parameters of all its networks but the denoiser.
+    The scorers and the parameters of `backbone`, all but its denoiser's, stay on the devices. Each
+    process draws and scores its share.
 
     Raises:
         FileNotFoundError, ValueError: no prompts, or no weights of a scorer.
@@ -90,11 +85,10 @@ def draw_grid(
     rows = math.ceil(len(images) / _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * width, rows * (height + _CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (image, caption) in enumerate(zip(images, captions, strict=False)):
+    for index, (image, text) in enumerate(zip(images, captions, strict=False)):
         left, top = index % _COLUMNS * width, index // _COLUMNS * (height + _CAPTION)
         picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(picture, (left, top))
-        text = caption
         while text and draw.textlength(text) > width - 4:
             text = text[:-1]
         draw.text((left + 2, top + height + 1), text, fill="black")
