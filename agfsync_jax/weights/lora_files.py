@@ -16,10 +16,10 @@ with A [r, in] or [r, in, h, w] and B [out, r] or [out, r, 1, 1]. A module is lo
 spellings of the modules that the network has; nothing is guessed from its name in the file.
 """
 
-import collections
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,13 @@ from flax import nnx
 from agfsync_jax.weights.networks import parameter_path, read_json
 from agfsync_jax.weights.places import resolve_path
 from agfsync_jax.weights.single_files import ldm_unet_name
-from agfsync_jax.weights.tensor_files import Tensor, from_array, open_tensors, write_tensors
+from agfsync_jax.weights.tensor_files import (
+    Tensor,
+    from_array,
+    open_tensors,
+    read_header,
+    write_tensors,
+)
 
 Adapters = dict[str, dict[str, np.ndarray]]  # as in models/lora.py
 Settings = Mapping[str, Mapping[str, Any]]
@@ -102,9 +108,7 @@ def load_lora(path: str | Path, networks: Mapping[str, nnx.State]) -> dict[str, 
     if (path.parent / _PEFT_SETTINGS).exists():
         settings[""] = read_json(path.parent / _PEFT_SETTINGS)
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        saved = (header.get("__metadata__") or {}).get("lora_adapter_metadata", "{}")
+        saved = read_header(path)[1].get("lora_adapter_metadata", "{}")
         for name, value in json.loads(saved).items():  # "unet.lora_alpha"
             network, _, field = name.rpartition(".")
             settings.setdefault(network, {})[field] = value
@@ -139,8 +143,13 @@ def read_lora(
     settings = dict(settings or {})
     bare = [part.module for part in parts if not part.network]
     if bare:
-        owner, several = _owner(bare, tables)
-        problems += several
+        hits = {name: sum(module in table for module in bare) for name, table in tables.items()}
+        owner, *others = (name for name in hits if hits[name] == max(hits.values()))
+        if others and hits[owner]:
+            names = ", ".join([owner, *others])
+            problems.append(
+                f"its keys do not say of which of {names} they are: give that one alone"
+            )
         parts = [part._replace(network=part.network or owner) for part in parts]
         settings.setdefault(owner, settings.get("", {}))
     for name in {part.network for part in parts} & settings.keys():
@@ -203,11 +212,10 @@ def _parse(tensors: Mapping[str, Tensor]) -> tuple[list[_Part], list[str]]:
 
 def _kernels(params: nnx.State) -> dict[str, tuple[int, ...]]:
     """Module -> the shape of its kernel, a matrix or that of a convolution."""
-    leaves = ((parameter_path(path), leaf) for path, leaf in nnx.to_flat_state(params))
     return {
-        name.removesuffix(".kernel"): tuple(leaf.shape)
-        for name, leaf in leaves
-        if name.endswith(".kernel") and len(leaf.shape) in (2, 4)
+        parameter_path(module): tuple(leaf.shape)
+        for (*module, name), leaf in nnx.to_flat_state(params)
+        if name == "kernel" and len(leaf.shape) in (2, 4)
     }
 
 
@@ -225,19 +233,9 @@ def _spellings(modules: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def _owner(modules: list[str], tables: Mapping[str, Mapping[str, str]]) -> tuple[str, list[str]]:
-    """The network of modules without one, and a line if there are several."""
-    hits = {name: sum(module in table for module in modules) for name, table in tables.items()}
-    best = [name for name in hits if hits[name] == max(hits.values())]
-    if len(best) > 1 and hits[best[0]]:
-        line = f"its keys do not say of which of {', '.join(best)} they are: give that one alone"
-        return best[0], [line]
-    return best[0], []
-
-
 def _padded(shape: Sequence[int]) -> tuple[int, ...]:
     """A matrix's shape as that of a 1x1 convolution, which files have for one another."""
-    return (*shape, *(1 for _ in range(4 - len(shape))))
+    return (*shape, *[1] * (4 - len(shape)))
 
 
 def _misfits(where: str, pair: Mapping[str, _Part], kernel: tuple[int, ...]) -> list[str]:
@@ -248,7 +246,7 @@ def _misfits(where: str, pair: Mapping[str, _Part], kernel: tuple[int, ...]) -> 
         return [f"{keys}: {where} has no {' and no '.join(missing)}"]
     *size, inputs, outputs = kernel
     rank = _padded(pair["down"].tensor.shape)[0]
-    expected = {"down": [rank, inputs, *size], "up": [outputs, rank, *(1 for _ in size)]}
+    expected = {"down": [rank, inputs, *size], "up": [outputs, rank, *[1] * len(size)]}
     return [
         f"{pair[factor].tensor.key}: {list(pair[factor].tensor.shape)}, expected {shape}"
         for factor, shape in expected.items()
@@ -267,11 +265,13 @@ def _read(
     if "alpha" in pair:
         scale = float(pair["alpha"].tensor.read().reshape(())) / rank
     else:
-        alpha, module = settings.get("lora_alpha", rank), pair["down"].module
-        for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as peft.utils.other.get_pattern_key
-                alpha = value
-                break
+        alphas = (settings.get("alpha_pattern") or {}).items()
+        matches = (  # as in peft.utils.other.get_pattern_key
+            alpha
+            for pattern, alpha in alphas
+            if re.match(rf"(.*\.)?({pattern})$", pair["down"].module)
+        )
+        alpha = next(matches, settings.get("lora_alpha", rank))
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return {
         "A": np.ascontiguousarray(down.transpose(*range(2, down.ndim), 1, 0)),
@@ -290,10 +290,8 @@ def _other_model(
     ]
     ours = [shape[0] for name, shape in unet.items() if name.endswith("attn2.to_k")]
     if theirs and ours and theirs[0] != ours[0]:
-        words = [f"{n} ({_WIDTHS[n]})" if n in _WIDTHS else str(n) for n in (theirs[0], ours[0])]
-        return (
-            f" It is for another one: it reads a text of width {words[0]}, this model {words[1]}."
-        )
+        their, our = (f"{n} ({_WIDTHS[n]})" if n in _WIDTHS else n for n in (theirs[0], ours[0]))
+        return f" It is for another one: it reads a text of width {their}, this model {our}."
     return " It seems to be for another one: most of its modules are not here." * mostly_unknown
 
 
@@ -335,9 +333,6 @@ def write_lora(
                 "PEFT's layout is a folder of one network's adapters, not "
                 f"{path} of {', '.join(adapters)}: write each to a folder of its own."
             )
-        path.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(_peft_settings(*adapters.values()), indent=2)
-        (path / _PEFT_SETTINGS).write_text(config + "\n")
         path = path / _PEFT_FILE
     elif path.suffix != ".safetensors":
         path = path / _DIFFUSERS_FILE
@@ -346,11 +341,12 @@ def write_lora(
     kohya = {"unet": "unet", "text_encoder": f"te{number}", "text_encoder_2": "te2"}
     tensors = {}
     for network, modules in adapters.items():
-        alpha = _usual_rank(modules)
+        ranks = {name: factors["B"].shape[0] for name, factors in modules.items()}
+        alpha = statistics.mode(ranks.values())
         for module, factors in sorted(modules.items()):
             a, b = (np.asarray(factors[name], np.float32) for name in "AB")
             down = a.transpose(-1, -2, *range(a.ndim - 2)).astype(dtype)
-            up = b.T.reshape(*b.T.shape, *(1 for _ in range(a.ndim - 2)))
+            up = b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
             if layout == "kohya":
                 name = f"lora_{kohya[network]}_{module.replace('.', '_')}"
                 up = up * np.float32(len(b) / alpha)
@@ -362,25 +358,12 @@ def write_lora(
                 tensors[f"{name}.lora_A.weight"] = down
                 tensors[f"{name}.lora_B.weight"] = up.astype(dtype)
     write_tensors(path, {key: from_array(key, value) for key, value in tensors.items()})
+    if layout == "peft":
+        other = {name: rank for name, rank in sorted(ranks.items()) if rank != alpha}
+        config = {
+            **{"peft_type": "LORA", "r": alpha, "lora_alpha": alpha},
+            **{"rank_pattern": other, "alpha_pattern": other},
+            **{"target_modules": sorted(ranks), "inference_mode": True},
+        }
+        (path.parent / _PEFT_SETTINGS).write_text(json.dumps(config, indent=2) + "\n")
     return path
-
-
-def _usual_rank(modules: Adapters) -> int:
-    ranks = collections.Counter(factors["B"].shape[0] for factors in modules.values())
-    return ranks.most_common(1)[0][0]
-
-
-def _peft_settings(modules: Adapters) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig."""
-    rank = _usual_rank(modules)
-    ranks = {name: factors["B"].shape[0] for name, factors in sorted(modules.items())}
-    other = {name: each for name, each in ranks.items() if each != rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": list(ranks),
-        "inference_mode": True,
-    }

@@ -29,19 +29,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from agfsync_jax.weights.places import resolve_path
+from agfsync_jax.weights.places import resolve_path, weight_names
 from agfsync_jax.weights.tensor_files import Tensor, open_tensors, write_tensors
 
-_STEMS = (
-    *("diffusion_pytorch_model", "model", "pytorch_model"),
-    *("open_clip_model", "open_clip_pytorch_model"),
-)
 _CONV = (3, 2, 0, 1)  # [h, w, in, out] -> [out, in, h, w]
 _ALIGNMENT = 64  # bytes
 _BLOCK = 128  # rows
@@ -357,26 +354,18 @@ def find_tensors(folder: Path, variant: str = "") -> dict[str, Tensor]:
       FileNotFoundError: none of this variant; lists those that are there.
       ValueError: a file that is not whole, an index that names files that are not there.
     """
-    infix = f".{variant}" if variant else ""
-    for suffix in ("safetensors", "bin"):
-        for stem in _STEMS:
-            for name in (
-                f"{stem}.{suffix}.index{infix}.json",
-                f"{stem}{infix}.{suffix}.index.json",
-            ):
-                if (folder / name).exists():
-                    return _indexed(folder / name)
-            if (folder / f"{stem}{infix}.{suffix}").exists():
-                return open_tensors(folder / f"{stem}{infix}.{suffix}")
+    for name in weight_names(variant):
+        if (folder / name).exists():
+            return (_indexed if name.endswith(".json") else open_tensors)(folder / name)
     there = sorted(
         file.name
         for file in (folder.iterdir() if folder.is_dir() else ())
         if file.suffix in (".safetensors", ".bin", ".msgpack", ".ckpt")
     )
-    kind = f" of the variant {variant!r}" if variant else ""
+    kind, infix = (f" of the variant {variant!r}", f".{variant}") if variant else ("", "")
     raise FileNotFoundError(
-        f"No weights{kind} in {folder}: expected {_STEMS[0]}{infix}.safetensors or "
-        f"{_STEMS[1]}{infix}.safetensors (or .bin, or their .index.json); there is "
+        f"No weights{kind} in {folder}: expected diffusion_pytorch_model{infix}.safetensors or "
+        f"model{infix}.safetensors (or .bin, or their .index.json); there is "
         f"{', '.join(there) or 'no file of weights'}."
         + (" Set the variant that these names carry." if there and not variant else "")
     )
@@ -419,34 +408,25 @@ def save_model(
       max_shard_size: bytes a file; above it there are several and an index. The default is
         diffusers' own.
     """
-    folder, is_main = Path(folder), jax.process_index() == 0
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if "_diffusers_version" in config else "model"
     tensors = stored_tensors(params, dtype)
-    files, size = [{}], 0
-    for key, tensor in tensors.items():
-        if size + tensor.nbytes > max_shard_size and files[-1]:
-            files.append({})
-            size = 0
-        files[-1][key] = tensor
-        size += tensor.nbytes
-    names = [f"{stem}.safetensors"]
-    if len(files) > 1:
-        count = len(files)
-        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {
-                key: name for name, file in zip(names, files, strict=True) for key in file
-            },
-        }
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write_tensors(folder / name, {key: tensors[key] for key in keys})
+    if jax.process_index():
+        return
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True)
-        if is_main:
-            (folder / f"{stem}.safetensors.index.json").write_text(text + "\n")
-    for name, file in zip(names, files, strict=True):
-        write_tensors(folder / name, file)
-    if is_main:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(text + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_params(file: str | Path, params: nnx.State, *, dtype: Any = np.float32) -> None:

@@ -11,7 +11,10 @@ from agfsync_jax.utils.files import is_url, to_path
 from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS
 
 _SHIPPED = Path(__file__).parent.parent / "micro" / "weights"
-_SMALL = (".json", ".txt", ".model")  # configs and tokenizers
+_STEMS = (
+    *("diffusion_pytorch_model", "model", "pytorch_model"),
+    *("open_clip_model", "open_clip_pytorch_model"),
+)
 _KEPT: list[tempfile.TemporaryDirectory] = []
 _REPOSITORY = r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?"  # org/name, org/name@revision
 
@@ -63,18 +66,18 @@ def local_files(source: Path) -> Path:
 @functools.cache
 def _copied(source: Any) -> Path:
     _KEPT.append(tempfile.TemporaryDirectory(prefix="agfsync-"))
-    folder = Path(_KEPT[-1].name)
-    _copy_small(source, folder)
-    return folder
 
-
-def _copy_small(source: Any, folder: Path) -> None:
-    for entry in source.iterdir():
+    def copy(entry: Any, target: Path) -> None:
         if entry.is_dir():
-            (folder / entry.name).mkdir()
-            _copy_small(entry, folder / entry.name)
-        elif entry.suffix in _SMALL and ".index." not in entry.name:
-            (folder / entry.name).write_bytes(entry.read_bytes())
+            target.mkdir(exist_ok=True)
+            for child in entry.iterdir():
+                copy(child, target / child.name)
+        elif _is_small(entry.name):
+            target.write_bytes(entry.read_bytes())
+
+    folder = Path(_KEPT[-1].name)
+    copy(source, folder)
+    return folder
 
 
 def _download(repository: str, revision: str | None, *, variant: str = "", file: str = "") -> Path:
@@ -127,25 +130,38 @@ def choose_files(files: list[str], variant: str = "") -> list[str]:
     there are none; no other framework's files, and no single-file copies beside a whole pipeline.
     """
     pipeline = "model_index.json" in files
+    weight_files = weight_names(variant)
     small, by_folder = [], {}
     for name in files:
         folder, _, base = name.rpartition("/")
         if pipeline and folder.partition("/")[0] in ("safety_checker", "feature_extractor"):
             continue
-        if base.endswith(_SMALL):
-            if not re.search(r"\.index(\.\w+)?\.json$|flax|tf_model", base):
-                small.append(name)
-                continue
-        stem = (
-            r"(diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model)"
-        )
-        infix = rf"\.{re.escape(variant)}" if variant else ""
-        part = r"(-\d+-of-\d+)?"
-        for suffix in ("safetensors", "bin"):
-            weights = rf"{stem}{infix}{part}\.{suffix}"
-            index = rf"{stem}(\.{suffix}\.index{infix}|{infix}\.{suffix}\.index)\.json"
-            if re.fullmatch(rf"{weights}|{index}", base) and (folder or not pipeline):
-                by_folder.setdefault(folder, {}).setdefault(suffix, []).append(name)
+        if re.sub(r"-\d+-of-\d+", "", base) in weight_files and (folder or not pipeline):
+            kind = "safetensors" if ".safetensors" in base else "bin"
+            by_folder.setdefault(folder, {}).setdefault(kind, []).append(name)
+        elif _is_small(base):
+            small.append(name)
     weights = [kinds.get("safetensors") or kinds["bin"] for kinds in by_folder.values()]
     lora = [name for name in files if re.search(r"lora.*\.safetensors$", name) and not pipeline]
     return small + sum(weights, []) + (lora if not weights else [])
+
+
+def weight_names(variant: str = "") -> list[str]:
+    """The names that a network's weights may have, or the index of their parts; the best first."""
+    infix = f".{variant}" if variant else ""
+    return [
+        name
+        for suffix in ("safetensors", "bin")
+        for stem in _STEMS
+        for name in (
+            f"{stem}.{suffix}.index{infix}.json",
+            f"{stem}{infix}.{suffix}.index.json",
+            f"{stem}{infix}.{suffix}",
+        )
+    ]
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file is a config or of a tokenizer."""
+    is_other = re.search(r"\.index\.|flax|tf_model", name)
+    return name.endswith((".json", ".txt", ".model")) and not is_other

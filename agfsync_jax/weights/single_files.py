@@ -5,9 +5,10 @@ together. Functions here take and give dictionaries of `Tensor`s and read none o
 differ are for `weights.fit` to tell.
 """
 
+import functools
+import itertools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from agfsync_jax.weights.open_clip import rename_open_clip
 from agfsync_jax.weights.tensor_files import Tensor
@@ -47,7 +48,8 @@ _FAMILIES = {
         ("stable-diffusion-xl-refiner",),
     ),
 }
-_SD2_LAYERS = 23  # of 24: Stable Diffusion 2 reads what goes into the last one
+# Of 24 layers of its text tower Stable Diffusion 2 reads what goes into the last one.
+_SD2_UNUSED = r"text_model\.encoder\.layers\.23\.|text_projection\."
 # Keys of single files that hold no parameter of a part.
 _IGNORED = (
     r"model_ema\..*",  # the running average; `model.` holds what the file is meant to be used with
@@ -103,22 +105,26 @@ def split_single_file(
       ValueError: it is another kind of file, lacks parts or holds more, or is a Stable Diffusion 2
         and `kind` is not given: its files do not say whether they predict noise or velocity.
     """
-    _refuse_others(tensors)
+    for pattern, what in _OTHERS:
+        if key := next((key for key in tensors if re.match(pattern, key)), None):
+            raise ValueError(
+                "Expected a single-file checkpoint of Stable Diffusion 1, 2 or XL; this seems to "
+                f"be {what}: it holds {key}."
+            )
     found, unknown = {name: {} for name in _WORDS}, []
     for key, tensor in tensors.items():
         if any(re.fullmatch(pattern, key) for pattern in _IGNORED):
             continue
-        matches = ((re.match(pattern, key), name) for pattern, name in _PARTS)
-        match, name = next((each for each in matches if each[0]), (None, None))
-        if match:
-            found[name][key[match.end() :]] = tensor
+        for pattern, name in _PARTS:
+            if match := re.match(pattern, key):
+                found[name][key[match.end() :]] = tensor
+                break
         else:
             unknown.append(key)
     family = _family(tensors, found)
     encoders, kinds = _FAMILIES[family]
-    problems = [
-        f"it lacks {_WORDS[name]}" for name in ("unet", "vae", *encoders) if not found[name]
-    ]
+    needed = ("unet", "vae", *encoders)
+    problems = [f"it lacks {_WORDS[name]}" for name in needed if not found[name]]
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         problems.append(f"it holds {len(unknown)} unknown keys: {', '.join(unknown[:10])}{more}")
@@ -127,10 +133,9 @@ def split_single_file(
         what = _CHANNELS.get(channels, "another")
         problems.append(f"its UNet takes {channels} channels, not 4: it is of {what} model")
     if problems:
+        listed = "; ".join(problems)
         raise ValueError(
-            f"This is no single-file checkpoint of {family} for text to image: "
-            + "; ".join(problems)
-            + "."
+            f"This is no single-file checkpoint of {family} for text to image: {listed}."
         )
     if kind is None and family == "Stable Diffusion 2":
         raise ValueError(
@@ -144,20 +149,19 @@ def split_single_file(
         )
     parts = {"unet": _unet(found["unet"]), "vae": _vae(found["vae"])}
     for name, part in encoders.items():
-        parts[part] = (_clip_text if name == "clip" else _open_clip_text)(found[name])
+        if name == "clip":  # some merged files leave transformers' prefix out
+            prefix = r"^(?!text_model\.)"
+            parts[part] = {re.sub(prefix, "text_model.", k): t for k, t in found[name].items()}
+        else:  # what is not known stays as it is, so that loading reports it
+            renamed, unknown = rename_open_clip(found[name])
+            parts[part] = renamed | {key: found[name][key] for key in unknown}
     if family == "Stable Diffusion 2":
-        parts["text_encoder"] = _penultimate(parts["text_encoder"])
+        parts["text_encoder"] = {
+            key: tensor
+            for key, tensor in parts["text_encoder"].items()
+            if not re.match(_SD2_UNUSED, key)
+        }
     return kind or kinds[0], parts
-
-
-def _refuse_others(tensors: Mapping[str, Tensor]) -> None:
-    for pattern, what in _OTHERS:
-        key = next((key for key in tensors if re.match(pattern, key)), None)
-        if key:
-            raise ValueError(
-                "Expected a single-file checkpoint of Stable Diffusion 1, 2 or XL; this seems to "
-                f"be {what}: it holds {key}."
-            )
 
 
 def _family(tensors: Mapping[str, Tensor], found: dict[str, Tensors]) -> str:
@@ -174,18 +178,19 @@ def _family(tensors: Mapping[str, Tensor], found: dict[str, Tensors]) -> str:
     return "Stable Diffusion XL" if extra else "Stable Diffusion 1"
 
 
-# latent-diffusion's UNet, module by module: https://github.com/CompVis/latent-diffusion,
+# latent-diffusion's UNet: https://github.com/CompVis/latent-diffusion,
 # ldm/modules/diffusionmodules/openaimodel.py. Attention has diffusers' names already.
-_UNET_ENDS = {
+_UNET_NAMES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "middle_block.1": "mid_block.attentions.0",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_UNET_RESNET = {
+_RESNET_NAMES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -193,15 +198,37 @@ _UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_UNET_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+_MAX_LEVELS = 8  # released UNets have 3 or 4
 
 
-def ldm_unet_name(name: str, layers_per_block: int = 2) -> str | None:
-    """The diffusers name of a module or parameter of a UNet in latent-diffusion's layout.
+@functools.cache
+def _unet_table(layers_per_block: int) -> dict[str, str]:
+    """Module in latent-diffusion's layout, with underscores for dots -> in diffusers'.
 
     latent-diffusion numbers the blocks of all levels in one row: `layers_per_block` and a
     downsampler a level going down, one layer more going up. The upsampler comes last in its block:
     `output_blocks.N.1.conv` in a level without attention, `output_blocks.N.2.conv` in one with.
+    """
+    table = dict(_UNET_NAMES)
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for level, layer in itertools.product(range(_MAX_LEVELS), range(layers_per_block + 1)):
+        number = level * (layers_per_block + 1) + layer
+        down, up = f"input_blocks.{number + 1}", f"output_blocks.{number}"
+        resnets[f"{up}.0"] = f"up_blocks.{level}.resnets.{layer}"
+        table[f"{up}.1"] = f"up_blocks.{level}.attentions.{layer}"
+        table[f"{up}.1.conv"] = table[f"{up}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        if layer < layers_per_block:
+            resnets[f"{down}.0"] = f"down_blocks.{level}.resnets.{layer}"
+            table[f"{down}.1"] = f"down_blocks.{level}.attentions.{layer}"
+        else:
+            table[f"{down}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+    for (old, new), (part, name) in itertools.product(resnets.items(), _RESNET_NAMES.items()):
+        table[f"{old}.{part}"] = f"{new}.{name}"
+    return {old.replace(".", "_"): new for old, new in table.items()}
+
+
+def ldm_unet_name(name: str, layers_per_block: int = 2) -> str | None:
+    """The diffusers name of a module or parameter of a UNet in latent-diffusion's layout.
 
     Args:
       name: with dots, or with underscores in their place as in LoRA files of kohya's scripts; the
@@ -212,42 +239,11 @@ def ldm_unet_name(name: str, layers_per_block: int = 2) -> str | None:
       For "input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"; None for a name of no
       such UNet.
     """
-    dot = "." if "." in name else "_"
-
-    def rename(text: str, table: dict[str, str]) -> str | None:
-        for old, new in table.items():
-            old = old.replace(".", dot)
-            if text == old or text.startswith(old + dot):
-                return new.replace(".", dot) + text[len(old) :]
-        return None
-
-    def join(*parts: Any) -> str:
-        return dot.join(str(part) for part in parts)
-
-    end = rename(name, _UNET_ENDS)
-    if end:
-        return end
-    place, _, rest = name.removeprefix(f"middle_block{dot}").partition(dot)
-    if name.startswith("middle_block") and place in _UNET_MIDDLE:
-        inner = rest if place == "1" else rename(rest, _UNET_RESNET)
-        return inner and join("mid_block", _UNET_MIDDLE[place].replace(".", dot), inner)
-    sep = re.escape(dot)
-    match = re.fullmatch(rf"(input|output)_blocks{sep}(\d+){sep}(\d){sep}(.+)", name)
-    if not match:
-        return None
-    down, number, place, rest = match[1] == "input", int(match[2]), int(match[3]), match[4]
-    block, layer = divmod(number - 1 if down else number, layers_per_block + 1)
-    side = join("down_blocks" if down else "up_blocks", block)
-    if down and layer == layers_per_block:
-        inner = rename(rest, {"op": "downsamplers.0.conv"})
-    elif not down and place and re.match(rf"conv({sep}|$)", rest):
-        inner = join("upsamplers", 0, rest)
-    elif place == 1:
-        inner = join("attentions", layer, rest)
-    else:
-        inner = rename(rest, _UNET_RESNET) if place == 0 else None
-        inner = inner and join("resnets", layer, inner)
-    return inner and join(side, inner)
+    dot, table = "." if "." in name else "_", _unet_table(layers_per_block)
+    for end in range(len(name), 0, -1):  # the longest module that is known
+        if name[end : end + 1] in ("", dot) and (new := table.get(name[:end].replace(".", "_"))):
+            return new.replace(".", dot) + name[end:]
+    return None
 
 
 def _unet(tensors: Tensors) -> Tensors:
@@ -287,24 +283,3 @@ def _vae(tensors: Tensors) -> Tensors:
             tensor = tensor.reshape(*tensor.shape[:2])
         renamed[key] = tensor
     return renamed
-
-
-def _clip_text(tensors: Tensors) -> Tensors:
-    """Some merged files leave transformers' prefix out."""
-    return {re.sub(r"^(?!text_model\.)", "text_model.", key): t for key, t in tensors.items()}
-
-
-def _open_clip_text(tensors: Tensors) -> Tensors:
-    """A text tower of open_clip with its projection; what it does not know stays as it is."""
-    renamed, unknown = rename_open_clip(tensors)
-    return renamed | {key: tensors[key] for key in unknown}
-
-
-def _penultimate(tensors: Tensors) -> Tensors:
-    """The text tower as Stable Diffusion 2 uses it: without the last layer and the projection."""
-
-    def used(key: str) -> bool:
-        layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", key)
-        return int(layer[1]) < _SD2_LAYERS if layer else not key.startswith("text_projection.")
-
-    return {key: tensor for key, tensor in tensors.items() if used(key)}

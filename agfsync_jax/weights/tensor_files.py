@@ -45,7 +45,6 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 FLOATING = ("float32", "float16", "bfloat16")  # what weights are written in
-_MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
 
 Index = tuple[slice, ...]
 
@@ -74,31 +73,20 @@ class Tensor:
     def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
         """The elements of `index` (steps of 1), all by default; the array may be a strided view."""
         index = index or (slice(None),) * len(self.shape)
-        return self.fetch(
-            tuple(
-                slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)
-            )
-        )
+        sized = zip(index, self.shape, strict=True)
+        return self.fetch(tuple(slice(*part.indices(size)[:2]) for part, size in sized))
 
     def transpose(self, *axes: int) -> "Tensor":
         """The view with axis `axes[i]` in place i."""
 
         def fetch(index):
-            inner = [index[axes.index(axis)] for axis in range(len(axes))]
-            return self.fetch(tuple(inner)).transpose(axes)
+            inner = tuple(index[axes.index(axis)] for axis in range(len(axes)))
+            return self.fetch(inner).transpose(axes)
 
         shape = tuple(self.shape[axis] for axis in axes)
-        row_axis = axes.index(self.row_axis)
-        return dataclasses.replace(self, shape=shape, fetch=fetch, row_axis=row_axis)
-
-    def rows(self, start: int, stop: int) -> "Tensor":
-        """The view of rows start to stop."""
-
-        def fetch(index):
-            first = slice(start + index[0].start, start + index[0].stop)
-            return self.fetch((first, *index[1:]))
-
-        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), fetch=fetch)
+        return dataclasses.replace(
+            self, shape=shape, fetch=fetch, row_axis=axes.index(self.row_axis)
+        )
 
     def split(self, parts: int) -> list["Tensor"]:
         """`parts` views of equally many rows each.
@@ -109,28 +97,28 @@ class Tensor:
         if not self.shape or self.shape[0] % parts:
             raise ValueError(f"{self.key} {list(self.shape)} does not split into {parts} parts.")
         size = self.shape[0] // parts
-        return [self.rows(i * size, (i + 1) * size) for i in range(parts)]
+
+        def fetch(start, index):
+            rows = slice(start + index[0].start, start + index[0].stop)
+            return self.fetch((rows, *index[1:]))
+
+        return [
+            dataclasses.replace(
+                self, shape=(size, *self.shape[1:]), fetch=functools.partial(fetch, part * size)
+            )
+            for part in range(parts)
+        ]
 
     def reshape(self, *shape: int) -> "Tensor":
-        """The view with axes of size 1 dropped or added, nothing else.
+        """The view with axes of size 1 dropped or added, nothing else; it is always read whole.
 
         Raises:
           ValueError: the other axes differ.
         """
-        kept = [axis for axis, size in enumerate(self.shape) if size != 1]
-        new = [axis for axis, size in enumerate(shape) if size != 1]
-        if [self.shape[axis] for axis in kept] != [shape[axis] for axis in new]:
+        if [n for n in self.shape if n != 1] != [n for n in shape if n != 1]:
             raise ValueError(f"{self.key} {list(self.shape)} has no view of shape {list(shape)}.")
-
-        def fetch(index):
-            inner = [slice(0, 1)] * len(self.shape)
-            for old, axis in zip(kept, new, strict=True):
-                inner[old] = index[axis]
-            sizes = [part.stop - part.start for part in index]
-            return self.fetch(tuple(inner)).reshape(sizes)
-
-        row_axis = new[kept.index(self.row_axis)] if self.row_axis in kept else 0
-        return dataclasses.replace(self, shape=tuple(shape), fetch=fetch, row_axis=row_axis)
+        fetch = lambda index: self.read().reshape(shape)[index]  # noqa: E731
+        return dataclasses.replace(self, shape=shape, fetch=fetch, row_axis=0)
 
 
 def from_array(key: str, value: np.ndarray) -> Tensor:
@@ -160,30 +148,41 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"{path} is no file of weights: its name must end in one of {known}.")
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    read_into = _reader(path)
-    size = size_of(path)
-    start = bytearray(min(size, 8))
-    read_into(0, memoryview(start))
-    length = int.from_bytes(start, "little")
-    if bytes(start) == b"version ":  # the first line of a pointer file
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-        raise ValueError(f"{path} is not a whole safetensors file ({size} bytes): copy it again.")
-    raw = bytearray(length)
-    read_into(8, memoryview(raw))
+def read_header(path: Path) -> tuple[dict[str, tuple], dict[str, str], int]:
+    """(key -> (dtype, shape, begin, end), metadata, size of it all) of a safetensors file.
+
+    Raises:
+      ValueError: it is none, or not whole.
+    """
+    with path.open("rb") as file:
+        start, size = file.read(8), size_of(path)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":  # the first line of a pointer file
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`."
+            )
+        if size < 8 + length or len(start) < 8:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({size} bytes): copy it again."
+            )
+        raw = file.read(length)
     try:
         header = json.loads(raw)
+        metadata = header.pop("__metadata__", None) or {}
         entries = {
             key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
             for key, entry in header.items()
-            if key != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no safetensors file (its header: {error}): copy it again, or convert it."
         ) from error
-    end = 8 + length
+    return entries, metadata, 8 + length
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    entries, _, end = read_header(path)
+    read_into, size = _reader(path), size_of(path)
     tensors, wrong = {}, []
     for key, (name, shape, begin, stop) in entries.items():
         if name not in _DTYPES:
@@ -205,53 +204,41 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _fetch(read_into: Callable, offset: int, shape: tuple, dtype: np.dtype, index: Index):
     """Reads the rows of `index` and cuts the rest of it out of them."""
-    if not shape:
-        index, shape = (slice(0, 1),), (1,)
-        return _fetch(read_into, offset, shape, dtype, index).reshape(())
-    first, row = index[0], math.prod(shape[1:])
-    out = np.empty((first.stop - first.start, *shape[1:]), dtype)
+    rows = index[0] if shape else slice(0, 1)
+    out = np.empty((rows.stop - rows.start, *shape[1:]), dtype)
     if out.size:
-        where = offset + first.start * row * dtype.itemsize
+        where = offset + rows.start * math.prod(shape[1:]) * dtype.itemsize
         read_into(where, memoryview(out.reshape(-1).view(np.uint8)))
-    return out[(slice(None), *index[1:])]
+    return out[(slice(None), *index[1:])] if shape else out.reshape(())
 
 
 def _reader(path: Path) -> Callable[[int, memoryview], None]:
-    """read_into(offset, buffer) of a file, for any thread."""
-    if not is_url(path):
-        descriptor = _Descriptor(path)
-        return descriptor.read_into
-    local = threading.local()
+    """read_into(offset, buffer) of a file, for any thread.
 
-    def read_into(offset: int, buffer: memoryview) -> None:
+    Nothing is mapped: pages of a mapped file would count as this process's memory.
+    """
+    local = threading.local()
+    file = None if is_url(path) else open(path, "rb", buffering=0)
+
+    def read_some(offset: int, buffer: memoryview) -> int:
+        if file:  # reading at an offset moves no pointer, so threads share the file
+            return os.preadv(file.fileno(), [buffer], offset)  # at most 2 GB a call
         if not hasattr(local, "file"):
             local.opened = contextlib.ExitStack()  # TensorFlow's files open in a `with` alone
             local.file = local.opened.enter_context(path.open("rb"))
         local.file.seek(offset)
         data = local.file.read(len(buffer))
-        if len(data) != len(buffer):
-            raise ValueError(f"{path} ends before byte {offset + len(buffer)}: copy it again.")
-        buffer[:] = data
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read_into(offset: int, buffer: memoryview) -> None:
+        while len(buffer):
+            count = read_some(offset, buffer)
+            if not count:
+                raise ValueError(f"{path} ends before byte {offset}: copy it again.")
+            offset, buffer = offset + count, buffer[count:]
 
     return read_into
-
-
-class _Descriptor:
-    """An open local file. Reading at an offset moves no pointer, so threads share it.
-
-    Nothing is mapped: pages of a mapped file would count as this process's memory.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._file = open(path, "rb", buffering=0)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        while len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer], offset)  # at most 2 GB a call
-            if not count:
-                raise ValueError(f"{self._path} ends before byte {offset}: copy it again.")
-            offset, buffer = offset + count, buffer[count:]
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -282,17 +269,17 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         )
 
     def fetch(value, index):
-        part = value[index]
-        if part.dtype == torch.bfloat16:  # numpy has none; the bits stay
-            return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return part.numpy()
-
-    def dtype(value):
-        bfloat16 = value.dtype == torch.bfloat16
-        return np.dtype(ml_dtypes.bfloat16) if bfloat16 else value.new_empty(0).numpy().dtype
+        if value.dtype == torch.bfloat16:  # torch gives numpy none; the bits stay
+            return value[index].view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value[index].numpy()
 
     return {
-        key: Tensor(key, tuple(value.shape), dtype(value), functools.partial(fetch, value.detach()))
+        key: Tensor(
+            key,
+            tuple(value.shape),
+            np.dtype(str(value.dtype).removeprefix("torch.")),
+            functools.partial(fetch, value.detach()),
+        )
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }
@@ -315,12 +302,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # the format aligns what follows
     if jax.process_index():
         for tensor in tensors.values():
             tensor.read()
         return
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns what follows
     free = shutil.disk_usage(path.parent).free
     if free < end:
         raise OSError(
