@@ -1,7 +1,9 @@
 """Prompts to images in fixed-size batches over a mesh; an image depends on its own seed alone."""
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,7 @@ def row_seed(seed: int, round_index: int, prompt_id: str, candidate: int) -> int
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
+@dataclasses.dataclass(eq=False)
 class Generator:
     """Draws candidates with a backbone; one depends on (params, prompt, seed, perturb) alone.
 
@@ -67,49 +70,39 @@ class Generator:
         ValueError: a size that the backbone cannot draw; steps that the sampler cannot make.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        mesh: Mesh,
-        *,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        batch_size: int,
-        sampler: Any,
-        guidance_rescale: float = 0.0,
-        conditioning_noise: float = 0.0,
-        negative_prompt: str = "",
-        refiner: Any = None,
-        refiner_start: float = 0.8,
-    ):
-        self.backbone = backbone
-        self.mesh = mesh
-        self.height, self.width = height, width
-        self.latent_shape = backbone.latent_shape(height, width)
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.conditioning_noise = conditioning_noise
-        self.negative_prompt = negative_prompt
-        self._sampler = sampler
-        self._backbones, self._spans = [backbone], [(0.0, 1.0)]
-        if refiner is not None:
-            if not 0 < refiner_start < 1:
-                raise ValueError(f"config.sample.refiner_start={refiner_start}: expected 0 to 1.")
-            self._backbones = [backbone, refiner]
-            self._spans = [(0.0, refiner_start), (refiner_start, 1.0)]
+    backbone: Any
+    mesh: Mesh
+    _: dataclasses.KW_ONLY
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    batch_size: int
+    sampler: Any
+    guidance_rescale: float = 0.0
+    conditioning_noise: float = 0.0
+    negative_prompt: str = ""
+    refiner: Any = None
+    refiner_start: float = 0.8
+
+    def __post_init__(self):
+        if self.refiner is not None and not 0 < self.refiner_start < 1:
+            raise ValueError(f"config.sample.refiner_start={self.refiner_start}: expected 0 to 1.")
+        self.latent_shape = self.backbone.latent_shape(self.height, self.width)
+        self._backbones = [each for each in (self.backbone, self.refiner) if each is not None]
+        ends = [0.0, 1.0] if self.refiner is None else [0.0, self.refiner_start, 1.0]
+        self._spans = [*itertools.pairwise(ends)]
         self.num_calls = sum(
-            sampler.num_calls(each.schedule, num_inference_steps, span)
+            self.sampler.num_calls(each.schedule, self.num_inference_steps, span)
             for each, span in zip(self._backbones, self._spans, strict=True)
         )
 
-        self._num_shards = batch_shards(mesh)
-        self.batch_size = round_up(batch_size, self._num_shards)
+        self._num_shards = batch_shards(self.mesh)
+        self.batch_size = round_up(self.batch_size, self._num_shards)
         # Every process of the mesh fills its part of a batch with rows of its own.
-        self.num_processes = len({device.process_index for device in mesh.devices.flat})
+        self.num_processes = len({device.process_index for device in self.mesh.devices.flat})
         self.rows_per_batch = self.batch_size // self.num_processes
-        self._replicated, self._batch = replicated(mesh), batch_sharding(mesh)
+        self._replicated, self._batch = replicated(self.mesh), batch_sharding(self.mesh)
         self._encode_program = jax.jit(
             self._encode, in_shardings=(None, self._batch), out_shardings=self._batch
         )
@@ -148,7 +141,7 @@ class Generator:
             wanted: the rows to draw; all by default. Others that share their batch are not given.
         """
         seeds, perturb = np.asarray(seeds, np.uint32), np.asarray(perturb, bool)
-        if not (len(prompts) == len(seeds) == len(perturb) and seeds.shape == perturb.shape):
+        if len(prompts) != len(seeds) or seeds.shape != perturb.shape:
             given = f"{len(prompts)} prompts, {len(seeds)} seeds, {len(perturb)} perturb"
             raise ValueError(f"Each candidate needs one of each, got {given}.")
         count = seeds.shape[1] if seeds.ndim == 2 else 1
@@ -200,21 +193,17 @@ class Generator:
         tokens = [each.tokenize([""]) for each in self._backbones]
         encoded = jax.eval_shape(self._encode, params, tokens)
 
-        def rows(count, sharding):
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    (count, *leaf.shape[1:]), leaf.dtype, sharding=sharding
-                ),
-                encoded,
-            )
+        def rows(count, sharding, tree):
+            def placed(leaf):
+                shape = (count, *leaf.shape[1:])
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
-        unconditional = None if self.guidance_scale == 1 else rows(1, self._replicated)
-        seeds, perturb = (
-            jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=self._batch)
-            for dtype in (np.uint32, bool)
-        )
-        conditioning = rows(self.batch_size, self._batch)
-        return self._draw_program.lower(params, unconditional, conditioning, seeds, perturb)
+            return jax.tree.map(placed, tree)
+
+        unconditional = None if self.guidance_scale == 1 else rows(1, self._replicated, encoded)
+        of_rows = [encoded, np.empty(1, np.uint32), np.empty(1, bool)]
+        batch = rows(self.batch_size, self._batch, of_rows)
+        return self._draw_program.lower(params, unconditional, *batch)
 
     def _encode(
         self, params: tuple[Any, ...], tokens: list[Int[Array, "b n"]]
@@ -259,16 +248,10 @@ class Generator:
                 )
             denoise = guide(
                 functools.partial(backbone.denoise, params[index]),
-                conditioning[index],
-                unguided,
-                self.guidance_scale,
-                self.guidance_rescale,
+                *(conditioning[index], unguided, self.guidance_scale, self.guidance_rescale),
             )
-            latents = self._sampler(
-                denoise,
-                backbone.schedule,
-                latents,
-                self.num_inference_steps,
+            latents = self.sampler(
+                *(denoise, backbone.schedule, latents, self.num_inference_steps),
                 keys=of_steps,
                 span=self._spans[index],
             )
@@ -329,21 +312,17 @@ def _perturb(
     conditioning: list[Conditioning], keys: Array, strength: Float[Array, " b"]
 ) -> list[Conditioning]:
     """Adds noise of a standard deviation a row; each array's is of its own."""
-    noisy, stream = [], 0  # 0 is of the sampler
-    for part in conditioning:
-        noisy.append(dict(part))
-        for name in _PERTURBED:
-            if name in part:
-                stream += 1
-                clean = part[name]
-                noise = jax.vmap(
-                    lambda key, n=stream, x=clean: jax.random.normal(
-                        jax.random.fold_in(key, n), x.shape[1:]
-                    )
-                )(keys)
-                scale = strength.reshape(strength.shape + (1,) * (clean.ndim - 1))
-                added = clean.astype(jnp.float32) + scale * noise
-                noisy[-1][name] = added.astype(clean.dtype)
+    noisy = [dict(part) for part in conditioning]
+    places = [(part, name) for part in noisy for name in _PERTURBED if name in part]
+    for stream, (part, name) in enumerate(places, 1):  # 0 is of the sampler
+        clean = part[name]
+
+        def draw(key, stream=stream, shape=clean.shape[1:]):
+            return jax.random.normal(jax.random.fold_in(key, stream), shape)
+
+        scale = strength.reshape(strength.shape + (1,) * (clean.ndim - 1))
+        added = clean.astype(jnp.float32) + scale * jax.vmap(draw)(keys)
+        part[name] = added.astype(clean.dtype)
     return noisy
 
 
