@@ -108,7 +108,7 @@ def _write_pipeline(config: Any, checkpoints: Path, output: Path) -> None:
 def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
     """Needs the shapes of the denoiser alone, not its weights."""
     name = backbones.backbone_class(config).denoiser_name
-    _, fitted = backbones.inspect(config)
+    fitted = backbones.inspect(config)
     adapters = jax.eval_shape(
         lambda params: lora.init_adapters(jax.random.key(0), params, rank=config.train.lora_rank),
         fitted[name].abstract,

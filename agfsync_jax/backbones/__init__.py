@@ -93,23 +93,19 @@ class Backbone(Protocol):
         """
 
     @classmethod
-    def inspect(
-        cls, path: str | Path, *, dtype: Any = jnp.float32, variant: str = "", kind: str = ""
-    ) -> tuple[PipelineFiles, dict[str, Fitted]]:
-        """Compares every part of a checkpoint with its network, from the files' headers alone.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load`.
-        """
+    def open(cls, path: str | Path, *, variant: str = "", kind: str = "") -> PipelineFiles:
+        """The files of a checkpoint; raises as `load`."""
 
     @classmethod
-    def tokenizer(
-        cls, path: str | Path, *, variant: str = "", kind: str = ""
-    ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
+    def inspect(cls, files: PipelineFiles, *, dtype: Any = jnp.float32) -> dict[str, Fitted]:
+        """Compares every part with its network, from headers alone; raises as `load`."""
+
+    @classmethod
+    def tokenizer(cls, files: PipelineFiles) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
         """`tokenize` without the networks."""
 
     @classmethod
-    def read_schedule(cls, path: str | Path, *, variant: str = "", kind: str = "") -> Schedule:
+    def read_schedule(cls, files: PipelineFiles) -> Schedule:
         """`schedule` without the networks."""
 
     @classmethod
@@ -172,25 +168,16 @@ def load(config: Any, mesh: Mesh, **changes: Any) -> Backbone:
     """The backbone of `config.backbone`, its parameters on `mesh` as `config.sharding` says.
 
     Args:
-        **changes: arguments of the backbone's `load` that the config does not say, or says
-            otherwise.
-
-    Raises:
-        FileNotFoundError, ValueError: see the backbone's own `load`.
+        **changes: arguments of the backbone's own `load`, which says what is raised, that the
+            config does not say, or says otherwise.
     """
     spec = config.backbone.to_dict() | changes
     del spec["name"]
-    path = spec.pop("path")
-    return backbone_class(config).load(path, mesh=mesh, rules=config.sharding, **spec)
+    return backbone_class(config).load(mesh=mesh, rules=config.sharding, **spec)
 
 
 def generator(
-    config: Any,
-    mesh: Mesh,
-    backbone: Backbone,
-    *,
-    refiner: Backbone | None = None,
-    **changes: Any,
+    config: Any, mesh: Mesh, backbone: Backbone, *, refiner: Backbone | None = None, **changes: Any
 ) -> Generator:
     """The generator of `config.sample`, with the refiner if one is named.
 
@@ -209,8 +196,7 @@ def generator(
     if (path := spec.pop("refiner")) and refiner is None:
         refiner = load(config, mesh, path=path, kind="", lora=(), param_dtype=dtype)
     name = spec.pop("sampler")
-    drawing = [backbone] if refiner is None else [backbone, refiner]
-    used = {samplers.find(name, each.schedule) for each in drawing}
+    used = {samplers.find(name, each.schedule) for each in (backbone, refiner) if each}
     if len(used) > 1:
         raise ValueError(
             "The schedulers of base and refiner differ, and so do their latents' scales: name "
@@ -219,10 +205,15 @@ def generator(
     return Generator(backbone, mesh, sampler=used.pop(), refiner=refiner, **spec)
 
 
-def inspect(config: Any) -> tuple[PipelineFiles, dict[str, Fitted]]:
-    """Its files and the shapes of its networks; no tensor is read."""
+def open_files(config: Any) -> PipelineFiles:
+    """The files of the checkpoint of `config.backbone`; no tensor is read."""
     spec = config.backbone
-    return backbone_class(config).inspect(spec.path, variant=spec.variant, kind=spec.kind)
+    return backbone_class(config).open(spec.path, variant=spec.variant, kind=spec.kind)
+
+
+def inspect(config: Any) -> dict[str, Fitted]:
+    """The shapes of its networks; no tensor is read."""
+    return backbone_class(config).inspect(open_files(config))
 
 
 def sampler(config: Any) -> samplers.Sampler:
@@ -231,9 +222,7 @@ def sampler(config: Any) -> samplers.Sampler:
     Raises:
         FileNotFoundError, ValueError: no checkpoint; no such sampler; steps that it cannot make.
     """
-    spec = config.backbone
-    read = backbone_class(config).read_schedule
-    schedule = read(spec.path, variant=spec.variant, kind=spec.kind)
+    schedule = backbone_class(config).read_schedule(open_files(config))
     found = samplers.find(config.sample.sampler, schedule)
     found.steps(schedule, config.sample.num_inference_steps)
     return found
@@ -241,5 +230,4 @@ def sampler(config: Any) -> samplers.Sampler:
 
 def tokenizer(config: Any) -> Callable:
     """Its tokenizer alone: texts -> int32 [b, n]."""
-    spec = config.backbone
-    return backbone_class(config).tokenizer(spec.path, variant=spec.variant, kind=spec.kind)
+    return backbone_class(config).tokenizer(open_files(config))

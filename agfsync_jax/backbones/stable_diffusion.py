@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -33,7 +34,7 @@ from agfsync_jax.parallel.placement import Placement
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.samplers import read_schedule
 from agfsync_jax.weights.lora_files import load_lora
-from agfsync_jax.weights.networks import Fitted, apply, fit, read_json, save_model
+from agfsync_jax.weights.networks import Fitted, fit, read_json, save_model
 from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 
@@ -45,6 +46,7 @@ class StableDiffusion:
     denoiser_name = "unet"
     negative_conditioning: dict[str, float] = {}
     heeds_force_upcast = False  # diffusers' pipelines of SD 1 and 2 do not either
+    optional: tuple[str, ...] = ()  # networks that a checkpoint may lack
 
     def __init__(
         self,
@@ -60,9 +62,8 @@ class StableDiffusion:
         self._files, self._graphs, self.dtype = files, graphs, jnp.dtype(dtype)
         mesh = create_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self._placement = Placement(mesh, attention)
-        self._tokenize = self._tokenizers(files)
-        self.schedule = _schedule(files)
-        self._unet, self._vae = (_config(files, name, self.networks) for name in ("unet", "vae"))
+        self._tokenize, self.schedule = self.tokenizer(files), self.read_schedule(files)
+        self._unet, self._vae = (self._config(files, name) for name in ("unet", "vae"))
 
     def plain(self) -> "StableDiffusion":
         twin = copy.copy(self)
@@ -84,82 +85,32 @@ class StableDiffusion:
         attention: str = "auto",
         only: Sequence[str] = (),
     ) -> "StableDiffusion":
-        files, fitted = cls.inspect(path, dtype=dtype, variant=variant, kind=kind)
-        problems: list[str] = []
-        adapters = []
+        files = cls.open(path, variant=variant, kind=kind)
+        fitted = cls.inspect(files, dtype=dtype)
+        abstract = {name: each.abstract for name, each in fitted.items()}
+        adapters, problems = [], []
         for file, scale in lora:
             with _collect(problems):
-                abstract = {name: each.abstract for name, each in fitted.items()}
                 adapters.append((load_lora(file, abstract), scale))
         _raise(problems)
         shardings = functools.partial(infer_shardings, mesh=mesh, rules=rules) if mesh else None
         params = {}
-        for name, each in fitted.items():
-            if only and name not in only:
-                continue
-            params[name] = each.read(
-                param_dtype=jnp.dtype(param_dtype),
-                shardings=shardings,
-                label=f"{Path(path).name} {name}",
+        for name in [name for name in fitted if name in only or not only]:
+            label = f"{Path(path).name} {name}"
+            own = fitted[name].read(
+                param_dtype=jnp.dtype(param_dtype), shardings=shardings, label=label
             )
             for by_network, scale in adapters:
                 if name in by_network:
-                    places = jax.tree.map(lambda leaf: leaf.sharding, params[name])
+                    places = jax.tree.map(lambda leaf: leaf.sharding, own)
                     add = jax.jit(merge, donate_argnums=0, out_shardings=places)
-                    params[name] = add(params[name], by_network[name], scale=scale)
+                    own = add(own, by_network[name], scale=scale)
+            params[name] = own
         graphs = {name: each.graph for name, each in fitted.items()}
         return cls(files, graphs, params, dtype=dtype, mesh=mesh, attention=attention)
 
     @classmethod
-    def inspect(
-        cls, path: str | Path, *, dtype: Any = jnp.float32, variant: str = "", kind: str = ""
-    ) -> tuple[PipelineFiles, dict[str, Fitted]]:
-        files = cls._open(path, variant=variant, kind=kind)
-        fitted, problems = {}, []
-        for name in cls._parts(files):
-            with _collect(problems):
-                config = _config(files, name, cls.networks)
-                where = f"{files.source} ({name})"
-                fitted[name] = fit(
-                    cls.networks[name],
-                    config,
-                    files.tensors(name),
-                    dtype=cls.dtype_of(name, config, dtype),
-                    where=where,
-                )
-        with _collect(problems):
-            cls._tokenizers(files)
-        with _collect(problems):
-            _schedule(files)
-        with _collect(problems):
-            unet, vae = (_config(files, name, cls.networks) for name in ("unet", "vae"))
-            if not unet.in_channels == unet.out_channels == vae.latent_channels:
-                raise ValueError(
-                    f"{files.source}: the UNet takes {unet.in_channels} and gives "
-                    f"{unet.out_channels} channels, the latents have {vae.latent_channels}: "
-                    "expected a text-to-image model, where all are equal."
-                )
-        _raise(problems)
-        return files, fitted
-
-    @classmethod
-    def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
-        dtype = jnp.dtype(dtype)
-        overflows = name == "vae" and cls.heeds_force_upcast and config.force_upcast
-        return jnp.dtype(jnp.float32) if overflows and dtype == jnp.float16 else dtype
-
-    @classmethod
-    def tokenizer(
-        cls, path: str | Path, *, variant: str = "", kind: str = ""
-    ) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
-        return cls._tokenizers(cls._open(path, variant=variant, kind=kind))
-
-    @classmethod
-    def read_schedule(cls, path: str | Path, *, variant: str = "", kind: str = "") -> Schedule:
-        return _schedule(cls._open(path, variant=variant, kind=kind))
-
-    @classmethod
-    def _open(cls, path: str | Path, *, variant: str, kind: str) -> PipelineFiles:
+    def open(cls, path: str | Path, *, variant: str = "", kind: str = "") -> PipelineFiles:
         files = PipelineFiles(path, variant=variant, kind=kind)
         found = files.index.get("_class_name")
         if found not in cls.pipelines:
@@ -171,20 +122,61 @@ class StableDiffusion:
         return files
 
     @classmethod
-    def _parts(cls, files: PipelineFiles) -> list[str]:
-        """The networks that this checkpoint has."""
-        return list(cls.networks)
+    def inspect(cls, files: PipelineFiles, *, dtype: Any = jnp.float32) -> dict[str, Fitted]:
+        fitted, problems = {}, []
+        for name in cls._parts(files):
+            with _collect(problems):
+                config = cls._config(files, name)
+                settings = {"dtype": cls.dtype_of(name, config, dtype)}
+                settings["where"] = f"{files.source} ({name})"
+                fitted[name] = fit(cls.networks[name], config, files.tensors(name), **settings)
+        for read in (cls.tokenizer, cls.read_schedule):
+            with _collect(problems):
+                read(files)
+        with _collect(problems):
+            unet, vae = (cls._config(files, name) for name in ("unet", "vae"))
+            if not unet.in_channels == unet.out_channels == vae.latent_channels:
+                raise ValueError(
+                    f"{files.source}: the UNet takes {unet.in_channels} and gives "
+                    f"{unet.out_channels} channels, the latents have {vae.latent_channels}: "
+                    "expected a text-to-image model, where all are equal."
+                )
+        _raise(problems)
+        return fitted
 
     @classmethod
-    def _tokenizers(cls, files: PipelineFiles) -> Callable:
-        return ClipTokenizer(files.folder / "tokenizer")
+    def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
+        dtype = jnp.dtype(dtype)
+        overflows = name == "vae" and cls.heeds_force_upcast and config.force_upcast
+        return jnp.dtype(jnp.float32) if overflows and dtype == jnp.float16 else dtype
+
+    @classmethod
+    def tokenizer(cls, files: PipelineFiles) -> "Tokenizers":
+        names = (name.replace("text_encoder", "tokenizer") for name in cls._encoders(files))
+        return Tokenizers([ClipTokenizer(files.folder / name) for name in names])
+
+    @classmethod
+    def read_schedule(cls, files: PipelineFiles) -> Schedule:
+        return read_schedule(read_json(files.folder / "scheduler/scheduler_config.json"))
+
+    @classmethod
+    def _config(cls, files: PipelineFiles, name: str) -> Any:
+        return cls.networks[name].config_class.from_dict(files.config(name))
+
+    @classmethod
+    def _parts(cls, files: PipelineFiles) -> list[str]:
+        """The networks that this checkpoint has."""
+        return [name for name in cls.networks if name not in cls.optional or files.has(name)]
+
+    @classmethod
+    def _encoders(cls, files: PipelineFiles) -> list[str]:
+        return [name for name in cls._parts(files) if name.startswith("text_encoder")]
 
     def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
-        path = Path(path)
+        path, folder, index = Path(path), self._files.folder, dict(self._files.index)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: give a new folder to save to.")
         multihost.barrier("save")  # every process has looked before the main one writes
-        folder, index = self._files.folder, dict(self._files.index)
         for name in self._parts(self._files):
             config = self._files.config(name)
             save_model(self.networks[name], path / name, params[name], config, dtype=dtype)
@@ -193,9 +185,8 @@ class StableDiffusion:
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             if (folder / name).is_dir():
                 shutil.copytree(folder / name, path / name)
-        for name in ("safety_checker", "feature_extractor", "image_encoder"):
-            if name in index:
-                index[name] = [None, None]
+        left_out = index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}
+        index |= dict.fromkeys(left_out, [None, None])
         if "safety_checker" in index:
             index["requires_safety_checker"] = False
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -205,22 +196,19 @@ class StableDiffusion:
         why = "as all else"
         if dtype != self.dtype:
             why = f"as it would overflow in {self.dtype} (force_upcast in its config.json)"
-        return [
-            self._placement.describe(),
-            f"autoencoder in {dtype}, {why}",
-        ]
+        return [self._placement.describe(), f"autoencoder in {dtype}, {why}"]
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         return self._tokenize.count_truncated(prompts)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        multiple = self._vae.downscale * 2 ** (len(self._unet.block_out_channels) - 1)
+        scale = self._vae.downscale
+        multiple = scale * 2 ** (len(self._unet.block_out_channels) - 1)
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(
                 f"Images of {height}x{width} pixels cannot be drawn: this model needs multiples of "
                 f"{multiple} (config.sample.height, config.sample.width)."
             )
-        scale = self._vae.downscale
         return height // scale, width // scale, self._vae.latent_channels
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
@@ -257,9 +245,22 @@ class StableDiffusion:
 
     def _run(self, name: str, params: dict, *arguments: Array, method: str = "__call__") -> Any:
         """A network's output, placed on the mesh."""
-        network = apply(self._graphs[name], params[name])
+        network = nnx.merge(self._graphs[name], params[name])
         with hooks.using(self._placement):
             return getattr(network, method)(*arguments)
+
+
+class Tokenizers:
+    """The ids that the tokenizers of all text encoders give, side by side."""
+
+    def __init__(self, tokenizers: Sequence[ClipTokenizer]):
+        self._tokenizers = tokenizers
+
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        return np.concatenate([each(prompts) for each in self._tokenizers], axis=-1)
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        return max(each.count_truncated(prompts) for each in self._tokenizers)
 
 
 @contextlib.contextmanager
@@ -275,14 +276,6 @@ def _collect(problems: list[str]) -> Iterator[None]:
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _config(files: PipelineFiles, name: str, networks: dict[str, type]) -> Any:
-    return networks[name].config_class.from_dict(files.config(name))
-
-
-def _schedule(files: PipelineFiles) -> Schedule:
-    return read_schedule(read_json(files.folder / "scheduler/scheduler_config.json"))
 
 
 Backbone = StableDiffusion

@@ -3,19 +3,15 @@
 `params` is {"unet", "vae", "text_encoder", "text_encoder_2"}; the refiner has no "text_encoder".
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
-from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.models.clip import CLIPTextModelWithProjection
 from agfsync_jax.weights.pipeline_files import PipelineFiles
 
-_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # What the refiner is told of the image it shall make and of what it shall avoid, as in diffusers.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
@@ -30,31 +26,15 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     networks = StableDiffusion.networks | {"text_encoder_2": CLIPTextModelWithProjection}
     heeds_force_upcast = True
-
-    @classmethod
-    def _parts(cls, files: PipelineFiles) -> list[str]:
-        encoders = [name for name in _TOKENIZERS if files.has(name)]
-        return ["unet", "vae", *encoders]
-
-    @classmethod
-    def _tokenizers(cls, files: PipelineFiles) -> Callable:
-        tokenizers = [
-            ClipTokenizer(files.folder / tokenizer)
-            for encoder, tokenizer in _TOKENIZERS.items()
-            if files.has(encoder)
-        ]
-
-        return _Tokenizers(tokenizers)
+    optional = ("text_encoder", "text_encoder_2")
 
     def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict, **kwargs: Any):
         super().__init__(files, graphs, params, **kwargs)
-        self._encoders = [name for name in _TOKENIZERS if name in graphs]
         self._is_scored = bool(files.index.get("requires_aesthetics_score"))
         if self._is_scored:
             self.negative_conditioning = {"aesthetic_score": _NEGATIVE_AESTHETIC_SCORE}
-        self._empty = None
-        if files.index.get("force_zeros_for_empty_prompt", False):
-            self._empty = self.tokenize([""])
+        zeros = files.index.get("force_zeros_for_empty_prompt")
+        self._empty = self.tokenize([""]) if zeros else None
 
     def encode_prompt(self, params: dict, tokens: Int[Array, "b n"]) -> dict[str, Array]:
         """What `denoise` is conditioned on.
@@ -66,10 +46,8 @@ class StableDiffusionXL(StableDiffusion):
             {"encoder_hidden_states": [b, n, d], "text_embeds": [b, p]}, and for the refiner
             "aesthetic_score" [b].
         """
-        states = []
-        for name, ids in zip(
-            self._encoders, jnp.split(tokens, len(self._encoders), axis=-1), strict=True
-        ):
+        encoders, states = self._encoders(self._files), []
+        for name, ids in zip(encoders, jnp.split(tokens, len(encoders), axis=-1), strict=True):
             output = self._run(name, params, ids)
             states.append(output.penultimate_hidden_state)
         hidden, pooled = jnp.concatenate(states, axis=-1), output.text_embeds
@@ -89,36 +67,16 @@ class StableDiffusionXL(StableDiffusion):
         timesteps: Array,
         conditioning: dict[str, Array],
     ) -> Float[Array, "b h w c"]:
-        """The denoiser's prediction, float32, of the kind that `schedule.prediction_type` says.
-
-        `conditioning` may hold "time_ids" [b, 6] (original size, top left of the crop, target size;
-        [b, 5] for the refiner: original size, crop, aesthetic score); by default an uncropped image
-        of the latents' own size.
-        """
-        time_ids = conditioning.get("time_ids")
-        if time_ids is None:
-            size = [side * self._vae.downscale for side in latents.shape[1:3]]
-            time_ids = jnp.asarray([*size, 0, 0] + ([] if self._is_scored else size), jnp.float32)
-            time_ids = jnp.broadcast_to(time_ids, (len(latents), time_ids.shape[0]))
-            if self._is_scored:
-                score = conditioning["aesthetic_score"].astype(jnp.float32)
-                time_ids = jnp.concatenate([time_ids, score[:, None]], axis=1)
+        """As in StableDiffusion, for an uncropped image of the latents' own size."""
+        size = [side * self._vae.downscale for side in latents.shape[1:3]]
+        time_ids = jnp.asarray([*size, 0, 0] + ([] if self._is_scored else size), jnp.float32)
+        time_ids = jnp.broadcast_to(time_ids, (len(latents), time_ids.shape[0]))
+        if self._is_scored:
+            score = conditioning["aesthetic_score"].astype(jnp.float32)
+            time_ids = jnp.concatenate([time_ids, score[:, None]], axis=1)
         hidden, pooled = conditioning["encoder_hidden_states"], conditioning["text_embeds"]
         prediction = self._run("unet", params, latents, timesteps, hidden, pooled, time_ids)
         return prediction.astype(jnp.float32)
-
-
-class _Tokenizers:
-    """Several tokenizers' ids side by side."""
-
-    def __init__(self, tokenizers: Sequence[ClipTokenizer]):
-        self._tokenizers = tokenizers
-
-    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
-        return np.concatenate([each(prompts) for each in self._tokenizers], axis=-1)
-
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return max(each.count_truncated(prompts) for each in self._tokenizers)
 
 
 Backbone = StableDiffusionXL

@@ -98,7 +98,8 @@ def backbone_class(folder: Path) -> Any:
 def abstract_backbone(folder: Path, **settings: Any) -> Any:
     """A backbone whose parameters are shapes alone."""
     cls = backbone_class(folder)
-    files, fitted = cls.inspect(folder)
+    files = cls.open(folder)
+    fitted = cls.inspect(files)
     graphs = {name: each.graph for name, each in fitted.items()}
     params = {name: each.abstract for name, each in fitted.items()}
     return cls(files, graphs, params, **settings)

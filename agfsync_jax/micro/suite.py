@@ -33,6 +33,7 @@ from agfsync_jax.models.clip import CLIPModel, CLIPTextModel
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.weights import networks as weights
+from agfsync_jax.weights.tensor_files import write_tensors
 
 CARELESS_CAPTIONS = 0.5  # of those in the last steps of the UNet
 
@@ -286,7 +287,7 @@ def train_aesthetic(workdir: Path, output: Path, *, steps: int = 500) -> dict[st
     )  # fmt: skip
     clip, head = training.join(text, trained["vision"]), trained["head"]
     training.save(CLIPModel, output / "clip", clip)
-    weights.save_params(output / "aesthetic.safetensors", head, dtype=np.float16)
+    write_tensors(output / "aesthetic.safetensors", weights.stored_tensors(head, np.float16))
 
     @jax.jit
     def score(images):

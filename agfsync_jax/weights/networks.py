@@ -19,6 +19,7 @@ sharding, of which a process reads the rows of its own devices.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from agfsync_jax.weights.places import resolve_path, weight_names
@@ -47,12 +49,7 @@ _THREADS = min(4, os.cpu_count() or 1)  # each holds one tensor or two in memory
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parses one JSON file.
-
-    Raises:
-      FileNotFoundError, ValueError: the file is missing or is not JSON.
-    """
-    path = Path(path) if isinstance(path, str) else path
+    """Parses a JSON file; raises FileNotFoundError or ValueError if it is missing or none."""
     if not path.exists():
         raise FileNotFoundError(
             f"No {path.name} in {path.parent}: is it a folder in the Hugging Face layout?"
@@ -93,11 +90,6 @@ class _NoKeys:
         return None
 
 
-def apply(graph: nnx.GraphDef, params: nnx.State) -> nnx.Module:
-    """The network of `graph` with `params`; call it inside a jitted function."""
-    return nnx.merge(graph, params)
-
-
 def parameter_path(path: tuple) -> str:
     """A parameter's path as one string, "down_blocks.0.resnets.0.conv1.kernel"."""
     return ".".join(str(part) for part in path)
@@ -107,11 +99,8 @@ def checkpoint_key(path: tuple, ndim: int) -> tuple[str, tuple[int, ...] | None]
     """The checkpoint key of the parameter at `path`, and the axes order that turns it into the
     checkpoint's layout."""
     *parents, leaf = path
-    name, axes = leaf, None
-    if leaf == "kernel":
-        name, axes = "weight", _CONV if ndim == 4 else (1, 0)
-    elif leaf in ("scale", "embedding"):
-        name = "weight"
+    axes = (_CONV if ndim == 4 else (1, 0)) if leaf == "kernel" else None
+    name = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
     return parameter_path((*parents, name)), axes
 
 
@@ -122,8 +111,7 @@ def checkpoint_table(
     table = {}
     for path, leaf in nnx.to_flat_state(params):
         key, axes = checkpoint_key(path, leaf.ndim)
-        shape = tuple(leaf.shape)
-        table[key] = path, axes, tuple(shape[axis] for axis in axes) if axes else shape
+        table[key] = path, axes, tuple(leaf.shape[axis] for axis in axes or range(leaf.ndim))
     return table
 
 
@@ -152,12 +140,11 @@ class Fitted:
         shardings: Callable[[nnx.State], Any] | None = None,
         label: str = "",
     ) -> nnx.State:
-        """Streams every tensor to its place.
+        """Streams every tensor to its place: on the first device, if there are no shardings.
 
         Args:
           param_dtype: the one the parameters are kept in.
-          shardings: from the abstract parameters to a pytree of shardings; the first device
-            without.
+          shardings: from the abstract parameters to a pytree of shardings.
           label: of the progress bar, which shows up after a few seconds.
         """
         flat = dict(nnx.to_flat_state(self.abstract))
@@ -168,15 +155,15 @@ class Fitted:
             path, tensor = item
             place = places.get(path, alone)
             place = getattr(place, "get_value", lambda: place)()  # a sharding in an nnx.Variable
-            parts = {}
 
-            def part(index):
-                bounds = tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))
-                if bounds not in parts:  # several devices may hold the same part
-                    parts[bounds] = _read(tensor, [slice(*each) for each in bounds], param_dtype)
-                return parts[bounds]
+            @functools.cache  # several devices may hold the same part
+            def part(*bounds):
+                return _read(tensor, [slice(*each) for each in bounds], param_dtype)
 
-            return jax.make_array_from_callback(tensor.shape, place, part).block_until_ready()
+            def fetch(index):
+                return part(*(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True)))
+
+            return jax.make_array_from_callback(tensor.shape, place, fetch).block_until_ready()
 
         progress = tqdm(
             total=self.nbytes,
@@ -204,13 +191,16 @@ def _read(tensor: Tensor, index: list[slice], dtype: Any) -> np.ndarray:
     slower, and begins where JAX on CPU takes it over without a copy of its own.
     """
     shape = tuple(part.stop - part.start for part in index)
-    out = _memory(math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    out = raw[start : start + size].view(dtype).reshape(shape)
     if not shape:
         out[...] = tensor.read()
         return out
     axis = tensor.row_axis
     rows, blocks = index[axis], np.moveaxis(out, axis, 0)
-    row_size = max(1, math.prod(shape) // max(1, rows.stop - rows.start))
+    row_size = max(1, out.size // max(1, len(blocks)))
     step = max(_BLOCK, _CHUNK // row_size // _BLOCK * _BLOCK)
     for first in range(rows.start, rows.stop, step):
         part = slice(first, min(first + step, rows.stop))
@@ -241,13 +231,6 @@ def _convert(value: np.ndarray, to: np.ndarray) -> None:
         np.copyto(to, half)
 
 
-def _memory(size: int) -> np.ndarray:
-    """Fresh bytes, aligned so that JAX on CPU takes them over without a copy."""
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size]
-
-
 def fit(
     cls: type,
     config: Any,
@@ -256,11 +239,10 @@ def fit(
     dtype: Any = jnp.float32,
     where: Any = "the checkpoint",
 ) -> Fitted:
-    """Finds the tensor of every parameter of `cls`.
+    """Finds the tensor of every parameter of `cls` by its checkpoint key.
 
     Args:
       config: of `cls.config_class`.
-      tensors: by checkpoint key.
       dtype: of the computation.
       where: the checkpoint's place, for messages.
 
@@ -270,11 +252,10 @@ def fit(
     """
     graph, abstract = abstract_model(cls, config, dtype=dtype)
     table = checkpoint_table(abstract)
-    keys = _canonical_keys(cls, tensors)
     ignored = getattr(cls, "ignored_keys", ())
     fitted, problems, known = {}, [], set()
-    for stored, tensor in tensors.items():
-        key = keys[stored]
+    for stored, key in _canonical_keys(cls, tensors).items():
+        tensor = tensors[stored]
         if key not in table:
             if not any(re.fullmatch(pattern, key) for pattern in ignored):
                 problems.append(f"not in model  {stored} {list(tensor.shape)}")
@@ -283,9 +264,8 @@ def fit(
         if key in known:
             problems.append(f"twice         {stored}, as another spelling of {key}")
         elif tensor.shape != expected:
-            problems.append(
-                f"wrong shape   {stored}: {list(tensor.shape)}, expected {list(expected)}"
-            )
+            shapes = f"{list(tensor.shape)}, expected {list(expected)}"
+            problems.append(f"wrong shape   {stored}: {shapes}")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             problems.append(f"wrong dtype   {stored}: {tensor.dtype}, expected a floating one")
         else:
@@ -293,18 +273,13 @@ def fit(
         known.add(key)
     problems += [f"not in file   {key}" for key in table if key not in known]
     if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(
-            f"{where} does not fit {cls.__name__} ({len(problems)} problems):\n  {lines}"
-        )
+        lines = "\n  ".join([f"({len(problems)} problems):", *problems])
+        raise ValueError(f"{where} does not fit {cls.__name__} {lines}")
     return Fitted(graph, abstract, fitted)
 
 
 def _canonical_keys(cls: type, stored: Iterable[str]) -> dict[str, str]:
-    """Stored key -> key of the model, by the class's aliases.
-
-    A tied parameter may be stored under one of its other names alone (`tied_keys`).
-    """
+    """Stored key -> key of the model, by the class's aliases and tied keys."""
     keys = {key: key for key in stored}
     for pattern, replacement in getattr(cls, "key_aliases", ()):
         keys = {key: re.sub(pattern, replacement, name) for key, name in keys.items()}
@@ -313,20 +288,6 @@ def _canonical_keys(cls: type, stored: Iterable[str]) -> dict[str, str]:
             other = next((key for key in keys if re.fullmatch(pattern, keys[key])), None)
             keys |= {other: name} if other else {}
     return keys
-
-
-def fit_folder(
-    cls: type, folder: str | Path, *, dtype: Any = jnp.float32, variant: str = ""
-) -> Fitted:
-    """`fit` with the config.json and the weights of one Hugging Face folder.
-
-    Raises:
-      FileNotFoundError: no config.json, or no weights of this variant.
-      ValueError: as `fit`, or a config that asks for what `cls` does not do.
-    """
-    folder = resolve_path(folder, variant=variant)
-    config = cls.config_class.from_dict(read_json(folder / "config.json"))
-    return fit(cls, config, find_tensors(folder, variant), dtype=dtype, where=folder)
 
 
 def load_model(
@@ -338,8 +299,15 @@ def load_model(
     shardings: Callable[[nnx.State], Any] | None = None,
     variant: str = "",
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """`fit_folder`, then `Fitted.read`: the graph and the parameters of a folder."""
-    fitted = fit_folder(cls, folder, dtype=dtype, variant=variant)
+    """The graph and the parameters of one Hugging Face folder: `fit`, then `Fitted.read`.
+
+    Raises:
+      FileNotFoundError: no config.json, or no weights of this variant.
+      ValueError: as `fit`, or a config that asks for what `cls` does not do.
+    """
+    folder = resolve_path(folder, variant=variant)
+    config = cls.config_class.from_dict(read_json(folder / "config.json"))
+    fitted = fit(cls, config, find_tensors(folder, variant), dtype=dtype, where=folder)
     params = fitted.read(param_dtype=param_dtype, shardings=shardings, label=str(folder))
     return fitted.graph, params
 
@@ -357,11 +325,9 @@ def find_tensors(folder: Path, variant: str = "") -> dict[str, Tensor]:
     for name in weight_names(variant):
         if (folder / name).exists():
             return (_indexed if name.endswith(".json") else open_tensors)(folder / name)
-    there = sorted(
-        file.name
-        for file in (folder.iterdir() if folder.is_dir() else ())
-        if file.suffix in (".safetensors", ".bin", ".msgpack", ".ckpt")
-    )
+    suffixes = (".safetensors", ".bin", ".msgpack", ".ckpt")
+    files = folder.iterdir() if folder.is_dir() else ()
+    there = sorted(file.name for file in files if file.suffix in suffixes)
     kind, infix = (f" of the variant {variant!r}", f".{variant}") if variant else ("", "")
     raise FileNotFoundError(
         f"No weights{kind} in {folder}: expected diffusion_pytorch_model{infix}.safetensors or "
@@ -378,12 +344,11 @@ def _indexed(index: Path) -> dict[str, Tensor]:
     for name in sorted(set(listed.values())):
         try:
             inside = open_tensors(index.parent / name)
+            expected = {key for key, file in listed.items() if file == name}
+            problems += [f"{name} lacks {key}" for key in sorted(expected - inside.keys())]
+            tensors |= inside
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-            continue
-        expected = {key for key, file in listed.items() if file == name}
-        problems += [f"{name} lacks {key}" for key in sorted(expected - inside.keys())]
-        tensors |= inside
     if problems:
         raise ValueError(f"{index} and its files do not agree:\n  " + "\n  ".join(problems))
     return tensors
@@ -405,8 +370,7 @@ def save_model(
     Args:
       config: the dictionary that goes into config.json.
       dtype: the one the tensors are stored in.
-      max_shard_size: bytes a file; above it there are several and an index. The default is
-        diffusers' own.
+      max_shard_size: bytes a file, as in diffusers; above it there are several and an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -429,29 +393,22 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_params(file: str | Path, params: nnx.State, *, dtype: Any = np.float32) -> None:
-    """Writes parameters alone as one safetensors file in the checkpoint's layout."""
-    write_tensors(Path(file), stored_tensors(params, dtype))
-
-
 def stored_tensors(params: nnx.State, dtype: Any) -> dict[str, Tensor]:
     """Parameters by checkpoint key, in the checkpoint's layout; each leaves its device when read.
 
     Several processes must read them all, in the same order: a parameter that is spread over them
     is gathered.
     """
+
+    def fetch(value, index):
+        if not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        return np.asarray(value)[index].astype(dtype, copy=False)
+
     tensors = {}
     for path, leaf in nnx.to_flat_state(params):
         key, axes = checkpoint_key(path, leaf.ndim)
-        value = leaf[...]
-
-        def fetch(index, value=value):
-            if not value.is_fully_addressable:
-                from jax.experimental import multihost_utils
-
-                value = multihost_utils.process_allgather(value, tiled=True)
-            return np.asarray(value)[index].astype(dtype, copy=False)
-
-        tensor = Tensor(key, tuple(value.shape), np.dtype(dtype), fetch)
+        of_leaf = functools.partial(fetch, leaf[...])
+        tensor = Tensor(key, tuple(leaf.shape), np.dtype(dtype), of_leaf)
         tensors[key] = tensor.transpose(*axes) if axes else tensor
     return tensors

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.models.vae import AutoencoderKL
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.utils import flops
 from agfsync_jax.weights import skeletons
-from agfsync_jax.weights.networks import abstract_model, apply, read_json
+from agfsync_jax.weights.networks import abstract_model, read_json
 
 
 def floats(*shape):
@@ -98,14 +99,14 @@ def test_released_models(tmp_path, kind, latent, unet, decode, encode):
     args = [noisy, floats(1), floats(1, 77, config.cross_attention_dim)]
     if config.addition_embed_type:
         args += [floats(1, 1280), floats(1, 6)]
-    counted = flops.count(lambda params, *args: apply(graph, params)(*args), params, *args)
+    counted = flops.count(lambda params, *args: nnx.merge(graph, params)(*args), params, *args)
     assert counted / 1e12 == pytest.approx(unet, rel=2e-3)
 
     _, graph, params = model(AutoencoderKL, "vae")
     image = floats(1, 8 * latent, 8 * latent, 3)
-    counted = flops.count(lambda params, x: apply(graph, params).decode(x), params, noisy)
+    counted = flops.count(lambda params, x: nnx.merge(graph, params).decode(x), params, noisy)
     assert counted / 1e12 == pytest.approx(decode, rel=5e-3)
-    counted = flops.count(lambda params, x: apply(graph, params).encode(x), params, image)
+    counted = flops.count(lambda params, x: nnx.merge(graph, params).encode(x), params, image)
     assert counted / 1e12 == pytest.approx(encode, rel=5e-3)
 
 

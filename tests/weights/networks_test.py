@@ -17,7 +17,14 @@ from agfsync_jax.models.t5 import T5ForConditionalGeneration
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.weights import tensor_files
-from agfsync_jax.weights.networks import Fitted, fit_folder, init_model, load_model, save_model
+from agfsync_jax.weights.networks import (
+    Fitted,
+    find_tensors,
+    fit,
+    init_model,
+    load_model,
+    save_model,
+)
 from agfsync_jax.weights.places import resolve_path
 from agfsync_jax.weights.tensor_files import from_array
 from tests.processes import run_processes
@@ -31,6 +38,10 @@ CONFIG = {
     "vocab_size": 32,
     "max_position_embeddings": 8,
 }
+
+
+def fitted_folder(folder, config=CONFIG):
+    return fit(CLIPTextModel, CLIPTextConfig.from_dict(config), find_tensors(folder))
 
 
 @pytest.fixture
@@ -115,7 +126,7 @@ def test_each_device_reads_its_rows_alone(folder, monkeypatch):
         return preadv(descriptor, buffers, offset)
 
     rules = [("kernel$", (None, "fsdp")), ("embedding$", ("fsdp",)), ("", ())]
-    fitted = fit_folder(CLIPTextModel, folder)
+    fitted = fitted_folder(folder)
     monkeypatch.setattr(tensor_files.os, "preadv", counting)
     fitted.read(shardings=lambda shapes: infer_shardings(shapes, mesh, rules))
     assert sum(read) == fitted.nbytes  # no part twice, replicated ones included
@@ -190,7 +201,7 @@ def test_host_memory_while_loading(tmp_path):
     save_model(CLIPTextModel, tmp_path, params, config, dtype=np.float16)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     del params
-    fitted = fit_folder(CLIPTextModel, tmp_path)
+    fitted = fitted_folder(tmp_path, config)
     tracemalloc.start()
     loaded = fitted.read()
     _, peak = tracemalloc.get_traced_memory()
@@ -231,11 +242,11 @@ from pathlib import Path
 from agfsync_jax.parallel import multihost
 multihost.initialize()
 import jax
-from agfsync_jax.models.clip import CLIPTextModel
+from agfsync_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import infer_shardings
 from agfsync_jax.weights import tensor_files
-from agfsync_jax.weights.networks import Fitted, fit_folder, save_model
+from agfsync_jax.weights.networks import find_tensors, fit, save_model
 
 folder = Path(sys.argv[1])
 read, preadv = [], tensor_files.os.preadv
@@ -244,10 +255,10 @@ def counting(descriptor, buffers, offset):
     return preadv(descriptor, buffers, offset)
 mesh = create_mesh({"fsdp": 4})
 rules = [("kernel$", (None, "fsdp")), ("embedding$", ("fsdp",)), ("", ())]
-fitted = fit_folder(CLIPTextModel, folder)
+config = json.loads((folder / "config.json").read_text())
+fitted = fit(CLIPTextModel, CLIPTextConfig.from_dict(config), find_tensors(folder))
 tensor_files.os.preadv = counting
 params = fitted.read(shardings=lambda abstract: infer_shardings(abstract, mesh, rules))
-config = json.loads((folder / "config.json").read_text())
 save_model(CLIPTextModel, folder / "again", params, config)
 multihost.barrier("saved")
 print(json.dumps({"read": sum(read), "whole": fitted.nbytes}))

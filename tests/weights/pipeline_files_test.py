@@ -182,5 +182,5 @@ def test_a_single_file_takes_its_configs_from_the_skeleton(tmp_path, renamed, mo
     assert kinds == ["mine"]
     loaded.save(tmp_path / "saved", loaded.params)
     same(backbone.load(tmp_path / "saved"), loaded)
-    tokens = backbone.tokenizer(tmp_path / "all.safetensors")(["red circle"])
+    tokens = backbone.tokenizer(backbone.open(tmp_path / "all.safetensors"))(["red circle"])
     np.testing.assert_array_equal(tokens, loaded.tokenize(["red circle"]))
