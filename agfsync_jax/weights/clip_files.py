@@ -2,11 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import Int
 
 from agfsync_jax.data.images import (
     OPENAI_MEAN,
@@ -54,49 +50,44 @@ class ClipFiles:
         antialias: bool = True,
     ):
         source = resolve_path(path)
-        is_folder = source.is_dir()
-        open_clip = is_folder and (source / "open_clip_config.json").exists()
-        if is_folder and (source / "config.json").exists():
-            self.config, open_clip = read_json(source / "config.json"), False
-        elif open_clip:
-            self.config = open_clip_config(read_json(source / "open_clip_config.json"))
-        elif is_folder:
+        folder = local_files(source) if source.is_dir() else None
+        is_open_clip = True
+        if folder is None:
+            if not architecture:
+                raise ValueError(
+                    f"{source} does not say what model it is of: set the scorer's architecture, "
+                    "such as ViT-H-14, to open_clip's name of it."
+                )
+            self.config, tensors = open_clip_config(architecture), open_tensors(source)
+        elif (folder / "config.json").exists():
+            self.config, tensors = read_json(folder / "config.json"), find_tensors(source)
+            is_open_clip = False
+        elif (folder / "open_clip_config.json").exists():
+            self.config = open_clip_config(read_json(folder / "open_clip_config.json"))
+            tensors = find_tensors(source)
+        else:
             raise FileNotFoundError(
                 f"{source} is no CLIP: it has neither config.json nor open_clip_config.json."
             )
-        elif architecture:
-            self.config = open_clip_config(architecture)
+        if not any(key.startswith(("text_model.", "vision_model.")) for key in tensors):
+            tensors = open_clip_to_transformers(tensors)
+        self.tensors = tensors
+        if is_open_clip:
+            self.tokenize = OpenClipTokenizer(folder)
+        elif _has(folder, "tokenizer.json", "vocab.json"):
+            self.tokenize = ClipTokenizer(folder)
         else:
-            raise ValueError(
-                f"{source} does not say what model it is of: set the scorer's architecture, such "
-                "as ViT-H-14, to open_clip's name of it."
-            )
-        self.tensors = find_tensors(source) if is_folder else open_tensors(source)
-        if not any(key.startswith(("text_model.", "vision_model.")) for key in self.tensors):
-            self.tensors = open_clip_to_transformers(self.tensors)
-        folder = local_files(source) if is_folder else None
-        self.tokenize = _tokenizer(folder, open_clip or not is_folder)
-        self.preprocess = self._preprocess(None if pad else folder)
-        if pad:
-            self.preprocess = functools.partial(
-                pad_and_normalize, **self.preprocess.keywords, antialias=antialias
-            )
-
-    def _preprocess(self, folder: Path | None) -> functools.partial:
-        if folder is not None:
-            names = ("preprocessor_config.json", "open_clip_config.json")
-            if any((folder / name).exists() for name in names):
-                return functools.partial(resize_and_normalize, **preprocessing(folder))
+            with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
+                self.tokenize = ClipTokenizer(write_clip_tokenizer(aside))
         size = (self.config.get("vision_config") or {}).get("image_size", 224)
-        return functools.partial(resize_and_normalize, size=size, mean=OPENAI_MEAN, std=OPENAI_STD)
+        resize = {"size": size, "mean": OPENAI_MEAN, "std": OPENAI_STD}
+        if pad:
+            self.preprocess = functools.partial(pad_and_normalize, **resize, antialias=antialias)
+            return
+        if folder and _has(folder, "preprocessor_config.json", "open_clip_config.json"):
+            resize = preprocessing(folder)
+        self.preprocess = functools.partial(resize_and_normalize, **resize)
 
 
-def _tokenizer(
-    folder: Path | None, open_clip: bool
-) -> Callable[[Sequence[str]], Int[np.ndarray, "b n"]]:
-    if open_clip:
-        return OpenClipTokenizer(folder)
-    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        return ClipTokenizer(folder)
-    with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
-        return ClipTokenizer(write_clip_tokenizer(aside))
+def _has(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)

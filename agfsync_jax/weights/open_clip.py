@@ -88,17 +88,14 @@ _ARCHITECTURES = {
     "ViT-g-14": (1024, (40, 1408, 14, 88, 4.3637), (24, 1024)),
     "ViT-bigG-14": (1280, (48, 1664, 14, 104, 4.9231), (32, 1280)),
 }
-# Fields of a model_cfg that are read; that change nothing, as one token is pooled and nothing
-# dropped; and the values that a CLIPModel has of others. Of the rest it does what null says.
-_READ = {
-    "": "embed_dim vision_cfg text_cfg quick_gelu",
-    "vision_cfg.": "layers width head_width mlp_ratio patch_size image_size",
-    "text_cfg.": "layers width heads mlp_ratio context_length vocab_size",
-}
-_HARMLESS = re.compile(
-    r"custom_text|init_logit_scale|nonscalar_logit_scale|output_dict|\w+\.(output_tokens|"
-    r"final_ln_after_pool|patch_dropout|attn_pooler_\w+|pad_id|eos_id|timm_(?!model_name)\w+|"
-    r"hf_(proj_type|pooler_type|model_pretrained))"
+# Fields of a model_cfg that are read or change nothing, as one token is pooled and nothing dropped;
+# and the values that a CLIPModel has of others. Of the rest it does what null says.
+_KNOWN = re.compile(
+    r"embed_dim|vision_cfg|text_cfg|quick_gelu|custom_text|init_logit_scale|nonscalar_logit_scale|"
+    r"output_dict|\w+\.(layers|width|mlp_ratio|output_tokens|final_ln_after_pool|patch_dropout|"
+    r"attn_pooler_\w+|pad_id|eos_id|timm_(?!model_name)\w+|hf_(proj_type|pooler_type|"
+    r"model_pretrained))|vision_cfg\.(head_width|patch_size|image_size)|"
+    r"text_cfg\.(heads|context_length|vocab_size)"
 )
 _USUAL = {
     "vision_cfg.pool_type": "tok",
@@ -127,8 +124,7 @@ def open_clip_config(source: str | Mapping[str, Any]) -> dict[str, Any]:
     for place, fields in (("", model), ("vision_cfg.", vision), ("text_cfg.", text)):
         for field, value in fields.items():
             name = place + field
-            known = field in _READ[place].split() or _HARMLESS.fullmatch(name)
-            if value and not known and value != _USUAL.get(name):
+            if value and not _KNOWN.fullmatch(name) and value != _USUAL.get(name):
                 wrong.append(f"{name}={value!r}")
     size, patch = (
         value[0] if isinstance(value, list | tuple) and len({*value}) == 1 else value
@@ -142,41 +138,33 @@ def open_clip_config(source: str | Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError(
             "transformers' CLIPModel, two plain towers, cannot do what this open_clip model does: "
-            + ", ".join(wrong)
-            + "."
+            f"{', '.join(wrong)}."
         )
-    embed, activation = model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu"
-    vision_width, text_width = vision.get("width", 768), text.get("width", 512)
-    vocab = text.get("vocab_size", 49408)
-    shared = {"hidden_act": activation, "layer_norm_eps": 1e-5, "projection_dim": embed}
+    vision_width, vocab = vision.get("width", 768), text.get("vocab_size", 49408)
+
+    def tower(fields: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": int(width * fields.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": fields.get("layers", 12),
+            "num_attention_heads": heads,
+            "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "projection_dim": model["embed_dim"],
+        }
+
     return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": embed,
-        "text_config": {
-            "model_type": "clip_text_model",
+        "projection_dim": model["embed_dim"],
+        "text_config": tower(text, text.get("width", 512), text.get("heads", 8))
+        | {
             "vocab_size": vocab,
-            "hidden_size": text_width,
-            "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text.get("layers", 12),
-            "num_attention_heads": text.get("heads", 8),
             "max_position_embeddings": text.get("context_length", 77),
             # open_clip pools at the largest id: where a text ends, and it is padded with "!".
             "bos_token_id": vocab - 2,
             "eos_token_id": vocab - 1,
             "pad_token_id": 0,
-            **shared,
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision_width,
-            "intermediate_size": int(vision_width * vision.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": vision.get("layers", 12),
-            "num_attention_heads": vision_width // vision.get("head_width", 64),
-            "image_size": size,
-            "patch_size": patch,
-            **shared,
-        },
+        "vision_config": tower(vision, vision_width, vision_width // vision.get("head_width", 64))
+        | {"image_size": size, "patch_size": patch},
     }
 
 
@@ -189,17 +177,11 @@ def _named(name: str) -> dict[str, Any]:
             f"{', '.join(_ARCHITECTURES)}, with the size of the image (-336) or -quickgelu behind "
             "it; or give the model's open_clip_config.json."
         )
-    embed, (layers, width, patch, head, ratio), (text_layers, text_width) = _ARCHITECTURES[match[1]]
+    embed, vision, (layers, width) = _ARCHITECTURES[match[1]]
+    names = ("layers", "width", "patch_size", "head_width", "mlp_ratio")
     return {
         "embed_dim": embed,
         "quick_gelu": bool(match[3]),
-        "vision_cfg": {
-            "image_size": int(match[2] or 224),
-            "layers": layers,
-            "width": width,
-            "head_width": head,
-            "mlp_ratio": ratio,
-            "patch_size": patch,
-        },
-        "text_cfg": {"width": text_width, "heads": text_width // 64, "layers": text_layers},
+        "vision_cfg": dict(zip(names, vision, strict=True)) | {"image_size": int(match[2] or 224)},
+        "text_cfg": {"width": width, "heads": width // 64, "layers": layers},
     }

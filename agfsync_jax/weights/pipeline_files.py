@@ -32,8 +32,7 @@ class PipelineFiles:
     """
 
     def __init__(self, path: str | Path, *, variant: str = "", kind: str = ""):
-        self.source = resolve_path(path, variant=variant)
-        self._variant = variant
+        self.source, self._variant = resolve_path(path, variant=variant), variant
         self._parts = None
         if self.source.is_file():
             kind, self._parts = split_single_file(open_tensors(self.source), kind or None)
@@ -50,19 +49,11 @@ class PipelineFiles:
         return isinstance(entry, list) and entry[0] is not None
 
     def config(self, part: str) -> dict[str, Any]:
-        """The config.json of a network.
-
-        Raises:
-            FileNotFoundError, ValueError: it is missing or no JSON.
-        """
+        """The config.json of a network; raises as `read_json`."""
         return read_json(self.folder / part / "config.json")
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a network, by the keys that diffusers or transformers writes.
-
-        Raises:
-            FileNotFoundError, ValueError: they are missing, or a file is not whole.
-        """
+        """A network's, by diffusers' or transformers' keys; raises as `find_tensors`."""
         if self._parts is not None:
             return self._parts[part]
         return find_tensors(self.source / part, self._variant)

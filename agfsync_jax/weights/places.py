@@ -1,6 +1,7 @@
 """Where weights lie: with the package, in a local folder, on the Hugging Face Hub, on gs://."""
 
 import functools
+import itertools
 import re
 import sys
 import tempfile
@@ -15,7 +16,6 @@ _STEMS = (
     *("diffusion_pytorch_model", "model", "pytorch_model"),
     *("open_clip_model", "open_clip_pytorch_model"),
 )
-_KEPT: list[tempfile.TemporaryDirectory] = []
 _REPOSITORY = r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?"  # org/name, org/name@revision
 
 
@@ -60,13 +60,11 @@ def local_files(source: Path) -> Path:
 
     Those of a URL are copied, to one that goes when the process does.
     """
-    return _copied(source) if is_url(source) else source
+    return Path(_copied(source).name) if is_url(source) else source
 
 
 @functools.cache
-def _copied(source: Any) -> Path:
-    _KEPT.append(tempfile.TemporaryDirectory(prefix="agfsync-"))
-
+def _copied(source: Any) -> tempfile.TemporaryDirectory:
     def copy(entry: Any, target: Path) -> None:
         if entry.is_dir():
             target.mkdir(exist_ok=True)
@@ -75,8 +73,8 @@ def _copied(source: Any) -> Path:
         elif _is_small(entry.name):
             target.write_bytes(entry.read_bytes())
 
-    folder = Path(_KEPT[-1].name)
-    copy(source, folder)
+    folder = tempfile.TemporaryDirectory(prefix="agfsync-")
+    copy(source, Path(folder.name))
     return folder
 
 
@@ -149,16 +147,11 @@ def choose_files(files: list[str], variant: str = "") -> list[str]:
 def weight_names(variant: str = "") -> list[str]:
     """The names that a network's weights may have, or the index of their parts; the best first."""
     infix = f".{variant}" if variant else ""
-    return [
-        name
-        for suffix in ("safetensors", "bin")
-        for stem in _STEMS
-        for name in (
-            f"{stem}.{suffix}.index{infix}.json",
-            f"{stem}{infix}.{suffix}.index.json",
-            f"{stem}{infix}.{suffix}",
-        )
-    ]
+    names = []
+    for suffix, stem in itertools.product(("safetensors", "bin"), _STEMS):
+        names += [f"{stem}.{suffix}.index{infix}.json", f"{stem}{infix}.{suffix}.index.json"]
+        names.append(f"{stem}{infix}.{suffix}")
+    return names
 
 
 def _is_small(name: str) -> bool:

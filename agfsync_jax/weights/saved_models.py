@@ -39,11 +39,10 @@ def load_image_model(path: str) -> Callable[[Sequence[bytes]], Float[np.ndarray,
         )
     predict = model.signatures[_SIGNATURE]
     inputs, outputs = predict.structured_input_signature[1], predict.structured_outputs
-    specs = list(inputs.values())
-    takes_strings = len(specs) == 1 and specs[0].dtype == tf.string
+    shapes = [spec.shape for spec in inputs.values() if spec.dtype == tf.string]
     # a shape that is not known takes one image too
-    rank = specs[0].shape.rank or 0 if takes_strings else None
-    takes_any = rank == 0 or rank == 1 and specs[0].shape[0] is None
+    rank = shapes[0].rank or 0 if len(shapes) == len(inputs) == 1 else None
+    takes_any = rank == 0 or rank == 1 and shapes[0][0] is None
     if not takes_any or _OUTPUT not in outputs:
         raise ValueError(
             f"the signature {_SIGNATURE!r} of {path} takes {_describe(inputs)} and returns"

@@ -8,27 +8,27 @@ differ are for `weights.fit` to tell.
 import functools
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from agfsync_jax.weights.open_clip import rename_open_clip
 from agfsync_jax.weights.tensor_files import Tensor
 
 Tensors = dict[str, Tensor]
 
-# Parts of a single file: (regex of the key's prefix, its layout).
-_PARTS = (
-    (r"model\.diffusion_model\.", "unet"),
-    (r"first_stage_model\.", "vae"),
-    (r"(?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.", "clip"),
-    (r"(?:cond_stage_model|conditioner\.embedders\.[01])\.model\.", "open_clip"),
-)
-_WORDS = {
-    "unet": "the UNet (model.diffusion_model.*)",
-    "vae": "the autoencoder (first_stage_model.*)",
-    "clip": "the text encoder CLIP ViT-L "
-    "(cond_stage_model.transformer.* or conditioner.embedders.0.transformer.*)",
-    "open_clip": "the text encoder of OpenCLIP "
-    "(cond_stage_model.model.* or conditioner.embedders.*.model.*)",
+# Parts of a single file: layout -> (regex of the keys' prefix, what it is for messages).
+_PARTS = {
+    "unet": (r"model\.diffusion_model\.", "the UNet (model.diffusion_model.*)"),
+    "vae": (r"first_stage_model\.", "the autoencoder (first_stage_model.*)"),
+    "clip": (
+        r"(?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.",
+        "the text encoder CLIP ViT-L "
+        "(cond_stage_model.transformer.* or conditioner.embedders.0.transformer.*)",
+    ),
+    "open_clip": (
+        r"(?:cond_stage_model|conditioner\.embedders\.[01])\.model\.",
+        "the text encoder of OpenCLIP "
+        "(cond_stage_model.model.* or conditioner.embedders.*.model.*)",
+    ),
 }
 # Family -> (its text encoders: layout -> part of the diffusers folder, its kinds). Files of several
 # kinds have the same keys and differ in the noise schedule; the first is meant unless told, but for
@@ -90,11 +90,8 @@ def split_single_file(
 ) -> tuple[str, dict[str, Tensors]]:
     """Takes a single-file checkpoint of Stable Diffusion 1, 2 or XL apart.
 
-    Files that were trained from keep a running average of the UNet under `model_ema.`; as in
-    diffusers it is left alone.
-
     Args:
-      tensors: by the file's keys.
+      tensors: by the file's keys; the running average under `model_ema.` is not used.
       kind: which model it is, one of `skeletons.KINDS`; needed where the file does not tell.
 
     Returns:
@@ -111,11 +108,11 @@ def split_single_file(
                 "Expected a single-file checkpoint of Stable Diffusion 1, 2 or XL; this seems to "
                 f"be {what}: it holds {key}."
             )
-    found, unknown = {name: {} for name in _WORDS}, []
+    found, unknown = {name: {} for name in _PARTS}, []
     for key, tensor in tensors.items():
         if any(re.fullmatch(pattern, key) for pattern in _IGNORED):
             continue
-        for pattern, name in _PARTS:
+        for name, (pattern, _) in _PARTS.items():
             if match := re.match(pattern, key):
                 found[name][key[match.end() :]] = tensor
                 break
@@ -124,7 +121,7 @@ def split_single_file(
     family = _family(tensors, found)
     encoders, kinds = _FAMILIES[family]
     needed = ("unet", "vae", *encoders)
-    problems = [f"it lacks {_WORDS[name]}" for name in needed if not found[name]]
+    problems = [f"it lacks {_PARTS[name][1]}" for name in needed if not found[name]]
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         problems.append(f"it holds {len(unknown)} unknown keys: {', '.join(unknown[:10])}{more}")
@@ -156,11 +153,8 @@ def split_single_file(
             renamed, unknown = rename_open_clip(found[name])
             parts[part] = renamed | {key: found[name][key] for key in unknown}
     if family == "Stable Diffusion 2":
-        parts["text_encoder"] = {
-            key: tensor
-            for key, tensor in parts["text_encoder"].items()
-            if not re.match(_SD2_UNUSED, key)
-        }
+        text = parts["text_encoder"]
+        parts["text_encoder"] = {k: text[k] for k in text if not re.match(_SD2_UNUSED, k)}
     return kind or kinds[0], parts
 
 
@@ -248,11 +242,15 @@ def ldm_unet_name(name: str, layers_per_block: int = 2) -> str | None:
 
 def _unet(tensors: Tensors) -> Tensors:
     """Layers a block: the first downsampler stands behind the first level's."""
-    downs = [int(m[1]) for key in tensors if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", key))]
-    every = [int(m[1]) for key in tensors if (m := re.match(r"input_blocks\.(\d+)\.", key))]
+    downs = _numbers(r"input_blocks\.(\d+)\.0\.op\.", tensors)
+    every = _numbers(r"input_blocks\.(\d+)\.", tensors)
     layers = min(downs) - 1 if downs else max(every, default=1)
     # A name of no UNet stays, so that loading reports it.
     return {ldm_unet_name(key, layers) or key: tensor for key, tensor in tensors.items()}
+
+
+def _numbers(pattern: str, keys: Iterable[str]) -> list[int]:
+    return [int(match[1]) for key in keys if (match := re.match(pattern, key))]
 
 
 # latent-diffusion's autoencoder: ldm/modules/diffusionmodules/model.py.
@@ -273,7 +271,7 @@ _VAE_NAMES = (
 
 def _vae(tensors: Tensors) -> Tensors:
     """Levels of the decoder count from the lowest resolution; attention is linear, not 1x1 conv."""
-    levels = [int(m[1]) for key in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", key))]
+    levels = _numbers(r"decoder\.up\.(\d+)\.", tensors)
     renamed = {}
     for key, tensor in tensors.items():
         for pattern, replacement in _VAE_NAMES:

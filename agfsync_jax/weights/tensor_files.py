@@ -71,7 +71,7 @@ class Tensor:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
-        """The elements of `index` (steps of 1), all by default; the array may be a strided view."""
+        """The elements of `index` (steps of 1), all by default; maybe as a strided view."""
         index = index or (slice(None),) * len(self.shape)
         sized = zip(index, self.shape, strict=True)
         return self.fetch(tuple(slice(*part.indices(size)[:2]) for part, size in sized))
@@ -83,10 +83,8 @@ class Tensor:
             inner = tuple(index[axes.index(axis)] for axis in range(len(axes)))
             return self.fetch(inner).transpose(axes)
 
-        shape = tuple(self.shape[axis] for axis in axes)
-        return dataclasses.replace(
-            self, shape=shape, fetch=fetch, row_axis=axes.index(self.row_axis)
-        )
+        shape, row_axis = tuple(self.shape[axis] for axis in axes), axes.index(self.row_axis)
+        return dataclasses.replace(self, shape=shape, fetch=fetch, row_axis=row_axis)
 
     def split(self, parts: int) -> list["Tensor"]:
         """`parts` views of equally many rows each.
@@ -102,11 +100,10 @@ class Tensor:
             rows = slice(start + index[0].start, start + index[0].stop)
             return self.fetch((rows, *index[1:]))
 
+        shape, starts = (size, *self.shape[1:]), range(0, self.shape[0], size)
         return [
-            dataclasses.replace(
-                self, shape=(size, *self.shape[1:]), fetch=functools.partial(fetch, part * size)
-            )
-            for part in range(parts)
+            dataclasses.replace(self, shape=shape, fetch=functools.partial(fetch, start))
+            for start in starts
         ]
 
     def reshape(self, *shape: int) -> "Tensor":
@@ -117,7 +114,10 @@ class Tensor:
         """
         if [n for n in self.shape if n != 1] != [n for n in shape if n != 1]:
             raise ValueError(f"{self.key} {list(self.shape)} has no view of shape {list(shape)}.")
-        fetch = lambda index: self.read().reshape(shape)[index]  # noqa: E731
+
+        def fetch(index):
+            return self.read().reshape(shape)[index]
+
         return dataclasses.replace(self, shape=shape, fetch=fetch, row_axis=0)
 
 
@@ -308,8 +308,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         return
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns what follows
-    free = shutil.disk_usage(path.parent).free
-    if free < end:
+    if (free := shutil.disk_usage(path.parent).free) < end:
         raise OSError(
             f"{path} needs {end / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB free."
         )
