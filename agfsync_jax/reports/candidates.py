@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from agfsync_jax.data import records
-from agfsync_jax.data.columns import Column, without_parts
+from agfsync_jax.data.columns import KEYS, Column, without_parts
+from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.reports import tallies
 from agfsync_jax.reports.formats import describe
 from agfsync_jax.reports.pictures import distinct, find_images
-from agfsync_jax.reports.rounds import label_of, pair_columns, parsed, read_scored, scores_at
+from agfsync_jax.reports.rounds import label_of, parsed
 
 _ANSWERS = "prompt_id candidate scorer index question element_type expected answer correct".split()
 
@@ -108,25 +109,26 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
     Raises:
         FileNotFoundError: no pairs there.
     """
-    found = pair_columns(folder / "pairs")
-    scored, counts = read_scored(folder, columns), parsed(folder / "pair.json")
+    is_ranked = "candidates" in read_features(folder / "pairs")
+    found = _read_pairs(folder / "pairs", is_ranked)
+    scored, counts = _read_scored(folder, columns), parsed(folder / "pair.json")
     settings, _ = counts.pop("settings", {}), counts.pop("made_from", "")
     names = without_parts(scored.scores)
     names += [n for n in settings.get("weights", {}) if n in scored.scores and n not in names]
+    scored.scores = {name: scored.scores[name] for name in names}
     numbers = scored.numbers
     pairs = SimpleNamespace(
         prompts=np.array([numbers.setdefault(i, len(numbers)) for i in found["prompt_id"]]),
-        chosen=np.asarray(found["chosen_candidate"]),
-        rejected=np.asarray(found["rejected_candidate"]),
+        chosen=np.array([each[0] for each in found["candidates"]], int),
+        rejected=np.array([each[-1] for each in found["candidates"]], int),
         margin=np.asarray(found["margin"], np.float64),
     )
-    scored.scores = {name: scored.scores[name] for name in names}
     gallery = Gallery(
         label=label_of(folder),
         counts=counts,
         settings=settings,
         scoring=parsed(folder / "score.json"),
-        is_ranked="candidates" in found,
+        is_ranked=is_ranked,
         is_import=bool(settings.get("path")),
         pairs=pairs,
         prompts=scored.prompts,
@@ -143,6 +145,60 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
     examples = _examples(folder, found, scored, asked, shown)
     gallery.examples = {name: [examples[i] for i in places] for name, places in picked.items()}
     return gallery
+
+
+def _read_pairs(pairs: Path, is_ranked: bool) -> dict[str, Sequence]:
+    """What tells of pairs, one entry a pair each; its candidates and their scores, best first."""
+    always = ("pair_id", "prompt_id", "prompt", "margin")
+    if is_ranked:
+        return read_pairs(pairs, (*always, "candidates", "scores"))
+    sides = {
+        f"{what}s": [f"{side}_{what}" for side in ("chosen", "rejected")]
+        for what in ("candidate", "score")
+    }
+    found = read_pairs(pairs, (*always, *sides["candidates"], *sides["scores"]))
+    return found | {
+        name: np.stack([found.pop(column) for column in columns], 1)
+        for name, columns in sides.items()
+    }
+
+
+def _read_scored(folder: Path, columns: Mapping[str, Column]) -> SimpleNamespace:
+    """The scores of a round, one entry a candidate; nothing where there are none.
+
+    Returns:
+        numbers: prompt_id -> 0, 1, 2, ...
+        shards: prompt_id -> name of its shard.
+        rows: (prompt_id, candidate) -> its place in what follows.
+        prompts, candidates: int [n], the prompt by its number.
+        scores: {name: float64 [n]}, NaN where there is no score.
+
+    Raises:
+        ValueError: shards with different columns.
+    """
+    shards, rows, scores = {}, {}, {}
+    for path in sorted((folder / "scores").glob("[0-9]*.parquet")):
+        table = records.read_table(path)
+        for key in zip(*(table[name].to_pylist() for name in KEYS), strict=True):
+            rows[key] = len(rows)
+            shards[key[0]] = path.stem
+        names = set(table.column_names) - set(KEYS)
+        if scores and names != set(scores):
+            raise ValueError(
+                f"{path} has the columns {', '.join(sorted(names))}, the shards before it have"
+                f" {', '.join(sorted(scores))}: remove the stale ones and run `agfsync score`."
+            )
+        for name in names:
+            scores.setdefault(name, []).append(np.asarray(table[name].to_numpy(), np.float64))
+    numbers = {prompt: number for number, prompt in enumerate(shards)}
+    return SimpleNamespace(
+        numbers=numbers,
+        shards=shards,
+        rows=rows,
+        prompts=np.array([numbers[prompt] for prompt, _ in rows], int),
+        candidates=np.array([candidate for _, candidate in rows], int),
+        scores={name: np.concatenate(scores[name]) for name in describe(scores, columns)},
+    )
 
 
 def _of_side(scored: SimpleNamespace, prompt_ids: Sequence[str], candidates: np.ndarray) -> dict:
@@ -184,37 +240,36 @@ def _examples(
     places: Collection[int],
 ) -> dict[int, dict]:
     """Place of a pair -> what is shown of it."""
-
-    def both(place: int, what: str) -> list:
-        if f"{what}s" in found:  # of a ranking
-            return np.asarray(found[f"{what}s"][place]).tolist()
-        return [found[f"{side}_{what}"][place].item() for side in ("chosen", "rejected")]
-
-    ids = {place: (found["pair_id"][place], found["prompt_id"][place]) for place in places}
+    pairs = {place: {name: column[place] for name, column in found.items()} for place in places}
     wanted = {
-        (*ids[place], candidate) for place in places for candidate in both(place, "candidate")
+        (pair["pair_id"], pair["prompt_id"], candidate)
+        for pair in pairs.values()
+        for candidate in pair["candidates"].tolist()
     }
     images = find_images(folder, wanted, scored.shards)
 
-    def side(pair_id: str, prompt_id: str, candidate: int, total: float) -> dict:
+    def side(pair: dict, candidate: int, total: float) -> dict:
+        key = pair["prompt_id"], candidate
+        row = scored.rows.get(key)
+        scores = {} if row is None else scored.scores
         return {
             "candidate": candidate,
             "total": total,
-            "scores": scores_at(scored, (prompt_id, candidate)),
-            "answers": answers.get((prompt_id, candidate), []),
-            "png": images.get((pair_id, candidate)),
+            "scores": {name: float(column[row]) for name, column in scores.items()},
+            "answers": answers.get(key, []),
+            "png": images.get((pair["pair_id"], candidate)),
         }
 
     return {
         place: {
-            "prompt": found["prompt"][place],
-            "margin": float(found["margin"][place]),
+            "prompt": pair["prompt"],
+            "margin": float(pair["margin"]),
             "sides": [
-                side(*ids[place], *each)
-                for each in zip(both(place, "candidate"), both(place, "score"), strict=True)
+                side(pair, *each)
+                for each in zip(pair["candidates"].tolist(), pair["scores"].tolist(), strict=True)
             ],
         }
-        for place in places
+        for place, pair in pairs.items()
     }
 
 
@@ -224,10 +279,7 @@ def _read_answers(
     """Counts right answers, and keeps the rows of the wanted prompts.
 
     Files are read one by one, column by column: there are millions of answers. An image counts as
-    chosen, or as rejected, as often as it is in a pair.
-
-    Returns:
-        what `read_gallery` calls answers, and (prompt_id, candidate) -> rows in order.
+    chosen, or as rejected, as often as it is in a pair. Rows are by (prompt_id, candidate).
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -239,6 +291,7 @@ def _read_answers(
         np.add.at(times[side], (pairs.prompts, getattr(pairs, side)), 1)
     counted: dict = defaultdict(lambda: defaultdict(lambda: {side: np.zeros(2) for side in times}))
     rows = defaultdict(list)
+    prompts = pa.array(list(scored.numbers), pa.string())
     paths = [scores / f"answers-{name}.parquet" for name in sorted(set(scored.shards.values()))]
     for path in (path for path in paths if path.exists()):
         table = records.read_table(path, _ANSWERS)
@@ -246,23 +299,18 @@ def _read_answers(
         for row in kept.to_pylist():
             rows[row["prompt_id"], row["candidate"]].append(row)
         table = table.filter(table["answer"].is_valid())
-        prompts, prompt = _encoded(table["prompt_id"])
-        kinds, kind = _encoded(table["element_type"])
-        scorers, scorer = _encoded(table["scorer"])
-        prompt = np.array([scored.numbers[each] for each in prompts], int)[prompt]
+        prompt = pc.index_in(table["prompt_id"], prompts).to_numpy()
         candidate, right = table["candidate"].to_numpy(), table["correct"].to_numpy()
+        groups = table["scorer"], table["element_type"]
         for side, weights in times.items():
-            group, weight = scorer * len(kinds) + kind, weights[prompt, candidate]
-            size = len(scorers) * len(kinds)
-            sums = [np.bincount(group, x, size) for x in (weight * right, weight)]
-            for index, each in enumerate(zip(*sums, strict=True)):
-                counted[scorers[index // len(kinds)]][kinds[index % len(kinds)]][side] += each
+            weight = weights[prompt, candidate]
+            names = ["scorer", "kind", "right", "answered"]
+            columns = pa.table([*groups, weight * right, weight], names)
+            sums = columns.group_by(names[:2], use_threads=False).aggregate(
+                [(name, "sum") for name in names[2:]]
+            )
+            for row in sums.to_pylist():
+                counted[row["scorer"]][row["kind"]][side] += row["right_sum"], row["answered_sum"]
     for each in rows.values():
         each.sort(key=lambda row: (row["scorer"], row["index"]))
     return counted, rows
-
-
-def _encoded(column) -> tuple[list, np.ndarray]:
-    """The distinct values of an Arrow column, and which of them each row has."""
-    encoded = column.combine_chunks().dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()

@@ -1,6 +1,7 @@
 """Which pictures of base and tuned model a report shows."""
 
 import math
+from collections import defaultdict
 
 import numpy as np
 
@@ -21,16 +22,14 @@ def pick_examples(report: Report, count: int, seed: int) -> dict[str, list[dict]
     last = report.last
     if not last.delta:
         return {}
-    rows = {
-        name: {(r["prompt_id"], r["candidate"]): r for r in last.rows[name]} for name in last.rows
-    }
-    keys = sorted(rows["base"].keys() & rows["tuned"].keys())
+    rows = last.images()
+    keys = list(rows)
     judges = {n: c for n, c in report.columns.items() if n not in report.judges[1:]}
 
     def change(key) -> tuple:
+        base, tuned = rows[key]
         return tuple(
-            (rows["tuned"][key][name] - rows["base"][key][name])
-            * (1 if column.higher_is_better else -1)
+            (tuned[name] - base[name]) * (1 if column.higher_is_better else -1)
             for name, column in judges.items()
         )
 
@@ -48,19 +47,15 @@ def pick_examples(report: Report, count: int, seed: int) -> dict[str, list[dict]
         name: read_images(sorted(folder.glob("*.tfrecord")), wanted)
         for name, folder in folders.items()
     }
-    answers = {name: {} for name in last.answers}
+    answers = defaultdict(list)
     for name, table in last.answers.items():
         for row in table:
-            answers[name].setdefault((row["prompt_id"], row["candidate"]), []).append(row)
+            answers[name, row["prompt_id"], row["candidate"]].append(row)
 
     def example(key) -> dict:
         sides = {
-            name: {
-                "png": images[name][key],
-                "scores": rows[name][key],
-                "answers": answers[name].get(key, []),
-            }
-            for name in ("base", "tuned")
+            name: {"png": images[name][key], "scores": scores, "answers": answers[name, *key]}
+            for name, scores in zip(images, rows[key], strict=True)
         }
         return {"prompt": last.prompts[key[0]]["prompt"], **sides}
 

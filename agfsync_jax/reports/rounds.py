@@ -3,17 +3,12 @@
 import dataclasses
 import functools
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS, Column
-from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.reports.formats import describe, with_digits
 from agfsync_jax.utils.clock import read_stages
 from agfsync_jax.utils.files import absolute, date_of
@@ -52,6 +47,14 @@ class Round:
     rows: dict[str, list[dict]]  # base, tuned -> score rows
     answers: dict[str, list[dict]]  # base, tuned -> rows of answers
     missing: list[str]  # parts that are not there yet, each with the verb that makes it
+
+    def images(self) -> dict[tuple[str, int], tuple[dict, dict]]:
+        """(prompt_id, candidate) -> its score rows of base and tuned, in order of the keys."""
+        base, tuned = (
+            {tuple(row[name] for name in KEYS): row for row in self.rows[model]}
+            for model in ("base", "tuned")
+        )
+        return {key: (base[key], tuned[key]) for key in sorted(base.keys() & tuned.keys())}
 
 
 @dataclasses.dataclass
@@ -131,17 +134,17 @@ def read_report(
 
 
 def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -> Round:
-    def parquet(path: Path) -> list[dict]:
-        return records.read_parquet(path) if path.exists() else []
+    def rows(name: str) -> list[dict]:
+        path = folder / "evals" / name
+        read = records.read_jsonl if path.suffix == ".jsonl" else records.read_parquet
+        return read(path) if path.exists() else []
 
-    def jsonl(path: Path) -> list[dict]:
-        return records.read_jsonl(path) if path.exists() else []
-
-    def ordered(values: dict) -> dict:
-        return {name: values[name] for name in describe(values, columns)}
-
-    evals = folder / "evals"
-    comparison = parsed(evals / "comparison.json")
+    means = {name: parsed(folder / "evals" / f"{name}.json") for name in ("base", "tuned")}
+    intervals = {"delta": {}, "win_rate": {}} | means | parsed(folder / "evals" / "comparison.json")
+    found = {
+        part: {name: intervals[part][name] for name in describe(intervals[part], columns)}
+        for part in ("base", "tuned", "delta", "win_rate")
+    }
     return Round(
         folder=folder,
         label=label_of(folder),
@@ -150,13 +153,10 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -
         counts=parsed(folder / "pair.json"),
         has_pairs=(folder / "pairs" / "dataset_info.json").exists(),
         curve=read_metrics(folder / "checkpoints" / "metrics.jsonl"),
-        prompts={row["id"]: row for row in jsonl(evals / "prompts.jsonl")},
-        base=ordered(parsed(evals / "base.json")),
-        tuned=ordered(parsed(evals / "tuned.json")),
-        delta=ordered(comparison.get("delta", {})),
-        win_rate=ordered(comparison.get("win_rate", {})),
-        rows={name: parquet(evals / f"{name}-rows.parquet") for name in ("base", "tuned")},
-        answers={name: parquet(evals / f"{name}-answers.parquet") for name in ("base", "tuned")},
+        prompts={row["id"]: row for row in rows("prompts.jsonl")},
+        **found,
+        rows={name: rows(f"{name}-rows.parquet") for name in means},
+        answers={name: rows(f"{name}-answers.parquet") for name in means},
         missing=[f"{p} (agfsync {v})" for p, v in PARTS.items() if not (folder / p).exists()],
     )
 
@@ -169,62 +169,3 @@ def label_of(folder: Path) -> str:
 def parsed(path: Path) -> dict:
     """A JSON file; {} where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def pair_columns(pairs: Path) -> dict[str, Sequence]:
-    """What tells of pairs, one entry a pair each; of a ranking the best against the worst."""
-    always = ("pair_id", "prompt_id", "prompt", "margin")
-    sides = [f"{side}_{what}" for what in ("candidate", "score") for side in ("chosen", "rejected")]
-    if "candidates" not in read_features(pairs):
-        return read_pairs(pairs, (*always, *sides))
-    found = read_pairs(pairs, (*always, "candidates", "scores"))
-    for name, column in (("candidate", found["candidates"]), ("score", found["scores"])):
-        for side, place in (("chosen", 0), ("rejected", -1)):
-            found[f"{side}_{name}"] = np.array([values[place] for values in column])
-    return found
-
-
-def read_scored(folder: Path, columns: Mapping[str, Column]) -> SimpleNamespace:
-    """The scores of a round, one entry a candidate; nothing where there are none.
-
-    Returns:
-        numbers: prompt_id -> 0, 1, 2, ...
-        shards: prompt_id -> name of its shard.
-        rows: (prompt_id, candidate) -> its place in what follows.
-        prompts, candidates: int [n], the prompt by its number.
-        scores: {name: float64 [n]}, NaN where there is no score.
-
-    Raises:
-        ValueError: shards with different columns.
-    """
-    numbers, shards, rows, prompts = {}, {}, {}, []
-    scores = defaultdict(list)
-    for path in sorted((folder / "scores").glob("[0-9]*.parquet")):
-        table = records.read_table(path)
-        for key in zip(*(table[name].to_pylist() for name in KEYS), strict=True):
-            rows[key] = len(rows)
-            shards[key[0]] = path.stem
-            prompts.append(numbers.setdefault(key[0], len(numbers)))
-        names = set(table.column_names) - set(KEYS)
-        if scores and names != set(scores):
-            raise ValueError(
-                f"{path} has the columns {', '.join(sorted(names))}, the shards before it have"
-                f" {', '.join(sorted(scores))}: remove the stale ones and run `agfsync score`."
-            )
-        for name in names:
-            scores[name].append(np.asarray(table[name].to_numpy(), np.float64))
-    return SimpleNamespace(
-        numbers=numbers,
-        shards=shards,
-        rows=rows,
-        prompts=np.array(prompts, int),
-        candidates=np.array([candidate for _, candidate in rows], int),
-        scores={name: np.concatenate(scores[name]) for name in describe(scores, columns)},
-    )
-
-
-def scores_at(scored: SimpleNamespace, key: tuple[str, int]) -> dict[str, float]:
-    """The scores of (prompt_id, candidate) in what `read_scored` gives; {} where it has none."""
-    if key not in scored.rows:
-        return {}
-    return {name: float(column[scored.rows[key]]) for name, column in scored.scores.items()}

@@ -1,5 +1,7 @@
 """Every score by the category of its prompt, base against tuned, with 95% intervals."""
 
+from collections import defaultdict
+
 import numpy as np
 
 from agfsync_jax.reports import formats
@@ -12,47 +14,39 @@ SHOWN = 20  # categories, those with the most prompts
 
 def show(report: Report) -> dict:
     last = report.last
-    rows = [
-        {(row["prompt_id"], row["candidate"]): row for row in last.rows[model]}
-        for model in ("base", "tuned")
-    ]
-    keys: dict[str, list] = {}
-    for key in sorted(rows[0].keys() & rows[1].keys()):
-        if category := last.prompts.get(key[0], {}).get("category"):
-            keys.setdefault(category, []).append(key)
-    if len(keys) < 2:
+    images = defaultdict(list)  # category -> score rows of base and tuned
+    for (prompt, _), rows in last.images().items():
+        if category := last.prompts.get(prompt, {}).get("category"):
+            images[category].append(rows)
+    if len(images) < 2:
         return {}
-    sizes = {category: len({key[0] for key in found}) for category, found in keys.items()}
-    shown = sorted(keys, key=lambda category: (-sizes[category], category))[:SHOWN]
-    tables = {}
-    for name, column in report.columns.items():
-        if name not in last.delta:
-            continue
-        tables[name] = []
+    prompts = {
+        category: np.array([base["prompt_id"] for base, _ in found])
+        for category, found in images.items()
+    }
+    sizes = {category: len(set(ids.tolist())) for category, ids in prompts.items()}
+    shown = sorted(images, key=lambda category: (-sizes[category], category))[:SHOWN]
+    tables = {name: [] for name in report.columns if name in last.delta}
+    for name, rows in tables.items():
+        column = report.columns[name]
         for category in shown:
-            prompts = np.array([key[0] for key in keys[category]])
-            base, tuned = (np.array([of[key][name] for key in keys[category]]) for of in rows)
+            base, tuned = np.array([[row[name] for row in both] for both in images[category]]).T
             figures = (
-                formats.value(column, bootstrap(base, prompts)),
-                formats.value(column, bootstrap(tuned, prompts)),
-                formats.change(column, bootstrap(tuned - base, prompts)),
+                formats.value(column, bootstrap(base, prompts[category])),
+                formats.value(column, bootstrap(tuned, prompts[category])),
+                formats.change(column, bootstrap(tuned - base, prompts[category])),
             )
-            tables[name].append((category, formats.count(sizes[category], "prompt"), figures))
+            rows.append((category, formats.count(sizes[category], "prompt"), figures))
     note = "Prompts of one category at a time; small figures are 95% intervals."
-    if len(keys) > SHOWN:
-        note += f" The {SHOWN} categories of {len(keys):,} that have the most prompts."
+    if len(images) > SHOWN:
+        note += f" The {SHOWN} categories of {len(images):,} that have the most prompts."
     return {"tables": tables, "note": note}
 
 
-PANEL = Panel(
-    "report",
-    70,
-    show,
-    "By category of prompt",
-    """
+TEMPLATE = """
 {% for name, rows in tables.items() %}
 <details class="card"{% if loop.first %} open{% endif %}><summary>{{ name }}</summary>
 {{ m.figures(["Base", "Tuned", "Change"], rows) }}</details>
 {% endfor %}
-""",
-)
+"""
+PANEL = Panel("report", 70, show, "By category of prompt", TEMPLATE)
