@@ -8,6 +8,7 @@ With --stage=pair: round_NNN/pairs.html alone, a gallery to judge the pairs by b
 them. The report, which links them, writes it for every round that has pairs.
 """
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -23,7 +24,7 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.reports import formats, pages, sheet
 from agfsync_jax.reports.candidates import Gallery, read_gallery
 from agfsync_jax.reports.examples import pick_examples
-from agfsync_jax.reports.rounds import Report, Round, read_report
+from agfsync_jax.reports.rounds import Report, read_report
 from agfsync_jax.scoring.columns import columns_of
 from agfsync_jax.utils.files import absolute, to_path
 
@@ -62,14 +63,15 @@ def write_report(config, workdir: Path) -> None:
     """Writes report.html, summary.json, before_after.png, and the galleries it links."""
     columns = columns_of(config)
     judges = [name for name in columns if name.split("/")[0] not in config.scorers]
-    report = read_report(workdir, columns, judges, device=_device(), versions=_versions())
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    report = read_report(workdir, columns, judges, device=device, versions=_versions())
     text = json.dumps(summarize(report), indent=2)
     records.write_file(workdir / "summary.json", [text.encode(), b"\n"])
 
     report.examples = pick_examples(report, config.report.num_examples, config.seed)
     if any(report.examples.values()):
         stream = io.BytesIO()
-        sheet.draw(_cards(report)).save(stream, "PNG", optimize=True)
+        sheet.draw(_cards(report)).save(stream, "PNG")
         records.write_file(workdir / "before_after.png", [stream.getvalue()])
     links = []
     for each in (each for each in report.rounds if each.has_pairs):
@@ -87,36 +89,26 @@ def _write(path: Path, page: str) -> None:
 
 def summarize(report: Report) -> dict:
     """The figures of the report, for scripts; null or {} stands for what is not there yet."""
-    return {
-        "rounds": [_figures(each) for each in report.rounds],
-        "device": report.device,
-        "versions": report.versions,
-    }
-
-
-def _figures(of: Round) -> dict:
-    return {
-        "stages": of.stages,
-        "pairs": of.counts.get("pairs"),
-        "ties_dropped": of.counts.get("ties"),
-        "base": of.base,
-        "tuned": of.tuned,
-        "delta": of.delta,
-        "win_rate": of.win_rate,
-    }
-
-
-def _device() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    rounds = [
+        {
+            "stages": each.stages,
+            "pairs": each.counts.get("pairs"),
+            "ties_dropped": each.counts.get("ties"),
+            "base": each.base,
+            "tuned": each.tuned,
+            "delta": each.delta,
+            "win_rate": each.win_rate,
+        }
+        for each in report.rounds
+    ]
+    return {"rounds": rounds, "device": report.device, "versions": report.versions}
 
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # run from a checkout, or an optional part
     return versions
 
 

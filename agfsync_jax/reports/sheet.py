@@ -1,5 +1,6 @@
 """before_after.png: a sheet of small cards, base beside tuned, for a README."""
 
+import bisect
 import functools
 import io
 import math
@@ -53,7 +54,8 @@ def draw(groups: Mapping[str, Sequence[tuple[str, Side, Side]]]) -> Image.Image:
                 canvas.write(note, left, above + TILE + 3, size=11, color=color)
                 left += TILE + 4
         y += rows[heading] * (TOP + TILE + FOOT)
-    return canvas.image()
+    canvas.figure.canvas.draw()
+    return Image.fromarray(np.asarray(canvas.figure.canvas.buffer_rgba())).convert("RGB")
 
 
 class _Canvas:
@@ -88,14 +90,9 @@ class _Canvas:
 
         def fitting(line: str, end: str = "") -> int:
             """How many letters of the line fit, followed by `end`."""
-            low, high = 0, len(line)
-            while low < high:
-                middle = (low + high + 1) // 2
-                shown = self.renderer.get_text_width_height_descent(
-                    line[:middle] + end, font, False
-                )
-                low, high = (middle, high) if shown[0] <= width else (low, middle - 1)
-            return low
+            measure = self.renderer.get_text_width_height_descent
+            counts = range(1, len(line) + 1)
+            return bisect.bisect(counts, width, key=lambda n: measure(line[:n] + end, font, False)[0])
 
         first = max(fitting(text), 1)
         if first >= len(text):
@@ -113,10 +110,6 @@ class _Canvas:
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         picture = picture.resize([max(1, round(side * scale)) for side in picture.size], method)
         self.figure.figimage(np.asarray(picture), x, self.height - y - picture.height)
-
-    def image(self) -> Image.Image:
-        self.figure.canvas.draw()
-        return Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def families(text: str) -> list[str]:
