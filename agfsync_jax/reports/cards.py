@@ -63,7 +63,7 @@ def of_pair(gallery: Gallery, example: Mapping) -> Card:
         number = each["candidate"]
         lines = [(IMAGES[number], "", "") if gallery.is_import else ("candidate", f"{number}", "")]
         marks = [_mark(gallery, name, each, found) for name in names]
-        total = formats.total(each["total"])
+        total = formats.number(formats.TOTAL, each["total"])
         if gallery.is_ranked:
             table.append((title, [*marks, (total, "")]))
         elif not gallery.is_import:
@@ -82,7 +82,7 @@ def of_pair(gallery: Gallery, example: Mapping) -> Card:
         _by_difference(first, last),
         table,
         ["place", *names, "total"],
-        "" if gallery.is_import else f"margin {formats.total(example['margin'])}",
+        "" if gallery.is_import else f"margin {formats.number(formats.TOTAL, example['margin'])}",
         256 if gallery.is_ranked else 512,
     )
 

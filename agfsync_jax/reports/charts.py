@@ -16,14 +16,18 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agfsync_jax.reports.formats import percent, plain
+from agfsync_jax.data.columns import Column
+from agfsync_jax.reports.formats import number, of_axis, percent, plain
 
 COLORS = ("#8b95a5", "#2457d6", "#d9730d", "#0f8a6d", "#8a3ffc", "#c2255c")  # the first is the base
+ALL, BETTER, WORSE = "#c3cad6", "#0b7a4b", "#b3261e"  # of pairs
 INK, FAINT, GRID = "#1c2330", "#667085", "#e6e9ef"
 WIDTH, HEIGHT = 360, 190
+PLAIN = Column(format=",.6g")
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "agfsync",
@@ -45,8 +49,6 @@ STYLE = {
     "ytick.left": False,
     "lines.solid_joinstyle": "round",
 } | {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}
-# Names of colors, and the numbers of a path, of which a tenth of a unit is enough.
-_CLUTTER = re.compile(r'<defs>\s*<style.*?</defs>| id="[\w.]+_\d+"|(?<= d)="[^"]*"', re.DOTALL)
 
 
 class Chart(NamedTuple):
@@ -79,8 +81,16 @@ def _axes(height: float = HEIGHT, grid: str = "y") -> Axes:
     return axes
 
 
-def _place(axes: Axes, *, top: float = 8, bottom: float = 22, left: float | None = None) -> None:
-    """Fits the axes into their figure; the left margin follows the labels."""
+def _chart(
+    title: str,
+    keys: Sequence[tuple[str, str]],
+    axes: Axes,
+    *,
+    top: float = 8,
+    bottom: float = 22,
+    left: float | None = None,
+) -> Chart:
+    """Fits the axes into their figure and draws it; the left margin follows the labels."""
     height = axes.figure.get_figheight() * 72
     if left is None:
         labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
@@ -88,9 +98,6 @@ def _place(axes: Axes, *, top: float = 8, bottom: float = 22, left: float | None
     width = WIDTH - 14 - left
     box = left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height
     axes.set_position(box)
-
-
-def _svg(axes: Axes) -> Markup:
     stream = io.StringIO()
     for artist in axes.findobj():
         artist.set_clip_on(False)
@@ -98,13 +105,17 @@ def _svg(axes: Axes) -> Markup:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         axes.figure.savefig(stream, format="svg", metadata=nothing)
     text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<defs>\s*<style.*?</defs>| id="[\w.]+_\d+"', "", text, flags=re.DOTALL)
 
-    def shorter(match: re.Match) -> str:
-        if not match[0].startswith("="):
-            return ""
-        return re.sub(r"(\.\d)\d+", r"\1", re.sub(r"\s+", " ", match[0]))
+    def shorter(path: re.Match) -> str:  # a tenth of a unit is enough
+        return re.sub(r"(\.\d)\d+", r"\1", re.sub(r"\s+", " ", path[0]))
 
-    return Markup(_CLUTTER.sub(shorter, text[text.index("<svg") :]))
+    return Chart(title, keys, Markup(re.sub(r' d="[^"]*"', shorter, text)))
+
+
+def _letter(axis: Axis, text: Callable[[float], str]) -> None:
+    axis.set_major_formatter(lambda value, _: text(value))
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -122,7 +133,7 @@ def lines(
     bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
     x_label: str = "",
     x_labels: Sequence[str] = (),
-    y_format: Callable[[float], str] = plain,
+    column: Column = PLAIN,
     reference: tuple[float, str] | None = None,
     smooth: int = 1,
 ) -> Chart | None:
@@ -130,6 +141,7 @@ def lines(
 
     Args:
         bands: {name: (low, high)}, shaded.
+        column: what y is.
         x_labels: name the positions 0, 1, 2, ...
         reference: a dashed level and its name.
         smooth: above 1, the raw line is pale under its moving average.
@@ -157,26 +169,24 @@ def lines(
         place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right"}
         over = axes.get_yaxis_transform()
         axes.annotate(label, (1, level), xycoords=over, color=FAINT, fontsize=10.5, **place)
-    axes.yaxis.set_major_formatter(lambda value, _: y_format(value))
+    _letter(axes.yaxis, of_axis(column))
     if x_labels:
         shown = range(0, len(x_labels), math.ceil(len(x_labels) / 6))
         axes.set_xticks(shown, [x_labels[i] for i in shown])
         axes.set_xlim(-0.25, len(x_labels) - 0.75)
     else:
-        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+        _letter(axes.xaxis, plain)
     axes.set_xlabel(x_label)
-    _place(axes, bottom=38 if x_label else 22)
-    return Chart(title, keys if len(keys) > 1 else (), _svg(axes))
+    return _chart(title, keys if len(keys) > 1 else (), axes, bottom=38 if x_label else 22)
 
 
 @matplotlib.rc_context(STYLE)
 def histogram(
     title: str,
     groups: Mapping[str, Sequence[float]],
+    column: Column = PLAIN,
     *,
     bins: int = 12,
-    x_format: Callable[[float], str] = plain,
-    mean_format: Callable[[float], str] = plain,
     colors: Sequence[str] = COLORS,
     outlined: Sequence[str] = (),
 ) -> Chart | None:
@@ -200,7 +210,7 @@ def histogram(
     keys = []
     for (name, values), color in zip(groups.items(), colors, strict=False):
         shares = np.histogram(values, edges)[0] / values.size
-        keys.append((f"{name}: mean {mean_format(values.mean())}", color))
+        keys.append((f"{name}: mean {number(column, values.mean())}", color))
         if name in outlined:
             axes.stairs(shares, edges, color=color, linewidth=2)
         else:
@@ -209,10 +219,9 @@ def histogram(
             axes.bar(left[shown], shares[shown], width, align="edge", color=color)
     axes.set_xticks(ticks)
     axes.set_xlim(ticks[0], ticks[-1])
-    axes.xaxis.set_major_formatter(lambda value, _: x_format(value))
-    axes.yaxis.set_major_formatter(lambda value, _: percent(value))
-    _place(axes)
-    return Chart(title, keys, _svg(axes))
+    _letter(axes.xaxis, of_axis(column))
+    _letter(axes.yaxis, percent)
+    return _chart(title, keys, axes)
 
 
 @matplotlib.rc_context(STYLE)
@@ -231,29 +240,26 @@ def bars(
     width = min(0.8 / len(groups), 34 / pitch)
     keys = [*zip(groups, colors, strict=False)]
     for j, (name, color) in enumerate(keys):
-        for i, number in enumerate(groups[name]):
-            middle = i + (j - len(groups) / 2 + 0.5) * width
-            axes.bar(middle, number, 0.95 * width, color=color)
-            text = f"{number:,}"
-            if 6.4 * len(text) <= width * pitch:
-                axes.text(middle, number, text, ha="center", va="bottom", color=INK, fontsize=10)
+        middles = np.arange(len(labels)) + (j - len(groups) / 2 + 0.5) * width
+        drawn = axes.bar(middles, groups[name], 0.95 * width, color=color)
+        texts = [f"{count:,}" for count in groups[name]]
+        texts = [text if 6.4 * len(text) <= width * pitch else "" for text in texts]
+        axes.bar_label(drawn, texts, color=INK, fontsize=10)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.yaxis.set_major_formatter(lambda value, _: plain(value))
-    _place(axes, top=16)
-    return Chart(title, keys, _svg(axes))
+    _letter(axes.yaxis, plain)
+    return _chart(title, keys, axes, top=16)
 
 
 @matplotlib.rc_context(STYLE)
 def dots(
     title: str,
     rows: Mapping[str, Mapping[str, Mapping[str, float]]],
-    *,
-    value_format: Callable[[float], str] = percent,
+    column: Column,
 ) -> Chart | None:
-    """Means with intervals on one scale, {label: {name: interval}}; None without any.
+    """Means with intervals on one scale, {label: {name: interval}}, each with its numbers.
 
-    The numbers stand beside the label.
+    None without any.
     """
     rows = {label: points for label, points in rows.items() if points}
     if not rows:
@@ -265,18 +271,16 @@ def dots(
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for i, (label, points) in enumerate(rows.items()):
         middle = i + 0.72  # the words above it
-        numbers = " → ".join(value_format(point["mean"]) for point in points.values())
+        numbers = " → ".join(number(column, point["mean"]) for point in points.values())
         for x, text, align in ((0, label, "left"), (1, numbers, "right")):
-            over = axes.get_yaxis_transform()
-            axes.text(x, i + 0.28, text, transform=over, ha=align, va="center", color=INK).set_bbox(
-                behind
-            )
+            place = {"transform": axes.get_yaxis_transform(), "ha": align, "va": "center"}
+            axes.text(x, i + 0.28, text, color=INK, bbox=behind, **place)
         for j, (name, point) in enumerate(points.items()):
             y = middle + 0.1 * (2 * j - len(points) + 1)
             axes.hlines(y, point["low"], point["high"], color=colors[name], linewidth=2)
             axes.plot(point["mean"], y, "o", color=colors[name], markersize=8)
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([])
-    axes.xaxis.set_major_formatter(lambda value, _: percent(value))
-    _place(axes, top=2, bottom=22, left=16)
-    return Chart(title, [*colors.items()] if len(names) > 1 else (), _svg(axes))
+    _letter(axes.xaxis, of_axis(column))
+    keys = [*colors.items()] if len(names) > 1 else ()
+    return _chart(title, keys, axes, top=2, left=16)

@@ -1,11 +1,13 @@
 """How numbers are written: a column's in the column's format, shares, counts, times."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from agfsync_jax.data.columns import Column
 from agfsync_jax.utils import statistics
+
+SHARE, TOTAL = Column(format="%"), Column(format=".3g")  # a total is a weighted sum of scores
 
 
 class Figure(NamedTuple):
@@ -34,15 +36,10 @@ def with_digits(column: Column, delta: Mapping[str, float]) -> Column:
     return column._replace(format=f".{statistics.digits(delta, digits + shift) - shift}{kind}")
 
 
-def is_share(column: Column) -> bool:
-    """Whether its values are shares, from 0 to 1."""
-    return column.format.endswith("%")
-
-
 def number(column: Column, value: float, *, signed: bool = False) -> str:
     """A value as text: "81.4%"; `signed` a difference: "+1.6 pt" for shares."""
     sign = "+" if signed else ""
-    if is_share(column):
+    if column.format.endswith("%"):
         digits = column.format[:-1] or ".1"
         text = "100" if value == 1 and not signed else f"{100 * value:{sign}{digits}f}"
         text += " pt" if signed else "%"
@@ -87,10 +84,10 @@ def win_rate(column: Column, interval: Mapping[str, float]) -> Figure:
     mean, low, high = (interval[key] for key in ("mean", "low", "high"))
     if not column.higher_is_better:
         mean, low, high = 1 - mean, 1 - high, 1 - low
-    share, interval = Column(format="%"), {"low": low, "high": high}
-    says = direction(share, interval, 0.5)
+    interval = {"low": low, "high": high}
+    says = direction(SHARE, interval, 0.5)
     arrow = {"better": "▲", "worse": "▼", "": ""}[says]
-    return Figure(percent(round(mean, 3)), between(share, interval), says, arrow)
+    return Figure(percent(round(mean, 3)), between(SHARE, interval), says, arrow)
 
 
 def plain(value: float) -> str:
@@ -98,6 +95,11 @@ def plain(value: float) -> str:
     size = abs(value)
     text = f"{value:.1e}" if size and (size < 1e-3 or size >= 1e6) else f"{value:,.6g}"
     return text.replace("-", "−")
+
+
+def of_axis(column: Column) -> Callable[[float], str]:
+    """How an axis of its values is lettered."""
+    return percent if column.format.endswith("%") else plain
 
 
 def percent(share: float) -> str:
@@ -108,11 +110,6 @@ def percent(share: float) -> str:
 def whole_percent(share: float) -> str:
     """ "62%"."""
     return percent(round(share, 2))
-
-
-def total(value: float) -> str:
-    """A weighted sum of scores."""
-    return f"{value:.3g}".replace("-", "−")
 
 
 def count(number: int, word: str) -> str:

@@ -92,7 +92,9 @@ class _Canvas:
             """How many letters of the line fit, followed by `end`."""
             measure = self.renderer.get_text_width_height_descent
             counts = range(1, len(line) + 1)
-            return bisect.bisect(counts, width, key=lambda n: measure(line[:n] + end, font, False)[0])
+            return bisect.bisect(
+                counts, width, key=lambda n: measure(line[:n] + end, font, False)[0]
+            )
 
         first = max(fitting(text), 1)
         if first >= len(text):

@@ -86,14 +86,10 @@ def agreement(
     """The shares of pairs whose chosen image has the higher, an equal and the lower raw score."""
     both = np.isfinite(chosen) & np.isfinite(rejected)
     if not both.any():
-        return np.nan, np.nan, np.nan
+        return (np.nan,) * 3
     x, y = chosen[both], rejected[both]
     same = np.isclose(x, y, rtol=_ROUNDING, atol=0)
-    return (
-        float((~same & (x > y)).mean()),
-        float(same.mean()),
-        float((~same & (x < y)).mean()),
-    )
+    return tuple(float(each.mean()) for each in (~same & (x > y), same, ~same & (x < y)))
 
 
 class Wins(NamedTuple):

@@ -15,8 +15,8 @@ from agfsync_jax.data import records
 from agfsync_jax.data.columns import Column
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.data.pairs import pair_features, write_pairs
-from agfsync_jax.reports import findings
 from agfsync_jax.reports.candidates import read_gallery
+from agfsync_jax.reports.panels.pair_verdict import warnings
 from agfsync_jax.scoring.columns import columns_of
 
 EVIL = 'a <script>alert(1)</script> & "cat"'
@@ -318,7 +318,7 @@ def test_warnings(folder):
     source.scores["flat"] = source.prompts + 0.001 * rng.random(n)
     source.chosen["flat"], source.rejected["flat"] = np.arange(5) % 2, np.ones(5)
     source.chosen["vqa"] = np.array([np.nan, 1, 1, 1, 1])
-    found = " ".join(findings.warnings(source))
+    found = " ".join(warnings(source))
     for sentence in (
         "left to chance (config.pair.shuffle_labels)",
         "75% of the prompts gave no pair",
@@ -329,7 +329,7 @@ def test_warnings(folder):
         assert sentence in found
     source.pairs.prompts = np.arange(40)
     source.pairs.chosen, source.pairs.rejected = np.ones(40, int), np.zeros(40, int)
-    found = " ".join(findings.warnings(source))
+    found = " ".join(warnings(source))
     assert "candidate 0 is chosen in 0% of its 40 pairs" in found
     assert "config.sample.conditioning_noise" in found
 
@@ -342,7 +342,7 @@ def test_nothing_odd(folder):
     source.pairs.chosen, source.pairs.rejected = np.arange(30) % 4, np.arange(1, 31) % 4
     source.chosen, source.rejected = {"vqa": np.ones(30)}, {"vqa": np.zeros(30)}
     source.counts["prompts"] = 40
-    assert findings.warnings(source) == []
+    assert warnings(source) == []
 
 
 def test_lower_is_better(folder):

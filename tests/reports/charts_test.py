@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from agfsync_jax.data.columns import Column
 from agfsync_jax.reports import charts
 
 EVIL, JAPANESE = "<script>alert('$x$')</script>", "赤い猫"
@@ -95,11 +96,11 @@ def interval(mean: float) -> dict:
 
 def test_dots():
     rows = {EVIL: {"base": interval(0.5), "tuned": interval(0.7)}, "gone": {}}
-    chart = charts.dots("d", rows)
+    chart = charts.dots("d", rows, Column(format=".0%"))
     assert {EVIL, "50% → 70%"} <= set(texts(parse(chart)))
     assert [name for name, _ in chart.keys] == ["base", "tuned"]
-    assert charts.dots("d", {"gone": {}}) is None
-    parse(charts.dots("d", {"a": {"base": {"mean": 0, "low": 0, "high": 0}}}))
+    assert charts.dots("d", {"gone": {}}, Column()) is None
+    parse(charts.dots("d", {"a": {"base": {"mean": 0, "low": 0, "high": 0}}}, Column()))
 
 
 def test_the_same_data_makes_the_same_bytes():

@@ -6,8 +6,8 @@ import pytest
 
 from agfsync_jax.data.columns import Column
 from agfsync_jax.reports.formats import describe
+from agfsync_jax.reports.panels.verdict import verdict
 from agfsync_jax.reports.rounds import Report, Round
-from agfsync_jax.reports.verdict import verdict
 
 EMPTY = {field.name: {} for field in dataclasses.fields(Round)}
 UP, DOWN, FLAT = (0.01, 0.03), (-0.03, -0.01), (-0.01, 0.01)

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from agfsync_jax.reports import tallies
+from agfsync_jax.reports import charts, tallies
 from agfsync_jax.reports.candidates import Gallery
 from agfsync_jax.reports.panels import Panel
 
-COLORS = {"better": "#0b7a4b", "equal": "#98a2b3", "worse": "#b3261e"}
+COLORS = {"better": charts.BETTER, "equal": "#98a2b3", "worse": charts.WORSE}
 
 
 def show(gallery: Gallery) -> dict:
@@ -14,11 +14,10 @@ def show(gallery: Gallery) -> dict:
     scores = [gallery.scores[name] for name in names]
     matrices = {}
     if len(names) > 1:
-        for heading, prompts in (
-            ("Correlation over all images", None),
-            ("Correlation within prompts", gallery.prompts),
-        ):
-            matrices[heading] = tallies.correlations(scores, prompts).tolist()
+        matrices = {
+            "Correlation over all images": tallies.correlations(scores).tolist(),
+            "Correlation within prompts": tallies.correlations(scores, gallery.prompts).tolist(),
+        }
     signs = gallery.signs
     shares = [
         (
@@ -44,12 +43,7 @@ def show(gallery: Gallery) -> dict:
     }
 
 
-PANEL = Panel(
-    "pairs",
-    40,
-    show,
-    "Do the scores agree?",
-    """
+TEMPLATE = """
 {% macro heat(value) %}
 {% if value != value %}<div class="heat">–</div>{% else %}
 <div class="heat" style="background: rgba({{ "36, 87, 214" if value > 0 else "217, 115, 13" }},
@@ -82,5 +76,5 @@ PANEL = Panel(
 </div>
 {% endif %}
 </div>
-""",
-)
+"""
+PANEL = Panel("pairs", 40, show, "Do the scores agree?", TEMPLATE)

@@ -1,12 +1,11 @@
 """What share of the answers is right, by kind of question: of all, chosen, rejected images."""
 
-from agfsync_jax.data.columns import Column
-from agfsync_jax.reports import formats
+from agfsync_jax.reports import charts, formats
 from agfsync_jax.reports.candidates import Gallery
 from agfsync_jax.reports.panels import Panel
 
 KINDS = 14  # kinds of question shown; the rest is taken together
-COLORS = {"all": "#c3cad6", "rejected": "#b3261e", "chosen": "#0b7a4b"}
+COLORS = {"all": charts.ALL, "rejected": charts.WORSE, "chosen": charts.BETTER}
 
 
 def show(gallery: Gallery) -> dict:
@@ -35,7 +34,7 @@ def _rows(kinds: dict[str, dict]) -> list[dict]:
     for kind, counts in shown.items():
         shares = {side: right / max(answered, 1) for side, (right, answered) in counts.items()}
         texts = {
-            side: formats.number(Column(format="%"), shares[side]) if counts[side][1] else "–"
+            side: formats.number(formats.SHARE, shares[side]) if counts[side][1] else "–"
             for side in COLORS
         }
         number = int(counts["all"][1])
@@ -43,12 +42,7 @@ def _rows(kinds: dict[str, dict]) -> list[dict]:
     return sorted(rows, key=lambda row: row["shares"]["rejected"] - row["shares"]["chosen"])
 
 
-PANEL = Panel(
-    "pairs",
-    50,
-    show,
-    "Answers",
-    """
+TEMPLATE = """
 {% for scorer, rows in tables.items() %}
 <div class="card">{% if tables|length > 1 %}<h3>{{ scorer }}</h3>{% endif %}
 
@@ -66,5 +60,5 @@ PANEL = Panel(
 {% endfor %}
 </tbody></table></div>
 {% endfor %}
-""",
-)
+"""
+PANEL = Panel("pairs", 50, show, "Answers", TEMPLATE)

@@ -5,46 +5,29 @@ from agfsync_jax.reports.rounds import Report
 
 
 def show(report: Report) -> dict:
-    tables = {each.label: _rows(each.stages) for each in report.rounds if each.stages}
-    return {"tables": tables} if tables else {}
-
-
-def _rows(stages: dict) -> list[dict]:
-    total = sum(stage["seconds"] for stage in stages.values())
-    return [
-        {
-            "verb": verb,
-            "seconds": stage["seconds"],
-            "share": stage["seconds"] / (total or 1.0),
-            "items": stage["items"],
-            "rate": _rate(stage["items_per_second"]) if stage["items"] else "–",
-        }
-        for verb, stage in stages.items()
-    ]
+    tables = {each.label: each.stages for each in report.rounds if each.stages}
+    return {"tables": tables, "rate": _rate} if tables else {}
 
 
 def _rate(speed: float) -> str:
     return f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.3g}/s"
 
 
-PANEL = Panel(
-    "report",
-    110,
-    show,
-    "What it cost",
-    """
+TEMPLATE = """
 <div class="cards">
-{% for label, rows in tables.items() %}
+{% for label, stages in tables.items() %}
+{% set total = stages.values()|sum(attribute="seconds") %}
 <div class="card"><h3>{{ label }}</h3>
 <table>{{ m.header(["Stage", "Time", "Items", "Rate"]) }}<tbody>
-{% for row in rows %}
-<tr><td>{{ row.verb }}{{ m.bar(row.share) }}</td><td>{{ row.seconds|duration }}</td>
-<td>{{ "{:,}".format(row["items"]) }}</td><td>{{ row.rate }}</td></tr>
+{% for verb, stage in stages.items() %}
+<tr><td>{{ verb }}{{ m.bar(stage.seconds / (total or 1)) }}</td>
+<td>{{ stage.seconds|duration }}</td><td>{{ "{:,}".format(stage["items"]) }}</td>
+<td>{{ rate(stage.items_per_second) if stage["items"] else "–" }}</td></tr>
 {% endfor %}
-<tr><td><b>all</b></td><td><b>{{ rows|sum(attribute="seconds")|duration }}</b></td>
+<tr><td><b>all</b></td><td><b>{{ total|duration }}</b></td>
 <td></td><td></td></tr>
 </tbody></table></div>
 {% endfor %}
 </div>
-""",
-)
+"""
+PANEL = Panel("report", 110, show, "What it cost", TEMPLATE)

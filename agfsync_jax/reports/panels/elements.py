@@ -1,6 +1,5 @@
 """Accuracy by kind of question, and by the parts of scores that have some, base against tuned."""
 
-import functools
 from collections import defaultdict
 
 import numpy as np
@@ -19,7 +18,7 @@ def show(report: Report) -> dict:
         for row in answers:
             kinds = tables[f"{row['scorer']}: answers right"]
             kinds[row["element_type"]][model].append((float(row["correct"]), row["prompt_id"]))
-    formatted = {title: Column(format="%") for title in tables}
+    columns = {title: formats.SHARE for title in tables} | report.columns
     for model, rows in report.last.rows.items():
         for row in rows:
             for name, value in row.items():
@@ -32,10 +31,7 @@ def show(report: Report) -> dict:
             kind: {model: _interval(pairs) for model, pairs in kinds[kind].items()}
             for kind in sorted(kinds)
         }
-        column = formatted.get(title) or report.columns.get(title, Column())
-        shown.append(
-            charts.dots(title, points, value_format=functools.partial(formats.number, column))
-        )
+        shown.append(charts.dots(title, points, columns.get(title, Column())))
     note = "Base → tuned on the held-out prompts; bars are 95% intervals."
     return {"charts": shown, "note": note} if shown else {}
 

@@ -4,9 +4,9 @@ from agfsync_jax.data.preferences import COUNTS
 from agfsync_jax.reports import charts
 from agfsync_jax.reports.candidates import Gallery
 from agfsync_jax.reports.cards import IMAGES
+from agfsync_jax.reports.charts import ALL, BETTER, WORSE
 from agfsync_jax.reports.panels import Panel
 
-OTHER, KEPT, LOST = "#c3cad6", "#0b7a4b", "#b3261e"
 PAIRS = "rankings looked at", "pairs looked at"
 
 
@@ -35,24 +35,24 @@ def _by_unit(gallery: Gallery) -> dict[str, list[tuple[str, int, str]]]:
         if key == "prompts" or not isinstance(value, int) or not value:
             continue
         if key == "pairs":
-            units[pairs].append(("kept", value, KEPT))
+            units[pairs].append(("kept", value, BETTER))
         elif key in COUNTS:
             of, what = COUNTS[key]
-            units[names.get(of, of)].append((what, value, OTHER))
+            units[names.get(of, of)].append((what, value, ALL))
         else:
-            units["other counts"].append((key, value, OTHER))
+            units["other counts"].append((key, value, ALL))
     if gallery.num_all_prompts and not gallery.is_import:
         dropped = sum(value for _, value, _ in units["prompts"])
         rest = gallery.num_all_prompts - gallery.num_prompts - dropped
-        units["prompts"].insert(0, ("that gave one or more", gallery.num_prompts, KEPT))
+        units["prompts"].insert(0, ("that gave one or more", gallery.num_prompts, BETTER))
         if rest > 0:
             text = "whose images are alike, or too close to each other"
-            units["prompts"].append((text, rest, OTHER))
+            units["prompts"].append((text, rest, ALL))
     if scored := len(gallery.prompts):
         left = scored - sum(value for _, value, _ in units["images"])
-        units["images"].insert(0, ("with all scores", left, KEPT))
+        units["images"].insert(0, ("with all scores", left, BETTER))
         if (lost := gallery.scoring.get("images", scored) - scored) > 0:
-            units["images"].append(("that could not be read", lost, OTHER))
+            units["images"].append(("that could not be read", lost, ALL))
     return units
 
 
@@ -77,15 +77,10 @@ def _wins(gallery: Gallery) -> charts.Chart:
         title, labels = "Pairs by image of a row", [IMAGES[number] for number in wins]
     counts = ([each.chosen for each in wins.values()], [each.rejected for each in wins.values()])
     groups = dict(zip(gallery.sides, counts, strict=True))
-    return charts.bars(title, labels, groups, colors=(KEPT, LOST))
+    return charts.bars(title, labels, groups, colors=(BETTER, WORSE))
 
 
-PANEL = Panel(
-    "pairs",
-    20,
-    show,
-    "What was kept, and what was dropped",
-    """
+TEMPLATE = """
 {% macro scoring() %}
 <p class="note">Scoring left {{ "out:" if left_out else "nothing out." }}</p>
 {% for what, examples in left_out %}
@@ -110,5 +105,5 @@ PANEL = Panel(
 <div class="card">{{ m.chart(wins) }}
 <p class="note">Where both bars are about as high, the number has no part in who wins.</p></div>
 </div>
-""",
-)
+"""
+PANEL = Panel("pairs", 20, show, "What was kept, and what was dropped", TEMPLATE)

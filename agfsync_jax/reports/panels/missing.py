@@ -9,13 +9,9 @@ def show(report: Report) -> dict:
     return {"rounds": rounds} if rounds else {}
 
 
-PANEL = Panel(
-    "report",
-    30,
-    show,
-    template="""
+TEMPLATE = """
 <div class="card"><b>Not there yet</b><ul>
 {% for each in rounds %}<li>{{ each.label }}: {{ each.missing|join(", ") }}</li>{% endfor %}
 </ul></div>
-""",
-)
+"""
+PANEL = Panel("report", 30, show, template=TEMPLATE)

@@ -25,12 +25,7 @@ def show(gallery: Gallery) -> dict:
     }
 
 
-PANEL = Panel(
-    "pairs",
-    60,
-    show,
-    "The pairs",
-    """
+TEMPLATE = """
 <p class="faint">
 {% if scored %}
 Green: the better one by that score. Questions on which the two images differ first.
@@ -41,5 +36,5 @@ agfsync sample draws the same again; config.pair.images=True stores them with th
 {% endif %}
 </p>
 {{ m.groups(groups, about, css="") }}
-""",
-)
+"""
+PANEL = Panel("pairs", 60, show, "The pairs", TEMPLATE)

@@ -26,15 +26,11 @@ def show(report: Report) -> dict:
     return {"rows": rows, "prompts": prompts, "images": len(images)} if rows else {}
 
 
-PANEL = Panel(
-    "report",
-    20,
-    show,
-    template="""
+TEMPLATE = """
 <div class="card">{{ m.figures(["Base", "Tuned", "Change", "Win rate"], rows) }}</div>
 <p class="note">{{ prompts }} prompts that training never saw, {{ images }} images a model, the
 same seeds for both. Small figures are 95% intervals from a paired bootstrap over prompts; what is
 better is green and what is worse red, where they exclude no change. Win rate: how often the tuned
 image beats the base image of its prompt and seed, a tie counting half.</p>
-""",
-)
+"""
+PANEL = Panel("report", 20, show, template=TEMPLATE)

@@ -19,14 +19,13 @@ def show(report: Report) -> dict:
         mean, low, high = (
             [values[name][key] for values in states.values()] for key in ("mean", "low", "high")
         )
-        y_format = formats.percent if formats.is_share(column) else formats.plain
         curves.append(
             charts.lines(
                 name,
                 {name: (range(len(states)), mean)},
                 bands={name: (low, high)},
                 x_labels=list(states),
-                y_format=y_format,
+                column=column,
             )
         )
         rows.append((name, "", [formats.change(column, each.delta[name]) for each in judged]))
@@ -40,13 +39,8 @@ def show(report: Report) -> dict:
     }
 
 
-PANEL = Panel(
-    "report",
-    40,
-    show,
-    "Round by round",
-    """
+TEMPLATE = """
 <div class="card scroll">{{ m.figures(labels, rows, css="") }}</div>
 {{ m.cards(charts) }}
-""",
-)
+"""
+PANEL = Panel("report", 40, show, "Round by round", TEMPLATE)

@@ -1,7 +1,5 @@
 """A histogram a score, before and after; a share of yes or no alone says nothing here."""
 
-import functools
-
 from agfsync_jax.data.columns import KEYS, without_parts
 from agfsync_jax.reports import charts, formats
 from agfsync_jax.reports.panels import Panel
@@ -15,8 +13,7 @@ def show(report: Report) -> dict:
         charts.histogram(
             name,
             {model: [row[name] for row in rows[model] if name in row] for model in rows},
-            x_format=formats.percent if formats.is_share(column) else formats.plain,
-            mean_format=functools.partial(formats.number, column),
+            column=column,
         )
         for name, column in formats.describe(names, report.columns).items()
         if name not in report.yes_or_no

@@ -9,15 +9,10 @@ def show(report: Report) -> dict:
     return {"settings": report.settings, "versions": versions}
 
 
-PANEL = Panel(
-    "report",
-    120,
-    show,
-    "Setting",
-    """
+TEMPLATE = """
 {% if settings %}
 <details><summary>The whole config</summary><pre>{{ settings }}</pre></details>
 {% endif %}
 <p class="note">{{ versions|join(" · ") }}</p>
-""",
-)
+"""
+PANEL = Panel("report", 120, show, "Setting", TEMPLATE)

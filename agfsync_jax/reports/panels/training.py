@@ -22,7 +22,7 @@ def show(report: Report) -> dict:
         _chart(
             name,
             {label: _line(curve, name) for label, curve in curves.items()},
-            y_format=formats.percent if name == "rewards/accuracy" else formats.plain,
+            column=formats.SHARE if name == "rewards/accuracy" else charts.PLAIN,
             reference=level if preferring or name != "loss" else None,
         )
         for name, level in LEVELS.items()
