@@ -209,13 +209,6 @@ class TextTokenizer(_OfTransformers):
         """The text of ids, special tokens left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def token_id(self, token: str) -> int:
-        """The id of one token, such as "<image>". Raises ValueError for an unknown one."""
-        vocab = self._tokenizer.get_vocab()
-        if token not in vocab:
-            raise ValueError(f"{token!r} is not among the tokenizer's {len(vocab)} tokens.")
-        return vocab[token]
-
 
 def _tokenizer_folder(folder: str | Path, *layouts: tuple[str, ...]) -> Path:
     """Checks that one of the layouts is there: transformers would ask the network instead."""
