@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from agfsync_jax import evaluate, pair, prompts, questions, report, sample, score, train
+from agfsync_jax import evaluate, pair, prompts, questions, sample, score, train
 from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.statistics import digits, format_interval
 
@@ -30,6 +30,8 @@ def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: boo
             jax.clear_caches()  # the programs of one verb are of no use to the next
             gc.collect()
     if jax.process_index() == 0:
+        from agfsync_jax import report  # and with it what draws charts, which no round needs
+
         report.main(config, workdir)  # prints where it is
         print(table(json.loads((to_path(workdir) / "summary.json").read_text())))
 

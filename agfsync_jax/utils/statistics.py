@@ -1,10 +1,14 @@
 """The bootstrap behind every error bar, and the figures of benchmarks."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+_CHUNK = 4_000_000  # counts of a resampling that are held at once
+_KEPT = 1_000_000  # those of so few stay: the next metric of the same images draws them again
 
 
 def bootstrap(
@@ -41,16 +45,26 @@ def bootstrap(
     sums = np.bincount(index, weights=values)
     sizes = np.bincount(index).astype(np.float64)
 
-    # Resampling n clusters with replacement is a multinomial draw of how often each one appears.
-    n = sums.size
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // n)  # counts held at once
-    means = []
-    for start in range(0, num, chunk):
-        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=min(chunk, num - start))
-        means.append((counts @ sums) / (counts @ sizes))
+    draw = _few_counts if sums.size * num <= _KEPT else _counts
+    means = [(counts @ sums) / (counts @ sizes) for counts in draw(sums.size, num, seed)]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _counts(n: int, num: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n clusters appears in `num` resamples, [some, n] after [some, n].
+
+    Resampling with replacement is a multinomial draw of that.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // n)
+    for start in range(0, num, chunk):
+        yield rng.multinomial(n, np.full(n, 1.0 / n), size=min(chunk, num - start))
+
+
+@functools.lru_cache(maxsize=16)
+def _few_counts(n: int, num: int, seed: int) -> list[np.ndarray]:
+    return list(_counts(n, num, seed))
 
 
 def digits(interval: Mapping[str, float], least: int = 3) -> int:
