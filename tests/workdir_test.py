@@ -106,11 +106,15 @@ class Backbone(evaluate_test.Backbone):
         return self
 
     @classmethod
-    def read_schedule(cls, path, **settings):
+    def open(cls, path, **settings):
+        return path
+
+    @classmethod
+    def read_schedule(cls, files):
         return cls.schedule
 
     @classmethod
-    def tokenizer(cls, path, **settings):
+    def tokenizer(cls, files):
         return functools.partial(cls.tokenize, None)
 
     def describe(self):
