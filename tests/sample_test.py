@@ -21,7 +21,6 @@ from configs import micro
 from tests.processes import ROOT, run_processes
 from tests.twins import tiny_stable_diffusion
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 PROMPTS = {"p0": "red circle", "p1": "blue square", "p2": "circle", "p3": "red", "p4": "blue"}
 
 

@@ -48,7 +48,6 @@ def steps():
     return [verb.main for verb in (prompts, questions, sample, score, pair, train, evaluate)]
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 RUN = "gs://bucket/folder/run"
 DIFFER = ("stages.json", "metrics.jsonl")  # seconds
 
