@@ -48,7 +48,7 @@ class Scorer(clip.Scorer):
     """Column aesthetic, float32 [b]. Beside a CLIP scorer of the same settings the tower runs once.
 
     Args:
-        path, mesh, batch_size and other settings: of the CLIP on whose image embedding the head was
+        path, mesh, batch_size, settings: of the CLIP on whose image embedding the head was
             trained, see `ClipEncoder`.
         head: the head's .safetensors or .pth.
 

@@ -24,7 +24,7 @@ class Scorer(scorers.Scorer):
     """Column vqascore, float32 [b] in 0..1.
 
     Args:
-        mesh, batch_size and model: see scorers/vqa.py, with which the model is shared where all of
+        mesh, batch_size, model: see scorers/vqa.py, with which the model is shared where all of
             them are the same.
         prompt: the question, with the field {prompt}.
         answer: whose probability counts.
