@@ -63,10 +63,10 @@ PARAMETERIZATIONS = {
 class Schedule:
     """A discrete noise schedule, and the scheduler_config.json that it was read from."""
 
-    alphas_cumprod: np.ndarray  # float32 [num_train_timesteps], a_t
-    prediction_type: str  # what the denoiser predicts, a key of PARAMETERIZATIONS
-    scheduler: str  # the file's `_class_name`, such as "PNDMScheduler"
-    config: dict[str, Any]  # the file
+    alphas_cumprod: np.ndarray  #: float32 [num_train_timesteps], a_t
+    prediction_type: str  #: what the denoiser predicts, a key of PARAMETERIZATIONS
+    scheduler: str  #: the file's `_class_name`, such as "PNDMScheduler"
+    config: dict[str, Any]  #: the file
 
     @classmethod
     def from_config(

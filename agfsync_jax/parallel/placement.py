@@ -31,8 +31,8 @@ class Placement:
         ValueError: an unknown kernel, or one that the devices of the mesh cannot run.
     """
 
-    mesh: Mesh  # the devices that the program is for, which need not be of this host
-    kernel: str = "auto"  # of attention, one of `KERNELS`
+    mesh: Mesh  #: the devices that the program is for, which need not be of this host
+    kernel: str = "auto"  #: of attention, one of `KERNELS`
 
     def __post_init__(self):
         if self.kernel in KERNELS and self._runs(self.kernel):

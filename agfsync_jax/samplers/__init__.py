@@ -122,23 +122,23 @@ def memories(count: int) -> Callable[[Latents], State]:
 class Sampler:
     """A way from noise to latents, equal to a scheduler of diffusers."""
 
-    scheduler: str  # that class; its `from_config` of a schedule's file, with `variant`, is equal
-    # The fields of the class and their defaults. A field is honored unless `supported` or
-    # `no_effect` has it, here or, for all samplers, above.
+    scheduler: str  #: that class; its `from_config` of a schedule's file, with `variant`, is equal
+    #: The fields of the class and their defaults. A field is honored unless `supported` or
+    #: `no_effect` has it, here or, for all samplers, above.
     defaults: Mapping[str, Any]
-    # (fields, num_steps, span) -> the calls of the denoiser in that span, which may be more than
-    # `num_steps`; ValueError for what cannot be.
+    #: (fields, num_steps, span) -> the calls of the denoiser in that span, which may be more than
+    #: `num_steps`; ValueError for what cannot be.
     trajectory: Callable[[Fields, int, Span], Trajectory]
-    step: Callable[..., State]  # (model, row, *state) -> the next; a row's entries are scalars
+    step: Callable[..., State]  #: (model, row, *state) -> the next; a row's entries are scalars
     start: Callable[[Latents], State] = memories(0)
     end: Callable[[State], Latents] = lambda state: state[0]
-    draws_noise: bool = False  # rows then have an `index`, counted from the whole one's start
-    # Fields that tell this sampler from others of the same class. A file of the class means this
-    # sampler where it holds these values. Whoever names the sampler means them too, whatever
-    # supported value the file holds.
+    draws_noise: bool = False  #: rows then have an `index`, counted from the whole one's start
+    #: Fields that tell this sampler from others of the same class. A file of the class means this
+    #: sampler where it holds these values. Whoever names the sampler means them too, whatever
+    #: supported value the file holds.
     variant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    supported: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # values of fields
-    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field -> why
+    supported: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  #: values of fields
+    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: field -> why
 
     def __call__(
         self,

@@ -21,13 +21,13 @@ from agfsync_jax.utils.files import to_path
 class Job:
     """A step at work in a round of a workdir."""
 
-    config: Any  # the whole
-    workdir: Path  # a local folder, or one in a bucket
-    round_index: int  # from 0
-    plan: Any = None  # what the step has made of its inputs and settings before it began
-    files: Sequence[Path] = ()  # what the processes share out among them, in order
-    missing: set[Path] = dataclasses.field(default_factory=set)  # of `files`, when the step began
-    stage: Stage | None = None  # the clock and progress
+    config: Any  #: the whole
+    workdir: Path  #: a local folder, or one in a bucket
+    round_index: int  #: from 0
+    plan: Any = None  #: what the step has made of its inputs and settings before it began
+    files: Sequence[Path] = ()  #: what the processes share out among them, in order
+    missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
+    stage: Stage | None = None  #: the clock and progress
 
     @property
     def folder(self) -> Path:
@@ -44,19 +44,20 @@ class Step:
     """A verb of the loop."""
 
     name: str
-    work: Callable[[Job], None]  # makes what is missing
-    outputs: tuple[str, ...]  # what the step leaves in the round's folder
-    # What it reads there -> the verb that makes it; the step does not begin without.
+    work: Callable[[Job], None]  #: makes what is missing
+    outputs: tuple[str, ...]  #: what the step leaves in the round's folder
+    #: What it reads there -> the verb that makes it; the step does not begin without.
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    settings: tuple[str, ...] = ()  # blocks of the config that decide what the outputs are
-    # Reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
+    settings: tuple[str, ...] = ()  #: blocks of the config that decide what the outputs are
+    #: Reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
     plan: Callable[[Job], Any] | None = None
-    # The files that the processes share out; the work is done when all are there.
+    #: The files that the processes share out; the work is done when all are there.
     files: Callable[[Job], Sequence[Path]] | None = None
-    finish: Callable[[Job], None] | None = None  # of the main process, when the work of all is done
-    repair: Callable[[Job], None] | None = None  # drops damaged files; each process its share
-    main_only: bool = False  # the main process works alone
-    unit: str = "images"  # what the progress counts, in the plural
+    #: Of the main process, when the work of all is done.
+    finish: Callable[[Job], None] | None = None
+    repair: Callable[[Job], None] | None = None  #: drops damaged files; each process its share
+    main_only: bool = False  #: the main process works alone
+    unit: str = "images"  #: what the progress counts, in the plural
 
     def __call__(
         self, config: Any, workdir: Path, *, round_index: int = 0, repair: bool = False

@@ -32,12 +32,12 @@ class Training:
     """A training that is ready to go on."""
 
     spec: StepSpec
-    state: TrainState  # where it goes on; the first step takes its memory
-    frozen: Mapping[str, Any]  # what no step changes, see `train_step`
-    compiled_step: Callable  # see `step_program`
+    state: TrainState  #: where it goes on; the first step takes its memory
+    frozen: Mapping[str, Any]  #: what no step changes, see `train_step`
+    compiled_step: Callable  #: see `step_program`
     loader: PairLoader
-    embeddings: PromptEmbeddings | None = None  # of the loader's rows; None where steps make them
-    validation: Validation | None = None  # None where nothing is drawn
+    embeddings: PromptEmbeddings | None = None  #: of the loader's rows; None where steps make them
+    validation: Validation | None = None  #: None where nothing is drawn
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
         """The state after step `index`, from 0, and its metrics; takes the state's memory."""

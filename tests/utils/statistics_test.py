@@ -20,6 +20,14 @@ def test_bootstrap_has_the_normal_interval():
     assert interval != statistics.bootstrap(values, seed=1)
 
 
+def test_draws_that_are_kept_are_those_that_are_not(monkeypatch):
+    values = np.random.default_rng(0).normal(size=(2, 60))
+    kept = [statistics.bootstrap(each) for each in values]
+    monkeypatch.setattr(statistics, "_KEPT", 0)
+    monkeypatch.setattr(statistics, "_CHUNK", 7 * 60)
+    assert [statistics.bootstrap(each) for each in values] == kept
+
+
 def test_bootstrap_resamples_clusters():
     values = np.random.default_rng(0).normal(size=300)
     copies, clusters = np.repeat(values, 4), np.repeat(np.arange(300), 4)
