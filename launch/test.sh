@@ -12,5 +12,5 @@ if [[ ! -f "$venv/.installed-$open_clip" ]]; then
   touch "$venv/.installed-$open_clip"
 fi
 cd "$repo"
-[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile
+[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec "$venv/bin/python" -m pytest "$@"

@@ -171,7 +171,9 @@ def test_other_scorers_are_not_measured(tmp_path):
     assert set(score.TASKS) == {"vqa", "clip, aesthetic"}
 
 
-@pytest.mark.parametrize("model, lora_rank", [("tiny", 0), ("tiny-xl", 2)])
+@pytest.mark.parametrize(
+    "model, lora_rank", [("tiny", 0), pytest.param("tiny-xl", 2, marks=pytest.mark.slow)]
+)
 def test_both_sides_train(config, tmp_path, capsys, model, lora_rank):
     config.bench.model, config.bench.num_train_steps = model, 2
     config.train.lora_rank, config.train.warmup_steps = lora_rank, 0

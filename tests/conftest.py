@@ -7,9 +7,13 @@ import signal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# The compiler takes most of the tests' time: half of it goes into code that runs once.
+for _flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+):
+    if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 import jax  # noqa: E402  (the flags above must be set before)
 import pytest  # noqa: E402
@@ -17,6 +21,14 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell's background jobs inherit an interrupt that is ignored, and so would all they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Minutes each: begun last, one of them would leave the other process waiting.
+_LONGEST = ("pod_test", "plan_test", "step_test", "unet_test", "bench_test", "train_test")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.stem.startswith(_LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """The backbone against diffusers' StableDiffusionPipeline, there and back."""
 
-import json
 import math
 
 import jax
@@ -178,15 +177,7 @@ def test_inpainting_models_are_refused(folder, pipeline, tmp_path):
     for part in folder.iterdir():
         (tmp_path / part.name).symlink_to(part)
     (tmp_path / "unet").unlink()
-    (tmp_path / "unet").mkdir()
-    config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
-    from agfsync_jax.models.unet import UNet2DConditionModel
-    from agfsync_jax.weights.networks import init_model, save_model
-
-    _, params = init_model(
-        UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(config)
-    )
-    save_model(UNet2DConditionModel, tmp_path / "unet", params, config)
+    config = dict(pipeline.unet.config) | {"in_channels": 9}
+    type(pipeline.unet)(**config).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="takes 9 and gives 4 channels"):
         Backbone.load(tmp_path)

@@ -131,6 +131,7 @@ def test_steps_equal_a_torch_reference(tmp_path, model):
     assert largest_difference(state.params, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_step_of_the_shipped_unet_is_the_same_on_8_devices():
     results = []
     rules = ((r"kernel$", "fsdp"),)
