@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -33,11 +34,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """As on the command line, a program is compiled once, for all tests and what they start."""
-    base = tmp_path_factory.getbasetemp()
-    programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
-    os.environ["AGFSYNC_CACHE"] = str(programs)
-    jax.config.update("jax_compilation_cache_dir", str(programs))
+    """As on the command line, a program is compiled once, for all tests and what they start.
+
+    It is kept for the next run, too; AGFSYNC_CACHE="" compiles everything anew.
+    """
+    programs = os.environ.get("AGFSYNC_CACHE", str(Path.home() / ".cache/agfsync_jax/tests"))
+    programs = programs or str(tmp_path_factory.mktemp("programs"))
+    os.environ["AGFSYNC_CACHE"] = programs
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -21,7 +21,7 @@ case "$*" in
 esac
 """
 
-ALL = "-m pytest -n 2 --dist loadfile"  # what test.sh runs without arguments
+ALL = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"  # what test.sh runs without arguments
 
 
 @pytest.fixture

@@ -26,15 +26,14 @@ def start(workdir, envs):
         *(sys.executable, "-m", "agfsync_jax", "run", "--config=configs/micro.py:tiny"),
         *(f"--workdir={workdir}", f"--config.train.num_steps={STEPS}"),
         *("--config.train.save_every=2", "--config.train.tensorboard=false"),
+        *("--config.prompts.num_prompts=4", "--config.sample.prompts_per_shard=2"),
+        *("--config.sample.num_inference_steps=2", "--config.evaluate.num_prompts=4"),
     ]
-    cache = {"AGFSYNC_CACHE": str(workdir.parent / "cache")}
     processes = []
     for index, env in enumerate(envs):
         log = workdir.parent / f"{workdir.name}-{index}.log"
         with log.open("a") as file:
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=env | cache, stdout=file, stderr=file)
-            )
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
     return processes
 
 
