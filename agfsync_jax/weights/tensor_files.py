@@ -12,16 +12,20 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from agfsync_jax.utils.files import is_url, size_of
+from agfsync_jax.weights import pickles
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -129,14 +133,14 @@ def from_array(key: str, value: np.ndarray) -> Tensor:
 def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickle of tensors (.bin, .pt, .pth, .ckpt).
 
-    Pickles go through torch with `weights_only=True`, which refuses anything but tensors.
+    Of pickles only what makes tensors is run (pickles.py; `weights_only=True` for old ones).
 
     Args:
       path: a local path, or an etils.epath.Path of gs:// and the like.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not whole, not of its kind, or a pickle while torch is not installed.
+      ValueError: it is not whole, not of its kind, or an old pickle while torch is not installed.
     """
     if not path.exists():
         raise FileNotFoundError(f"No file {path}.")
@@ -242,31 +246,60 @@ def _reader(path: Path) -> Callable[[int, memoryview], None]:
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                return _of_archive(path, file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole pickle of tensors alone ({error}).") from error
+    return _of_old_pickle(path)
+
+
+def _of_archive(path: Path, file: Any) -> dict[str, Tensor]:
+    state, offset = pickles.read_pickle(file)
+    read_into = _reader(path)
+
+    def fetch(stored: pickles.Stored, begin: int, index: Index) -> np.ndarray:
+        if stored.is_contiguous:
+            return _fetch(read_into, begin, stored.shape, stored.dtype, index)
+        last = sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
+        flat = _fetch(read_into, begin, (last + 1,), stored.dtype, (slice(0, last + 1),))
+        strides = [stride * stored.dtype.itemsize for stride in stored.strides]
+        return np.lib.stride_tricks.as_strided(flat, stored.shape, strides)[index]
+
+    return {
+        key: Tensor(key, value.shape, value.dtype, functools.partial(fetch, value, offset(value)))
+        for key, value in _state_of(state).items()
+        if isinstance(value, pickles.Stored)
+    }
+
+
+def _state_of(state: Any) -> dict[str, Any]:
+    """The dictionary of tensors in a pickle, which may lie under "state_dict"."""
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, expected a dictionary")
+    return state
+
+
+def _of_old_pickle(path: Path) -> dict[str, Tensor]:
+    """A pickle of torch < 1.6, which torch reads whole."""
     try:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path} is a pickle, which needs torch: pip install 'agfsync_jax[torch]', or convert "
-            "it once where torch is, with safetensors.torch.save_file(torch.load(path, "
-            "weights_only=True), new_path)."
+            f"{path} is a pickle of a torch before 1.6, which needs torch: pip install"
+            " 'agfsync_jax[torch]', or convert it once where torch is, with"
+            " safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)."
         ) from error
-    import pickle
-    import zipfile
-
     try:
-        # A file of torch >= 1.6 is a zip archive, which can be mapped; an older one is read whole.
-        mapped = not is_url(path) and zipfile.is_zipfile(path)
         source = io.BytesIO(path.read_bytes()) if is_url(path) else path
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped or None)
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = _state_of(state)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a whole pickle of tensors alone ({reason}).") from error
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path} holds a {type(state).__name__}, expected a dictionary of tensors."
-        )
 
     def fetch(value, index):
         if value.dtype == torch.bfloat16:  # torch gives numpy none; the bits stay

@@ -1,6 +1,7 @@
 """Tensors in files: the bytes that torch and safetensors wrote, parts of them, and broken files."""
 
 import json
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -152,11 +153,46 @@ def test_a_pickle_of_code_is_refused(tmp_path, capsys):
     assert "code" not in capsys.readouterr().out
 
 
-def test_a_pickle_without_torch_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", ["os.system", "builtins.eval", "torch.load"])
+def test_only_what_makes_tensors_is_run(tmp_path, module):
+    """By name, whatever torch itself would allow."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "good.pt")
+    module, _, name = module.rpartition(".")
+    call = f"c{module}\n{name}\n(X\x05\0\0\0touchtR.".encode()
+    with zipfile.ZipFile(tmp_path / "good.pt") as good:
+        with zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
+            for entry in good.namelist():
+                evil.writestr(entry, call if entry.endswith(".pkl") else good.read(entry))
+    with pytest.raises(ValueError, match=f"tensors alone .{module}.{name} makes no tensor"):
+        open_tensors(tmp_path / "evil.pt")
+
+
+def test_views_and_parameters_of_a_pickle(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "turned": whole.T,
+        "part": whole[1:3, 2:5],
+        "step": whole[::2, ::3],
+        "trained": torch.nn.Parameter(whole + 1),
+        "half": whole.half(),
+        "flags": whole > 3,
+    }
+    torch.save(state, tmp_path / "w.pt")
+    tensors = open_tensors(tmp_path / "w.pt")
+    for key, value in state.items():
+        np.testing.assert_array_equal(tensors[key].read(), value.detach().numpy(), err_msg=key)
+        part = tensors[key].read((slice(1, 2), slice(0, 2)))
+        np.testing.assert_array_equal(part, value.detach().numpy()[1:2, :2], err_msg=key)
+
+
+def test_a_pickle_needs_no_torch_but_an_old_one(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(3)}, tmp_path / "w.bin")
+    old = tmp_path / "old.bin"
+    torch.save({"a": torch.ones(3)}, old, _use_new_zipfile_serialization=False)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    np.testing.assert_array_equal(open_tensors(tmp_path / "w.bin")["a"].read(), np.ones(3))
     with pytest.raises(ValueError, match=r"agfsync_jax\[torch\].*convert"):
-        open_tensors(tmp_path / "w.bin")
+        open_tensors(old)
 
 
 def test_a_full_disk_is_seen_before_it_is_written(tmp_path):
