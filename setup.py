@@ -58,7 +58,7 @@ setup(
         "pillow",
         "tqdm",
         "tensorboardX",  # writes what TensorBoard reads
-        "filelock",  # jax takes it to share its compilation cache between processes
+        "filelock",  # downloads, and jax shares its compilation cache between processes with it
     ],
     extras_require={
         "tpu": ["jax[tpu]", *GCS],  # the workdir of a pod is on gs://

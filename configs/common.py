@@ -165,6 +165,7 @@ def agfsync() -> ConfigDict:
     head = (
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac+logos+ava1-l14-linearMSE.pth"
+        "#sha256=21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
     )
     c.scorers.vqa = ConfigDict(
         dict(name="vqa", path="Salesforce/blip2-flan-t5-xxl", dtype="bfloat16")

@@ -26,7 +26,7 @@ _FIRST = "layers.0.weight"
 def load_head(path: str) -> tuple[nnx.GraphDef, nnx.State]:
     """An AestheticPredictor from a file, of the input size that its weights have.
 
-    The published sac+logos+ava1-l14-linearMSE.pth needs torch, a .safetensors does not.
+    Such as the published sac+logos+ava1-l14-linearMSE.pth.
 
     Raises:
         FileNotFoundError: no such file.

@@ -16,8 +16,8 @@ class Scorer(clip.Scorer):
     """Column hpsv2, float32 [b] in -1..1.
 
     Args:
-        path: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (which need torch to be read), or the
-            same weights in another file or folder that weights/clip_files.py knows.
+        path: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, or the same weights in another file
+            or folder that weights/clip_files.py knows.
         architecture: of a file.
         antialias: as torchvision resizes since 0.17. False is what it did when the tables of the
             paper were made.

@@ -1,7 +1,9 @@
 """Where weights lie: with the package, in a local folder, on the Hugging Face Hub, on gs://."""
 
 import functools
+import hashlib
 import itertools
+import os
 import re
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from typing import Any
 from agfsync_jax.utils.files import is_url, to_path
 from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS
 
+_CACHE = Path.home() / ".cache" / "agfsync_jax"
 _SHIPPED = Path(__file__).parent.parent / "micro" / "weights"
 _STEMS = (
     *("diffusion_pytorch_model", "model", "pytorch_model"),
@@ -24,8 +27,9 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
 
     Args:
       path: "micro:NAME", one that ships with the package; a local path; "org/name" or
-        "org/name@revision", a repository of the Hugging Face Hub, or "org/name/file" in it; or a
-        URL such as gs://bucket/folder, whose tensors are streamed and not copied.
+        "org/name@revision", a repository of the Hugging Face Hub, or "org/name/file" in it; a URL
+        such as gs://bucket/folder, whose tensors are streamed and not copied; or
+        "https://.../file#sha256=...", one file, which is downloaded once and compared.
       variant: of the weights, such as "fp16": a repository's other ones are not downloaded.
 
     Returns:
@@ -34,9 +38,11 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
     Raises:
       FileNotFoundError: nothing is there; the message says what was looked for.
       ValueError: a URL of another kind; see `to_path`.
-      OSError: the Hub was not reached, or wants a login.
+      OSError: the Hub or another host was not reached, or wants a login.
     """
     text = str(path)
+    if re.match(r"https?:", text):
+        return _download_url(text)
     if text.startswith("micro:"):
         found = _SHIPPED / text.removeprefix("micro:")
     else:
@@ -119,6 +125,42 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
             "local folder, or download it once where there is a network, with "
             f"`hf download {repository}`."
         ) from error
+
+
+def _download_url(url: str) -> Path:
+    """One file, kept under its digest; what an interrupted download left is gone on with."""
+    from filelock import FileLock
+    from huggingface_hub.file_download import http_get
+
+    match = re.fullmatch(r"(https://[^#]+/([^/#?]+)[^#/]*)#sha256=([0-9a-f]{64})", url)
+    if not match:
+        raise ValueError(
+            f"{url}: a download is written https://HOST/FILE#sha256=DIGEST, with the 64 digits that"
+            " `sha256sum FILE` prints."
+        )
+    address, name, digest = match.groups()
+    folder = Path(os.environ.get("AGFSYNC_CACHE") or _CACHE) / "downloads" / digest
+    target, part = folder / name, folder / f"{name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # of several processes on this host one downloads
+        if target.exists():
+            return target
+        print(f"downloading {address} to {target}", file=sys.stderr)
+        with part.open("ab") as file:
+            try:
+                http_get(address, file, resume_size=file.tell())
+            except Exception as error:  # noqa: BLE001 - those of HTTP libraries have no ancestor
+                raise OSError(
+                    f"{address} was not downloaded ({type(error).__name__}: {error}): the same"
+                    f" command goes on with it, or put the file at {target}."
+                ) from error
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            part.unlink()
+            raise ValueError(f"{address} gave another file: sha256 {found}, expected {digest}. It was removed.")
+        part.rename(target)
+    return target
 
 
 def choose_files(files: list[str], variant: str = "") -> list[str]:

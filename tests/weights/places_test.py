@@ -1,5 +1,9 @@
 """Where weights lie. The Hub is played by functions, as no test may need a network."""
 
+import functools
+import hashlib
+import http.server
+import threading
 import types
 
 import huggingface_hub
@@ -143,3 +147,76 @@ def test_a_url_is_a_path_of_etils():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(path), "exists", lambda self: True)
         assert resolve_path("gs://bucket/folder") == path
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves `server.content`, from where a request wants it; remembers where that was."""
+
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.server.starts.append(start)
+        body = self.server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A web server on this machine that answers for https://host."""
+    from huggingface_hub import file_download
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
+    server.content, server.starts = bytes(range(256)) * 999, []
+    server.digest = hashlib.sha256(server.content).hexdigest()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here, get = f"http://127.0.0.1:{server.server_port}", file_download.http_get
+    monkeypatch.setattr(
+        file_download,
+        "http_get",
+        lambda url, *args, **kwargs: get(url.replace("https://host", here), *args, **kwargs),
+    )
+    monkeypatch.setenv("AGFSYNC_CACHE", str(tmp_path))
+    yield server
+    server.shutdown()
+
+
+def test_a_file_of_a_web_server_is_downloaded_once(server):
+    resolve = functools.partial(resolve_path, f"https://host/a/head.pth#sha256={server.digest}")
+    path = resolve()
+    assert path.name == "head.pth" and path.read_bytes() == server.content
+    assert resolve() == path and server.starts == [0]
+
+
+def test_a_download_goes_on_where_it_stopped(server, tmp_path):
+    folder = tmp_path / "downloads" / server.digest
+    folder.mkdir(parents=True)
+    (folder / "head.pth.part").write_bytes(server.content[:1000])
+    path = resolve_path(f"https://host/head.pth#sha256={server.digest}")
+    assert path.read_bytes() == server.content and server.starts == [1000]
+
+
+def test_another_file_than_expected_is_not_kept(server, tmp_path):
+    url = f"https://host/head.pth#sha256={'0' * 64}"
+    with pytest.raises(ValueError, match=f"another file: sha256 {server.digest}, expected 0000"):
+        resolve_path(url)
+    assert not list(tmp_path.rglob("head.pth")) and not list(tmp_path.rglob("*.part"))
+    for bad in ("http://host/a#sha256=" + "0" * 64, "https://host/head.pth", url[:-1]):
+        with pytest.raises(ValueError, match="is written https://HOST/FILE#sha256=DIGEST"):
+            resolve_path(bad)
+
+
+def test_a_host_that_is_not_reached_is_told(monkeypatch, tmp_path):
+    from huggingface_hub import file_download
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(file_download, "http_get", refuse)
+    monkeypatch.setenv("AGFSYNC_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="RuntimeError: no route.*put the file at .*head.pth"):
+        resolve_path(f"https://host/head.pth#sha256={'0' * 64}")
