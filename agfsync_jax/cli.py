@@ -8,6 +8,7 @@ import argparse
 import ast
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -125,16 +126,18 @@ def _terminate(*_) -> None:
 def _run(argv: list[str]) -> None:
     verb, args, overrides = parse(argv)
     config = configs.load(args.config, overrides)
-    from agfsync_jax.steps import checks, settings  # these import jax
-
-    checks.check(config, verb)
     start_jax(*(getattr(args, name) for name in PROCESSES))
+    import jax
+
+    from agfsync_jax import checks
     from agfsync_jax.parallel import multihost, watch
+    from agfsync_jax.steps import settings
     from agfsync_jax.utils.files import to_path
 
     if multihost.several():
         multihost.agree(_facts(verb, args, config))
     with watch.explained():
+        checks.check(config, verb, num_devices=jax.device_count(), round_index=args.round)
         workdir = to_path(args.workdir) if args.workdir else None
         if workdir:
             settings.claim(workdir, config, _steps, write=multihost.is_main())
@@ -180,6 +183,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = importlib.metadata.version("agfsync_jax")
+    top.add_argument("--version", action="version", version=f"agfsync_jax {version}")
     top.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the above")
     verb = top.parse_args(argv[:1] or ["--help"]).verb
 
@@ -188,25 +193,45 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     for name, options in (COMMON | FLAGS.get(verb, {}) | PROCESSES).items():
         flags.add_argument(*(f"--{each}" for each in name.split("|")), **options)
     args, rest = flags.parse_known_args(argv[1:])
-    overrides = {}
-    for item in rest:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", item, re.DOTALL)
-        if not match:
-            raise ValueError(
-                f"unknown argument {item!r}; agfsync {verb} takes --config=FILE, --workdir=DIR,"
-                " --round=N, --repair, --config.key=value and what --help lists"
-            )
-        overrides[match[1]] = match[2]
+    overrides = _overrides(verb, rest)
     if args.help:
         print_help(verb, flags, args.config or DEFAULT_CONFIG, overrides)
         raise SystemExit(0)
     if not args.config:
         raise ValueError(f"agfsync {verb} needs --config, such as --config={DEFAULT_CONFIG}")
+    if args.workdir == "":
+        raise ValueError("--workdir= is empty: name a folder, such as --workdir=runs/micro")
     if not args.workdir and verb not in ("bench", "plan"):
         raise ValueError(f"agfsync {verb} needs --workdir, such as --workdir=runs/micro")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
     return verb, args, overrides
+
+
+def _overrides(verb: str, arguments: list[str]) -> dict[str, str]:
+    """{key: text} of `--config.key=value` and `--config.key value`."""
+    overrides, waiting = {}, list(reversed(arguments))
+    while waiting:
+        item = waiting.pop()
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", item, re.DOTALL)
+        if not match:
+            known = configs.meanings()
+            name, _, value = item.lstrip("-").partition("=")
+            alike = [key for key in known if name in (key, key.rpartition(".")[2])]
+            if alike:
+                close = " or ".join(f"--config.{key}={value}" for key in alike)
+                raise ValueError(f"unknown argument {item!r}: did you mean {close}?")
+            raise ValueError(
+                f"unknown argument {item!r}; agfsync {verb} takes --config=FILE, --workdir=DIR,"
+                " --round=N, --repair, --config.key=value and what --help lists"
+            )
+        key, text = match.groups()
+        if text is None:
+            if not waiting or waiting[-1].startswith("--"):
+                raise ValueError(f"{item} has no value: write {item}=VALUE")
+            text = waiting.pop()
+        overrides[key] = text
+    return overrides
 
 
 def docstring(verb: str) -> str:

@@ -23,7 +23,6 @@ from agfsync_jax.data.embeddings import PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
 from agfsync_jax.parallel import multihost
-from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
@@ -100,8 +99,8 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
 
     What is no longer needed is let go of as soon as that is so, for the memory.
     """
-    mesh = create_mesh(config.mesh)
-    spec = program.step_spec(config, len(folders) - 1)
+    mesh = program.create_train_mesh(config)
+    spec = program.step_spec(config, mesh, len(folders) - 1)
     check_pairs(folders[-1], config)
     loader = load_pairs(folders[-1] / "pairs", config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)

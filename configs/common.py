@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     c.train.optimizer = "adamw"  # or adafactor, lion
     c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
-    c.train.accumulate = 1  # parts that a batch is taken in, for less memory
+    c.train.device_batch_size = 0  # pairs that a device takes at once; 0: all
     c.train.remat = "none"  # dots or full: blocks are run again for their gradient, for less memory
     c.train.embeddings = "cached"  # step: the text encoder runs in every step
     c.train.ema_decay = 0.0  # of a moving average, which is then what training makes; 0: none
@@ -106,7 +106,7 @@ def get_config() -> ConfigDict:
     c.evaluate = ConfigDict()
     c.evaluate.source = "micro"  # a file of agfsync_jax/prompt_sources
     c.evaluate.split = "heldout"  # prompts that training never sees
-    c.evaluate.num_prompts = 300  # that base and tuned draw alike
+    c.evaluate.num_prompts = 300  # that base and tuned draw alike; 0: all of the source
     c.evaluate.num_seeds = 2  # images a prompt
     c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers
 
@@ -154,6 +154,7 @@ def agfsync() -> ConfigDict:
     c.prompts.source = "jsonl"
     c.prompts.path = ""
     c.prompts.num_prompts = 45_800
+    c.prompts.split = "all"  # a file for one purpose is whole
     c.questions.source = "jsonl"
     c.questions.path = ""
 
@@ -180,7 +181,8 @@ def agfsync() -> ConfigDict:
     c.pair.weights = ConfigDict(dict(vqa=1.0, clip=1.0, aesthetic=1.0))
     c.pair.min_questions = 5
 
-    c.train.batch_size = 64  # 2 pairs, 4 times accumulated, on 8 GPUs
+    c.train.batch_size = 64
+    c.train.device_batch_size = 2  # on 8 GPUs as published: 2 pairs, 4 times
     c.train.num_steps = 1000
     c.train.learning_rate = 1e-6
     c.train.warmup_steps = 0
@@ -189,6 +191,8 @@ def agfsync() -> ConfigDict:
 
     c.evaluate.source = "jsonl"
     c.evaluate.path = ""
+    c.evaluate.split = "all"
+    c.evaluate.num_prompts = 0
     return c
 
 
@@ -200,9 +204,7 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
     c.sample.guidance_scale = 1.0
 
 
-def diffusion_dpo(
-    c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: int, accumulate: int
-) -> None:
+def diffusion_dpo(c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: int) -> None:
     """Trains as arXiv:2311.12908 does, on people's choices: `config.pair.path` is a Pick-a-Pic.
 
     Its learning rate is 1e-8 a pair, times 2,048 pairs a step: 2.05e-5. (The paper has 2000 / beta
@@ -216,7 +218,6 @@ def diffusion_dpo(
     c.train.optimizer = optimizer
     c.train.schedule = "constant"
     c.train.warmup_steps = warmup_steps
-    c.train.accumulate = accumulate
 
 
 def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
@@ -227,7 +228,6 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
     c.loss.beta = 5000.0
     c.train.lora_rank = 8
     c.train.batch_size = batch_size
-    c.train.accumulate = 1
     c.train.num_steps = num_steps
     c.train.learning_rate = 1e-5
     c.train.schedule = "constant"

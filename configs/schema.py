@@ -148,12 +148,10 @@ KEYS = {
     "train.optimizer": one_of("adamw", "adafactor", "lion"),
     "train.momentum_dtype": one_of("float32", "bfloat16"),
     "train.lora_rank": whole(0),
-    "train.accumulate": whole(1),
+    "train.device_batch_size": whole(0),
     "train.remat": one_of("none", "dots", "full"),
     "train.embeddings": one_of("cached", "step"),
-    "train.ema_decay": Rule(
-        "a number from 0 to below 1", lambda x: is_number(x) and 0 <= x < 1
-    ),
+    "train.ema_decay": Rule("a number from 0 to below 1", lambda x: is_number(x) and 0 <= x < 1),
     "train.save_every": whole(1),
     "train.keep": whole(1),
     "train.validate_every": whole(0),
@@ -164,7 +162,7 @@ KEYS = {
     "train.seed": whole(0),
     "evaluate.source": NAME,
     "evaluate.split": NAME,
-    "evaluate.num_prompts": whole(1),
+    "evaluate.num_prompts": whole(0),
     "evaluate.num_seeds": whole(1),
     "evaluate.evaluators": NAMES,
     "export.output": TEXT,

@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdv1-5")
     if arg.dpo:
-        common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500, accumulate=16)
+        common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500)
     if arg.lora:
         common.lora(c, batch_size=32, num_steps=10_000)
     return c

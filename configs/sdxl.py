@@ -31,11 +31,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.width = 1024
     c.sample.batch_size = 64
     c.loss.beta = 5000.0
-    c.train.accumulate = 4
+    c.train.device_batch_size = 1
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
     if arg.dpo:
-        common.diffusion_dpo(c, beta=5000.0, optimizer="adafactor", warmup_steps=200, accumulate=32)
+        common.diffusion_dpo(c, beta=5000.0, optimizer="adafactor", warmup_steps=200)
     if arg.lora:
         common.lora(c, batch_size=16, num_steps=2000)
     return c

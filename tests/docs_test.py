@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import pytest
 
-from agfsync_jax import cli
+from agfsync_jax import checks, cli
 from agfsync_jax.micro import suite
-from agfsync_jax.steps import checks
 from agfsync_jax.utils import configs
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +83,8 @@ def look_up(argv):
     except SystemExit as stop:  # --help
         assert stop.code == 0 and "usage: agfsync" in out.getvalue()
         return
-    checks.check(configs.load(args.config, overrides), "report")  # whose weights are none
+    config = configs.load(args.config, overrides)
+    checks.check(config, "report", num_devices=1)  # whose files are none
     assert verb in cli.VERBS
 
 

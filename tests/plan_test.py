@@ -126,7 +126,7 @@ def test_training(config, capsys, monkeypatch):
     monkeypatch.setattr(_chips, "chip", lambda device: chip)
     monkeypatch.setattr(sharding, "_SMALL", 0)  # so that this model's weights are split, too
     config.backbone.dtype = "bfloat16"
-    config.train.batch_size, config.train.accumulate = 16, 2
+    config.train.batch_size, config.train.device_batch_size = 16, 1
     config.mesh = {"data": 1, "fsdp": 8, "tensor": 1}
     config.sharding = ((r"kernel$", "fsdp"),)
     plan.main(config, None, json=True, verb="train")

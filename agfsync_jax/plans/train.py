@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.parallel.sharding import batch_sharding
+from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 from agfsync_jax.plans import Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
@@ -27,11 +26,11 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         ValueError: settings that training refuses; a loss of rankings, whose lengths are not known.
     """
     del name
-    spec, mesh = config.train, create_mesh(config.mesh, devices=devices)
+    spec, mesh = config.train, program.create_train_mesh(config, devices)
     source = config.backbone.path, config.backbone.kind
     backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
     plain = backbone.plain()
-    step = program.step_spec(config, backbone=backbone)
+    step = program.step_spec(config, mesh, backbone=backbone)
     if step.loss.is_listwise:
         raise ValueError(
             f"config.loss.name={config.loss.name} is of rankings: plan knows pairs alone."
@@ -65,21 +64,22 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         mesh=mesh,
         params=state,
         images=size,
-        num_steps=spec.accumulate,
-        step_flops=step_flops // spec.accumulate,
+        num_steps=step.accumulate,
+        step_flops=step_flops // step.accumulate,
         rest_flops=0,
         total=spec.num_steps * size,
         rate=("pairs", size),
         help={
-            f"more parts a batch (--config.train.accumulate, now {spec.accumulate}) or a smaller"
-            f" --config.train.batch_size (now {size} on all chips)": True,
+            f"fewer pairs a chip at once (--config.train.device_batch_size, now"
+            f" {size // batch_shards(mesh) // step.accumulate})": size
+            > batch_shards(mesh) * step.accumulate,
             "--config.train.remat=full": spec.remat != "full",
             f"parameters split by config.sharding over --config.mesh.fsdp chips (now"
             f" {dict(mesh.shape)})": True,
             "--config.train.lora_rank=8": not spec.lora_rank,
         },
         optimizer=(state.opt_state, state.ema),
-        unit=spec.accumulate,
+        unit=step.accumulate,
         notes=(
             f"a step is of {size} pairs, {program.forward_passes(step)} passes of an image each by"
             " formula.",

@@ -22,7 +22,7 @@ class PromptSource(Protocol):
     def prompts(
         self, num_prompts: int, *, split: str, seed: int, round_index: int, **spec: Any
     ) -> list[dict]:
-        """`num_prompts` rows with `PROMPT_FIELDS`, each with an id of its own."""
+        """`num_prompts` rows with `PROMPT_FIELDS`, each with an id of its own; 0: all there are."""
 
     def questions(self, prompt_rows: list[dict], *, seed: int, **spec: Any) -> list[dict]:
         """Rows with the fields of data/questions.py, each under its prompt's id."""
@@ -37,7 +37,7 @@ def draw_prompts(spec: Mapping[str, Any], *, seed: int, round_index: int) -> lis
     source, arguments = _source(spec)
     rows = source.prompts(**arguments, seed=seed, round_index=round_index)
     ids = {row["id"] for row in rows}
-    if len(ids) < len(rows) or len(rows) != spec["num_prompts"]:
+    if not rows or len(ids) < len(rows) or spec["num_prompts"] not in (0, len(rows)):
         raise ValueError(
             f"prompt source {spec['source']!r} gave {len(rows)} rows with {len(ids)} ids:"
             f" expected {spec['num_prompts']} rows, each with its own id."
@@ -55,6 +55,11 @@ def ask_questions(spec: Mapping[str, Any], prompt_rows: list[dict], *, seed: int
     rows = source.questions(prompt_rows, **arguments, seed=seed)
     questions.check(prompt_rows, rows)
     return [{field: row[field] for field in questions.FIELDS} for row in rows]
+
+
+def normalized(prompt: str) -> str:
+    """Prompts that differ in case or spaces alone are one prompt."""
+    return " ".join(prompt.casefold().split())
 
 
 def prompt_id(split: str, round_index: int, index: int) -> str:

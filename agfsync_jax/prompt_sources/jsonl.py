@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from agfsync_jax.data.questions import fault
-from agfsync_jax.prompt_sources import prompt_id
+from agfsync_jax.prompt_sources import normalized, prompt_id
 from agfsync_jax.utils.files import to_path
 
 YES_NO = ["yes", "no"]
@@ -26,7 +26,7 @@ _QUESTION = dict(id="", caption="", question=None, answer=None, element_type="ot
 def prompts(
     num_prompts: int, *, split: str, seed: int, round_index: int, path: str, heldout: float = 0.1
 ) -> list[dict]:
-    """`num_prompts` of the distinct prompts of the file `path`.
+    """`num_prompts` of the distinct prompts of the file `path`; 0: all of them.
 
     The file is shuffled by `seed`, and each round takes the next `num_prompts`; once too few are
     left it is shuffled anew. Where rows name a "split", that is followed; otherwise the share
@@ -37,6 +37,7 @@ def prompts(
         FileNotFoundError, ValueError: no such file; a bad row (with its line); too few prompts.
     """
     rows = _in_split(_distinct(path), split, heldout)
+    num_prompts = num_prompts or len(rows)
     if not 0 < num_prompts <= len(rows):
         raise ValueError(
             f"{path} has {len(rows)} distinct prompts in split {split!r}, and num_prompts asks for"
@@ -58,13 +59,13 @@ def questions(prompt_rows: list[dict], *, seed: int, path: str) -> list[dict]:
         FileNotFoundError, ValueError: no such file; a bad row (with its line).
     """
     del seed  # nothing is drawn
-    texts = {_key(row["prompt"]): row["id"] for row in prompt_rows}
+    texts = {normalized(row["prompt"]): row["id"] for row in prompt_rows}
     found: dict[str, dict[str, dict]] = {row["id"]: {} for row in prompt_rows}
     repeated = 0
     for where, row in _rows(path):
         question = _question(where, row)
         known = question["id"] in found
-        owner = question["id"] if known else texts.get(_key(question["caption"]))
+        owner = question["id"] if known else texts.get(normalized(question["caption"]))
         if owner is None:
             continue  # of a prompt that this round did not draw
         repeated += question["question"] in found[owner]
@@ -134,11 +135,6 @@ def _text(where: str, row: dict, *names: str, default: str | None = None) -> str
     return value.strip()
 
 
-def _key(prompt: str) -> str:
-    """Prompts that differ in case or spaces alone are one prompt."""
-    return " ".join(prompt.casefold().split())
-
-
 def _distinct(path: str) -> list[dict]:
     kept: dict[str, dict] = {}
     places: dict[str, str] = {}
@@ -147,7 +143,7 @@ def _distinct(path: str) -> list[dict]:
         prompt = {"prompt": _text(where, row, "prompt", "caption")}
         for name, default in (("id", ""), ("category", "none"), ("split", "")):
             prompt[name] = _text(where, row, name, default=default)
-        if kept.setdefault(_key(prompt["prompt"]), prompt) is not prompt:
+        if kept.setdefault(normalized(prompt["prompt"]), prompt) is not prompt:
             repeated += 1
             continue
         first = places.setdefault(prompt["id"] or where, where)
@@ -168,7 +164,7 @@ def _in_split(rows: list[dict], split: str, heldout: float) -> list[dict]:
         return [row for row in rows if row["split"] == split]
 
     def is_heldout(row: dict) -> bool:
-        digest = hashlib.sha256(_key(row["prompt"]).encode()).digest()
+        digest = hashlib.sha256(normalized(row["prompt"]).encode()).digest()
         return int.from_bytes(digest[:4], "big") < heldout * 2**32
 
     return [row for row in rows if is_heldout(row) == (split != "train")]

@@ -16,6 +16,8 @@ def prompts(num_prompts: int, *, split: str, seed: int, round_index: int) -> lis
     Raises:
         ValueError: the world has no such split, or fewer captions in it.
     """
+    if not num_prompts:
+        raise ValueError("num_prompts=0: the micro world has no end of prompts, say how many.")
     rng = np.random.default_rng([seed, round_index])
     part = "heldout" if split == "test" else split
     scenes = sample_scenes(rng, num_prompts, split=part, unique=True)

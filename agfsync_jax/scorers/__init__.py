@@ -1,6 +1,8 @@
 """Images in, numbers out: a scorer a file. scoring/ takes the images through them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +22,17 @@ class Scorer(Protocol):
             block/column.
         asks_questions: whether it reads the questions; then every prompt must have one.
         reads_prompt: whether the prompt matters to it.
+        model: what gets the settings that are none of its own; see `settings_of`.
     """
 
     columns: Mapping[str, Column]
     asks_questions: bool = False
     reads_prompt: bool = True
+    model: type | None = None
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        """Raises ValueError for settings that the scorer cannot do, before weights are read."""
 
     def __call__(
         self,
@@ -43,3 +51,19 @@ class Scorer(Protocol):
             "answers": for each image a list of dicts, one a question, with answer (None where
             there is none), p_yes, p_expected, correct and, if it was mapped to a choice, written.
         """
+
+
+def settings_of(module: ModuleType) -> dict[str, inspect.Parameter]:
+    """What `config.scorers.<block>` may set: the keyword arguments of a scorer, and of the classes
+    that it hands on what it does not know itself (its bases, then its model)."""
+    scorer = module.Scorer
+    found: dict[str, inspect.Parameter] = {}
+    for cls in (*scorer.__mro__, scorer.model):
+        if cls is None or "__init__" not in vars(cls):
+            continue
+        own = inspect.signature(cls.__init__).parameters.values()
+        keywords = [each for each in own if each.kind is each.KEYWORD_ONLY]
+        found = {each.name: each for each in keywords} | found
+        if not any(each.kind is each.VAR_KEYWORD for each in own):
+            break
+    return found

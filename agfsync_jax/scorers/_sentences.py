@@ -6,6 +6,7 @@ As TIFA (Hu et al. 2023) does it with sentence-transformers/all-mpnet-base-v2 (R
 
 import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,16 @@ from agfsync_jax.weights.places import local_files, resolve_path
 _MULTIPLE = 16  # of padded lengths, so that few shapes are compiled
 
 
+def check_is_mpnet(folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError for a folder of weights of another kind."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "mpnet":
+        raise ValueError(
+            f"{folder} holds a {kind!r}: expected an MPNet, such as"
+            " sentence-transformers/all-mpnet-base-v2."
+        )
+
+
 class SentenceEncoder:
     """Texts to embeddings of length one; none is computed twice.
 
@@ -48,6 +59,7 @@ class SentenceEncoder:
     def __init__(self, path: str, *, mesh: Mesh, batch_size: int = 64):
         source = resolve_path(path)
         folder = local_files(source)
+        check_is_mpnet(folder)
         self._tokenizer = TextTokenizer(folder)
         everywhere = functools.partial(infer_shardings, mesh=mesh)
         graph, self._params = load_model(MPNetModel, source, shardings=everywhere)

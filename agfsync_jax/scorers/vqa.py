@@ -21,8 +21,9 @@ from jaxtyping import Float, UInt8
 from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._blip2 import Blip2, Question
-from agfsync_jax.scorers._sentences import SentenceEncoder
+from agfsync_jax.scorers._sentences import SentenceEncoder, check_is_mpnet
 from agfsync_jax.scorers._shared import shared
+from agfsync_jax.weights.places import is_local, resolve_path
 
 PROMPT = "Question: {question} Choices:{choices} Answer:"  # AGFSync's; choices as ['yes','no']
 TIFA_PROMPT = (  # for answer_by="generation"; options as: yes, no
@@ -70,19 +71,18 @@ class Scorer(scorers.Scorer):
         )
     }
     asks_questions = True
+    model = Blip2
 
-    def __init__(
-        self,
-        mesh: Mesh,
+    @classmethod
+    def check(
+        cls,
         *,
-        batch_size: int = 64,
         prompt: str = PROMPT,
         answer_by: str = "likelihood",
-        closest: str = "",
-        max_new_tokens: int = 30,
         score: str = "accuracy",
-        **model: Any,
-    ):
+        closest: str = "",
+        **_: Any,
+    ) -> None:
         fields = {field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None}
         if "question" not in fields or fields - set(FIELDS):
             raise ValueError(
@@ -98,10 +98,31 @@ class Scorer(scorers.Scorer):
                 f"score={score!r} needs the choices' probabilities, which written answers do not"
                 " have: set score='accuracy' or answer_by='likelihood'"
             )
+        if closest and answer_by != "generation":
+            raise ValueError(
+                f"closest={closest!r} is for written answers: set answer_by='generation', or leave"
+                " it empty"
+            )
+        if closest and is_local(closest):
+            check_is_mpnet(resolve_path(closest))
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        batch_size: int = 64,
+        prompt: str = PROMPT,
+        answer_by: str = "likelihood",
+        closest: str = "",
+        max_new_tokens: int = 30,
+        score: str = "accuracy",
+        **model: Any,
+    ):
+        self.check(prompt=prompt, answer_by=answer_by, score=score, closest=closest)
         self._prompt, self._score, self._writes = prompt, score, answer_by == "generation"
         self._max_new_tokens = max_new_tokens
-        self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
         self._sentences = SentenceEncoder(closest, mesh=mesh) if closest else None
+        self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
 
     def __call__(
         self,

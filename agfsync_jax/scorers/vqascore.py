@@ -34,6 +34,15 @@ class Scorer(scorers.Scorer):
     """
 
     columns = {"vqascore": Column("how sure the VQA model is that the image shows the prompt")}
+    model = Blip2
+
+    @classmethod
+    def check(cls, *, prompt: str = PROMPT, answer: str = "Yes", **_: Any) -> None:
+        if "{prompt}" not in prompt or not answer:
+            raise ValueError(
+                f"prompt {prompt!r}, answer {answer!r}: expected a question with {{prompt}} in it"
+                " and an answer"
+            )
 
     def __init__(
         self,
@@ -44,11 +53,7 @@ class Scorer(scorers.Scorer):
         answer: str = "Yes",
         **model: Any,
     ):
-        if "{prompt}" not in prompt or not answer:
-            raise ValueError(
-                f"prompt {prompt!r}, answer {answer!r}: expected a question with {{prompt}} in it"
-                " and an answer"
-            )
+        self.check(prompt=prompt, answer=answer)
         self._prompt, self._answer = prompt, answer
         self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
 

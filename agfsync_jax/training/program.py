@@ -11,42 +11,40 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from agfsync_jax.models.layers import REMAT
-from agfsync_jax.parallel.sharding import Rule, batch_sharding, infer_shardings, replicated
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.parallel.sharding import (
+    Rule,
+    batch_sharding,
+    batch_shards,
+    infer_shardings,
+    replicated,
+)
 from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
 from agfsync_jax.utils import flops, modules
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "accumulate", "ema_decay", "remat")
+_STEP = ("lora_rank", "ema_decay", "remat")
 
 
-def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSpec:
+def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` that divides a batch; see `mesh_shape` for what is raised."""
+    return create_mesh(config.mesh, devices=devices, batch_size=config.train.batch_size)
+
+
+def step_spec(
+    config: Any, mesh: Mesh | None = None, round_index: int = 0, backbone: Any = None
+) -> StepSpec:
     """The step that `config.train` and `config.loss` describe.
+
+    Args:
+        mesh: of the training, whose devices take a batch in parts; without one there is one part.
 
     Raises:
         ValueError: settings that do not exist or do not go together.
     """
     spec, loss = config.train, config.loss.to_dict()
-    if spec.embeddings not in ("cached", "step"):
-        raise ValueError(f"config.train.embeddings={spec.embeddings!r}: expected cached or step.")
-    if spec.remat not in REMAT:
-        raise ValueError(
-            f"config.train.remat is {spec.remat!r}, expected one of {', '.join(REMAT)}."
-        )
-    if spec.best and not spec.validate_every:
-        raise ValueError(
-            f"config.train.best={spec.best!r} needs config.train.validate_every: only a validation"
-            " says which checkpoint is the best."
-        )
-    if spec.keep < 1:
-        raise ValueError(f"config.train.keep={spec.keep}: expected at least 1.")
-    if spec.accumulate < 1 or spec.batch_size % spec.accumulate:
-        raise ValueError(
-            f"config.train.accumulate={spec.accumulate} does not divide"
-            f" config.train.batch_size={spec.batch_size}."
-        )
     optimizer, learning_rate = make_optimizer(**{name: spec[name] for name in _OPTIMIZER})
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
@@ -57,8 +55,21 @@ def step_spec(config: Any, round_index: int = 0, backbone: Any = None) -> StepSp
         seed=seed,
         encode=spec.embeddings == "step",
         backbone=backbone,
+        accumulate=num_parts(spec.batch_size, spec.device_batch_size, mesh) if mesh else 1,
         **{name: spec[name] for name in _STEP},
     )
+
+
+def num_parts(batch_size: int, device_batch_size: int, mesh: Mesh) -> int:
+    """In how many parts, one after the other, a batch is taken.
+
+    Args:
+        batch_size: pairs on all devices, a multiple of the mesh's data x fsdp.
+        device_batch_size: pairs that a device takes at once, at most; 0: all of its own.
+    """
+    own = batch_size // batch_shards(mesh)
+    limit = min(device_batch_size or own, own)
+    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own <= parts * limit)
 
 
 def init_program(

@@ -1,17 +1,35 @@
 """An experiment's config: found and overridden."""
 
 import ast
+import contextlib
 import difflib
+import functools
 import importlib.util
 import inspect
 import re
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from agfsync_jax.utils import modules
+
 BESIDE_PACKAGE = Path(__file__).parents[2]  # the repository, or where the package is installed
 SECRET = r".*(api_key|password|secret|token)"
+
+
+@functools.cache
+def schema() -> ModuleType:
+    """configs/schema.py: what each key may be."""
+    source = importlib.util.spec_from_file_location(
+        "agfsync_config_schema", BESIDE_PACKAGE / "configs" / "schema.py"
+    )
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
 
 
 def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
@@ -34,7 +52,8 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
         raise FileNotFoundError(f"--config={spec}: no file {match[1]}; shipped: {known}")
     source = importlib.util.spec_from_file_location(f"agfsync_config_{path.stem}", path)
     module = importlib.util.module_from_spec(source)
-    source.loader.exec_module(module)
+    with _told_with_its_line(spec, path):
+        source.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config={spec}: {path} has no get_config()")
     arguments = () if match[2] is None else (match[2],)
@@ -45,12 +64,38 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
             f"--config={spec}: get_config of {path} "
             + ("takes no argument" if arguments else "wants an argument, as in FILE.py:arg")
         ) from None
-    config = module.get_config(*arguments)
+    with _told_with_its_line(spec, path):
+        config = module.get_config(*arguments)
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config={spec}: get_config of {path} returns no ConfigDict")
+    override(config, overrides)
+    return config.lock()
+
+
+def override(config: ConfigDict, overrides: dict[str, str]) -> None:
+    """Sets keys from texts; ValueError as in `load`."""
     for key, text in overrides.items():
         _override(config, key, text)
-    return config.lock()
+
+
+@contextlib.contextmanager
+def _told_with_its_line(spec: str, path: Path) -> Iterator[None]:
+    """An exception in a config becomes an error that shows the line of the config's file."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a config is a program of the user's
+        if isinstance(error, ValueError) and str(error).startswith("config argument "):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError):
+            place, line = f"{error.filename}:{error.lineno}", (error.text or "").strip()
+        elif own:
+            place, line = f"{path}:{own[-1].lineno}", own[-1].line
+        else:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--config={spec}: {place}: {line}: {what}") from error
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -84,6 +129,15 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     if key in flat:
         config.update_from_flattened_dict({key: _parse(key, text, flat[key])})
         return
+    block, _, name = key.rpartition(".")
+    if re.fullmatch(r"scorers\.\w+", block) and f"{block}.name" in flat:
+        known = modules.settings("scorers", flat[f"{block}.name"])
+        if name in known:
+            default = known[name].default
+            if default is None or default is inspect.Parameter.empty:
+                default = 0 if "int" in str(known[name].annotation) else ""
+            config.scorers[block.removeprefix("scorers.")][name] = _parse(key, text, default)
+            return
     inside = [name for name in flat if name.startswith(f"{key}.")]
     if inside:
         raise ValueError(f"--config.{key} is a block; set one of: {', '.join(inside)}")
@@ -109,4 +163,6 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = None
     if isinstance(old, tuple | list) and isinstance(value, tuple | list):
         return type(old)(value)
-    raise ValueError(f"--config.{key}={text}: expected {type(old).__name__}, as in {old!r}")
+    rule = schema().KEYS.get(key)
+    wanted = rule.allowed if rule else f"{type(old).__name__}, as in {old!r}"
+    raise ValueError(f"--config.{key}={text}: expected {wanted}")

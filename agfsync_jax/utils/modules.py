@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 PACKAGE = "agfsync_jax"
 
@@ -25,12 +26,20 @@ def check(room: str, name: str) -> None:
     """
     known = names(room)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        # a name in short, such as dpo, before one that is spelled alike
+        close = [each for each in known if name and name in each.split("_")]
+        close += difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"{name!r} is not in {PACKAGE}/{room}, which has: {', '.join(known)}.{hint}"
             f" To add it, write {PACKAGE}/{room}/{name}.py."
         )
+
+
+def settings(room: str, name: str) -> dict[str, Any]:
+    """What a block of the config that names a file of the room may set besides, by parameter: the
+    room's `settings_of` says it."""
+    return importlib.import_module(f"{PACKAGE}.{room}").settings_of(load(room, name))
 
 
 def load(room: str, name: str) -> ModuleType:

@@ -19,7 +19,8 @@ _STEMS = (
     *("diffusion_pytorch_model", "model", "pytorch_model"),
     *("open_clip_model", "open_clip_pytorch_model"),
 )
-_REPOSITORY = r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?"  # org/name, org/name@revision
+_FILE = r"(\w[\w.-]*/\w[\w.-]*)/(.+)"  # of a repository
+_REPOSITORY = r"(\w[\w.-]*/\w[\w.-]*?)(?:@([\w./-]+))?"  # org/name, org/name@revision
 
 
 def resolve_path(path: str | Path, *, variant: str = "") -> Path:
@@ -51,7 +52,7 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
         return found
     if match := re.fullmatch(_REPOSITORY, text):
         return _download(match[1], match[2], variant=variant)
-    if match := re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+)", text):
+    if match := re.fullmatch(_FILE, text):
         if text.endswith(SAFETENSORS + PICKLES):
             return _download(match[1], None, file=match[2])
     shipped = ", ".join(f"micro:{child.name}" for child in sorted(_SHIPPED.glob("*"))) or "none"
@@ -59,6 +60,16 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
         f"No weights at {found} (from {text!r}). Give a local folder in the Hugging Face "
         f"layout, a repository of the Hub (org/name), or one of the shipped ones: {shipped}."
     )
+
+
+def is_local(path: str) -> bool:
+    """Whether `resolve_path` would not have to download it."""
+    if re.match(r"https?:", path):
+        return False
+    if path.startswith("micro:") or to_path(path).expanduser().exists():
+        return True
+    in_a_repository = path.endswith(SAFETENSORS + PICKLES) and re.fullmatch(_FILE, path)
+    return not (re.fullmatch(_REPOSITORY, path) or in_a_repository)
 
 
 def local_files(source: Path) -> Path:
@@ -158,7 +169,9 @@ def _download_url(url: str) -> Path:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             part.unlink()
-            raise ValueError(f"{address} gave another file: sha256 {found}, expected {digest}. It was removed.")
+            raise ValueError(
+                f"{address} gave another file: sha256 {found}, expected {digest}. It was removed."
+            )
         part.rename(target)
     return target
 

@@ -254,3 +254,14 @@ def test_a_loss_without_reference(backbone):
     init, step = make_step(backbone, loss=sft, learning_rate=1e-4)
     _, values = step(init(backbone.params["unet"]), None, batch)
     assert float(values["loss"]) == pytest.approx(float(values["chosen_error"]))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "at_once", "devices", "parts"),
+    [(64, 0, 8, 1), (64, 2, 8, 4), (64, 2, 1, 32), (64, 3, 8, 4), (8, 100, 8, 1), (24, 4, 2, 3)],
+)
+def test_a_batch_is_taken_in_the_fewest_parts_that_a_device_can(
+    batch_size, at_once, devices, parts
+):
+    mesh = create_mesh(devices=jax.devices()[:devices])
+    assert program.num_parts(batch_size, at_once, mesh) == parts

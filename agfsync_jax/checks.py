@@ -1,0 +1,239 @@
+"""What a verb needs, looked up before any work: all that is wrong is told at once."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+
+from agfsync_jax import prompt_sources
+from agfsync_jax.evaluation.prompts import held_out, held_out_block
+from agfsync_jax.parallel.mesh import mesh_shape
+from agfsync_jax.parallel.placement import KERNELS
+from agfsync_jax.prompt_sources import normalized
+from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
+from agfsync_jax.utils import configs, modules
+from agfsync_jax.weights.places import is_local, resolve_path
+
+DRAWS = ("run", "sample", "evaluate")
+TRAINS = ("run", "train")
+
+
+def check(config: ConfigDict, verb: str, *, num_devices: int, round_index: int = 0) -> None:
+    """Everything that can be known of a verb before it runs.
+
+    Raises:
+        ValueError: what is wrong, all of it.
+    """
+    problems = [*keys(config), *names(config)]
+    if not problems:  # what follows reads the config as if all of its keys were what they must be
+        problems += [*scorers(config, verb), *sizes(config, verb, num_devices)]
+        problems += files(config, verb, downloads=False)
+        problems += prompts(config, verb, round_index)
+    if not problems:
+        problems += files(config, verb, downloads=True)
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError(f"{len(problems)} things are wrong:\n  " + "\n  ".join(problems))
+
+
+def keys(config: ConfigDict) -> Iterator[str]:
+    """Keys that are unknown, and values that a key does not take (configs/schema.py)."""
+    schema = configs.schema()
+    flat = configs.flatten(config)
+    for key, value in flat.items():
+        rule = schema.KEYS.get(key)
+        if rule is None and key.startswith("pair.weights."):
+            rule = schema.KEYS["pair.weights"]
+        if rule is not None and not rule.holds(value):
+            yield f"config.{key}={value!r}: expected {rule.allowed}."
+        if rule is None and not any(key.startswith(f"{block}.") for block in schema.OPEN):
+            yield f"config.{key} is no key of the config{_close(key, schema.KEYS)}"
+    for key in schema.KEYS.keys() - flat.keys() - {"pair.weights"}:
+        yield f"config.{key} is missing: start from get_config() of configs/common.py."
+
+
+def names(config: ConfigDict) -> Iterator[str]:
+    """Names that are no file of their room, and arguments that the named file does not take."""
+    rooms = [
+        ("backbones", "backbone.name", config.backbone.name),
+        ("losses", "loss.name", config.loss.name),
+        *(("evaluators", "evaluate.evaluators", name) for name in config.evaluate.evaluators),
+    ]
+    if config.sample.sampler:
+        rooms.append(("samplers", "sample.sampler", config.sample.sampler))
+    for room, key, name in rooms:
+        yield from _told(lambda room=room, name=name: modules.check(room, name), f"config.{key}: ")
+    if config.backbone.attention not in ("auto", *KERNELS):
+        known = ", ".join(("auto", *KERNELS))
+        yield f"config.backbone.attention={config.backbone.attention!r}: expected one of {known}."
+    for block, function in (
+        ("prompts", "prompts"),
+        ("questions", "questions"),
+        ("evaluate", "prompts"),
+    ):
+        spec = config[block].to_dict()
+        found = list(_told(lambda s=spec: modules.check("prompt_sources", s["source"])))
+        yield from (f"config.{block}.source: {line}" for line in found)
+        if found:
+            continue
+        source = modules.load("prompt_sources", spec.pop("source"))
+        if block == "evaluate":
+            spec = held_out_block(spec)
+        known = inspect.signature(getattr(source, function)).parameters
+        given = {"seed", "round_index", "prompt_rows"} & known.keys()
+        yield from _arguments(f"config.{block}", spec, known, given)
+    for block, spec in config.scorers.items():
+        found = list(_told(lambda b=block, s=spec: scorer_class(b, s), f"config.scorers.{block}: "))
+        yield from found
+        if not found:
+            known = modules.settings("scorers", spec.name)
+            given = {"batch_size", "name"}
+            yield from _arguments(f"config.scorers.{block}", spec.to_dict(), known, given)
+
+
+def scorers(config: ConfigDict, verb: str) -> Iterator[str]:
+    """Settings that a scorer cannot do, and weights of columns that none makes."""
+    if verb not in ("run", "score", "pair", "evaluate"):
+        return
+    for block, spec in config.scorers.items():
+        settings = {key: value for key, value in spec.to_dict().items() if key != "name"}
+        make = scorer_class(block, spec)
+        yield from _told(lambda m=make, s=settings: m.check(**s), f"config.scorers.{block}: ")
+    if not config.pair.path and verb != "evaluate":
+        yield from _told(lambda: check_weights(config.pair.weights, config.scorers.to_dict()))
+
+
+def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
+    """Meshes that the devices do not make, and batches that they do not divide."""
+    spec = config.train
+    if verb in (*DRAWS, *TRAINS, "plan"):
+        found = list(_told(lambda: mesh_shape(config.mesh, num_devices), "config.mesh: "))
+        yield from found
+        if not found and verb in (*TRAINS, "plan"):
+            yield from _told(
+                lambda: mesh_shape(config.mesh, num_devices, spec.batch_size),
+                "config.train.batch_size: ",
+            )
+    if verb in (*TRAINS, "plan"):
+        if spec.schedule == "cosine" and spec.warmup_steps >= spec.num_steps:
+            yield (
+                f"config.train.warmup_steps={spec.warmup_steps} leaves nothing of the cosine"
+                f" schedule: it must be below config.train.num_steps={spec.num_steps}."
+            )
+        if spec.best and not spec.validate_every:
+            yield (
+                f"config.train.best={spec.best!r} needs config.train.validate_every: only a"
+                " validation says which checkpoint is the best."
+            )
+
+
+def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
+    """Weights and other files that are not there, or in no form that is read.
+
+    Args:
+        downloads: look at those that are elsewhere, which are downloaded, instead of those here.
+    """
+    wanted: list[tuple[str, str, str]] = []
+    if verb in (*DRAWS, *TRAINS, "pair", "export"):
+        wanted.append(("backbone.path", config.backbone.path, config.backbone.variant))
+        wanted += [("backbone.lora", path, "") for path, _ in config.backbone.lora]
+    if verb in DRAWS and config.sample.refiner:
+        wanted.append(("sample.refiner", config.sample.refiner, config.backbone.variant))
+    if verb in ("run", "score", "evaluate"):
+        for block, spec in config.scorers.items():
+            for key in ("path", "head", "closest"):
+                if spec.get(key):
+                    wanted.append((f"scorers.{block}.{key}", spec[key], ""))
+    for key, path, variant in wanted:
+        if is_local(path) != downloads:
+            yield from _told(
+                lambda p=path, v=variant: resolve_path(p, variant=v), f"config.{key}: "
+            )
+    if verb in ("run", "pair") and config.pair.path and not downloads:
+        if not Path(config.pair.path).expanduser().exists():
+            yield f"config.pair.path: there is nothing at {config.pair.path}."
+
+
+def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
+    """Prompts, questions and held-out prompts: that there are enough, and that none is both."""
+    seed, asks = config.seed, asks_questions(config.scorers)
+    makes_pairs = not config.pair.path  # else the pairs are people's, and nothing is drawn for them
+    rounds = range(round_index, config.rounds if verb == "run" else round_index + 1)
+    drawn: dict[str, dict] = {}
+    if (verb == "run" and makes_pairs) or verb == "prompts":
+        for index in rounds:
+            rows: list[dict] = []
+
+            def draw(index: int = index, rows: list = rows) -> None:
+                spec = config.prompts.to_dict()
+                rows += prompt_sources.draw_prompts(spec, seed=seed, round_index=index)
+
+            def ask(rows: list = rows) -> None:
+                prompt_sources.ask_questions(config.questions.to_dict(), rows, seed=seed)
+
+            found = list(_told(draw, "config.prompts: "))
+            yield from found
+            if not found and asks and verb == "run":
+                yield from _told(ask, "config.questions: ")
+            drawn |= {normalized(row["prompt"]): row for row in rows}
+            if found:
+                break
+    if verb in ("run", "evaluate"):
+        held: list[dict] = []
+        yield from _told(lambda: held.extend(held_out(config)[0].values()), "config.evaluate: ")
+        both = [row["prompt"] for row in held if normalized(row["prompt"]) in drawn]
+        if both:
+            yield (
+                f"config.evaluate: {len(both)} of {len(held)} held-out prompts are among those"
+                f" that training draws, the first is {both[0]!r}: name other prompts, or another"
+                " split of them."
+            )
+
+
+def _arguments(
+    block: str, spec: Mapping[str, Any], known: Mapping[str, inspect.Parameter], given: set[str]
+) -> Iterator[str]:
+    """What a function that a block names does not take, or misses."""
+    for name, value in spec.items():
+        if name in given:
+            continue
+        if name not in known:
+            yield f"{block}.{name} is not known there{_close(name, known)}"
+        elif not _is_a(value, known[name].annotation):
+            kind = getattr(known[name].annotation, "__name__", known[name].annotation)
+            yield f"{block}.{name}={value!r}: expected {kind}."
+    for name, parameter in known.items():
+        missing = parameter.default is parameter.empty and name not in spec
+        if missing and name not in given:
+            yield f"{block}.{name} is missing."
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    """Whether a value is what a simple annotation says; true where that is not simple."""
+    kinds = get_args(annotation) or (annotation,)
+    if not all(kind in (str, int, float, bool, type(None)) for kind in kinds):
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    if float in kinds and isinstance(value, int):
+        return True
+    return isinstance(value, kinds) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _close(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(name, list(known), n=2)
+    return f": did you mean {' or '.join(found)}?" if found else "."
+
+
+def _told(act: Callable[[], Any], prefix: str = "") -> Iterator[str]:
+    """What `act` has to say against it."""
+    try:
+        act()
+    except (ValueError, OSError) as error:
+        yield f"{prefix}{error}"

@@ -1,0 +1,280 @@
+"""What is wrong with a config is told before any work, all at once."""
+
+import json
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from agfsync_jax import checks, cli
+from agfsync_jax.utils import configs, modules
+
+MICRO = "configs/micro.py:tiny"
+VARIANTS = {"sd14": ["lcm"], "sd15": ["lcm", "dpo", "lora"], "sd21": []}
+VARIANTS["sdxl"] = VARIANTS["sd15"]
+RELEASED = [
+    f"configs/{name}.py{variant}"
+    for name, variants in VARIANTS.items()
+    for variant in ("", *(f":{each}" for each in variants))
+]
+
+
+def check(verb, spec=MICRO, num_devices=8, **overrides):
+    overrides = {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    checks.check(configs.load(spec, overrides), verb, num_devices=num_devices)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_good_config_passes(verb):
+    check(verb)
+
+
+def test_every_key_has_a_rule_and_every_rule_a_key():
+    flat = configs.flatten(configs.load("configs/micro.py", {}))
+    known = configs.schema().KEYS
+    open_keys = [key for key in flat if key.startswith(("scorers.", "pair.weights."))]
+    assert flat.keys() - known.keys() == set(open_keys)
+    assert known.keys() - flat.keys() == {"pair.weights"}
+
+
+def test_all_is_told_at_once():
+    with pytest.raises(ValueError) as told:
+        check("run", train__num_steps=-5, loss__name="dpo", score__max_bad=2)
+    first, *lines = str(told.value).splitlines()
+    assert first == "3 things are wrong:" and len(lines) == 3
+    assert "did you mean" not in lines[0] and "Did you mean 'diffusion_dpo'?" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "value", "message"),
+    [
+        ("train", "train.num_steps", -5, "train.num_steps=-5: expected a whole number of at leas"),
+        ("train", "train.batch_size", 0, "train.batch_size=0: expected a whole number"),
+        ("train", "train.save_every", 0, "train.save_every=0: expected a whole number"),
+        (
+            "train",
+            "train.learning_rate",
+            "nan",
+            "rate=nan: expected a finite number above 0",
+        ),
+        ("train", "train.learning_rate", 0, "learning_rate=0.0: expected a finite number above 0"),
+        ("train", "train.ema_decay", 1, "ema_decay=1.0: expected a number from 0 to below 1"),
+        ("train", "train.schedule", "linear", "schedule='linear': expected constant | cosine"),
+        ("train", "train.optimizer", "sgd", "optimizer='sgd': expected adamw | adafactor | lion"),
+        ("train", "train.remat", "some", "remat='some': expected none | dots | full"),
+        ("train", "train.best", "vqa", "train.best='vqa' needs config.train.validate_every"),
+        ("train", "loss.name", "dpo", "Did you mean 'diffusion_dpo'?"),
+        ("train", "backbone.dtype", "fp16", "dtype='fp16': expected float32 | bfloat16 | float16"),
+        ("train", "mesh.data", 3, "Mesh data=3, fsdp=1, tensor=1 does not fit 8"),
+        ("prompts", "prompts.num_prompts", -1, "prompts.num_prompts=-1: expected a whole number"),
+        ("prompts", "prompts.source", "jsonlines", "Did you mean 'jsonl'?"),
+        ("prompts", "prompts.split", "tset", "config.prompts: "),
+        ("sample", "sample.sampler", "dmp", "is not in agfsync_jax/samplers"),
+        ("sample", "sample.guidance_scale", "inf", "guidance_scale=inf: expected a finite number"),
+        ("sample", "sample.refiner", "no/where/at/all", "config.sample.refiner: No weights at"),
+        ("sample", "backbone.attention", "flsh", "backbone.attention='flsh': expected one of auto"),
+        ("sample", "backbone.path", "", "backbone.path='': expected text that is not empty"),
+        ("sample", "backbone.path", "./nothing", "config.backbone.path: No weights at nothing"),
+        ("score", "scorers.clip.path", "./nothing", "config.scorers.clip.path: No weights at noth"),
+        ("score", "scorers.aesthetic.head", "./a.pth", "config.scorers.aesthetic.head: No weights"),
+        ("score", "scorers.vqa.closest", "micro:clip", "closest='micro:clip' is for written ans"),
+        ("score", "scorers.vqa.prompt", "{q}", "config.scorers.vqa: prompt '{q}' has the fields"),
+        ("score", "scorers.vqa.score", "mean", "config.scorers.vqa: score is 'mean', expected one"),
+        ("pair", "pair.weights.vqa", "inf", "config.pair.weights.vqa=inf: expected a finite num"),
+        ("pair", "pair.strategy", "best", "pair.strategy='best': expected best_worst | all_above"),
+        ("pair", "pair.path", "./nothing", "config.pair.path: there is nothing at ./nothing"),
+        ("evaluate", "evaluate.num_seeds", 0, "evaluate.num_seeds=0: expected a whole number"),
+        ("evaluate", "evaluate.evaluators", "('judge',)", "config.evaluate.evaluators: 'judge' is"),
+        ("export", "export.lora", "peff", "export.lora='peff': expected '' | diffusers | kohya"),
+        ("bench", "bench.unet_width", 0, "unet_width=0.0: expected a finite number above 0 and"),
+        ("plan", "train.warmup_steps", -1, "warmup_steps=-1: expected a whole number of at leas"),
+    ],
+)
+def test_a_value_that_cannot_be(verb, key, value, message):
+    for each in {verb, "run"} - ({"run"} if verb in ("bench", "export", "plan") else set()):
+        with pytest.raises(ValueError) as told:
+            check(each, **{key: value})
+        assert message in str(told.value) and len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.train.update(lerning_rate=1), "train.lerning_rate is no key of the config: d"),
+        (lambda c: c.scorers.vqa.update(promt="x"), "scorers.vqa.promt is not known there: did yo"),
+        (lambda c: c.scorers.vqa.update(dtype=16), "scorers.vqa.dtype=16: expected str"),
+        (lambda c: c.scorers.clip.__delitem__("path"), "config.scorers.clip.path is missing"),
+        (lambda c: c.scorers.clip.__delitem__("name"), "config.scorers.clip has no name"),
+        (lambda c: c.scorers.clip.update(name="clp"), "Did you mean 'clip'?"),
+        (lambda c: c.prompts.update(path="p.jsonl"), "config.prompts.path is not known there"),
+        (lambda c: c.evaluate.update(heldout=0.1), "config.evaluate.heldout is not known there"),
+        (lambda c: c.pair.weights.update(vila=1.0), "config.pair.weights names 'vila', which no s"),
+        (
+            lambda c: c.train.__delitem__("keep"),
+            "config.train.keep is missing: start from get_config()",
+        ),
+        (lambda c: c.train.update(keep=True), "config.train.keep=True: expected a whole number"),
+        (lambda c: c.backbone.update(lora=("a", 1.0)), "backbone.lora=('a', 1.0): expected (path,"),
+    ],
+)
+def test_a_config_of_the_users_that_cannot_be(change, message):
+    config = configs.load(MICRO, {})
+    config.unlock()
+    change(config)
+    with pytest.raises(ValueError) as told:
+        checks.check(config, "run", num_devices=8)
+    assert message in str(told.value)
+
+
+def test_lora_files_are_looked_for(tmp_path):
+    missing = str(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="config.backbone.lora: .*lora.safetensors"):
+        check("sample", backbone__lora=f"(({missing!r}, 1.0),)")
+
+
+def test_what_a_verb_does_not_read_is_not_looked_for():
+    check("prompts", backbone__path="./nothing", scorers__clip__path="./nothing")
+    check("sample", scorers__clip__path="./nothing")
+
+
+def test_a_sentence_encoder_of_another_kind_is_seen_before_blip2_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    overrides = {"scorers.vqa.answer_by": "generation", "scorers.vqa.closest": str(tmp_path)}
+    with pytest.raises(ValueError, match="config.scorers.vqa: .* holds a 'bert': expected an MPN"):
+        check("score", **overrides, **{"scorers.vqa.score": "accuracy"})
+
+
+@pytest.mark.parametrize("name", modules.names("scorers"))
+def test_every_optional_argument_of_a_scorer_can_be_set(name):
+    """From the command line, where the block does not list it."""
+    known = modules.settings("scorers", name)
+    assert "path" in known
+    config = configs.load(MICRO, {})
+    config.unlock()
+    config.scorers = ConfigDict({"it": {"name": name, "path": "micro:clip", "head": "h"}})
+    if "dtype" in known:
+        configs.override(config, {"scorers.it.dtype": "bfloat16"})
+        assert config.scorers.it.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="config.scorers.it.dtpe is no key of the config"):
+        configs.override(config, {"scorers.it.dtpe": "bfloat16"})
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Prompts, questions and held-out prompts of a user, and the keys that name them."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    prompts = [{"prompt": f"a cat in a box, number {n}"} for n in range(300)]
+    held = [{"prompt": f"a dog on a mat, number {n}"} for n in range(30)]
+    asked = [
+        {"caption": row["prompt"], "question": "is it there?", "answer": "yes"}
+        for row in prompts + held
+    ]
+    write("prompts.jsonl", prompts)
+    write("heldout.jsonl", held)
+    write("questions.jsonl", asked)
+    write("few.jsonl", asked[:310])
+    write("both.jsonl", [{"prompt": row["prompt"].upper()} for row in prompts[:2]] + held)
+    return {
+        "prompts.path": tmp_path / "prompts.jsonl",
+        "questions.path": tmp_path / "questions.jsonl",
+        "evaluate.path": tmp_path / "heldout.jsonl",
+        "prompts.num_prompts": 300,
+        # the weights are not there, which is told
+        "backbone.path": "./sd",
+        "scorers.vqa.path": "./blip2",
+        "scorers.clip.path": "./clip",
+        "scorers.aesthetic.path": "./clip",
+        "scorers.aesthetic.head": "./head",
+    }
+
+
+def told_of(spec, num_devices, overrides):
+    with pytest.raises(ValueError) as told:
+        check("run", spec, num_devices, **overrides)
+    lines = str(told.value).splitlines()[1:]
+    weights = [line for line in lines if "No weights at" in line]
+    assert len(weights) == 5
+    return [line for line in lines if line not in weights]
+
+
+@pytest.mark.parametrize("num_devices", [1, 8, 16, 32, 256])
+@pytest.mark.parametrize("spec", RELEASED)
+def test_a_released_config_starts_on_any_number_of_devices(spec, num_devices, files):
+    if spec.endswith(":lcm"):
+        files = files | {"backbone.lora": "()"}
+    assert told_of(spec, num_devices, files) == []
+
+
+def test_no_released_config_is_left_out():
+    for path in (configs.BESIDE_PACKAGE / "configs").glob("s*.py"):
+        if path.stem != "schema":
+            (taken,) = re.findall(r"parse_arg\(arg(.*)\)", path.read_text())
+            assert re.findall(r"(\w+)=False", taken) == VARIANTS[path.stem]
+
+
+def test_a_file_for_one_purpose_is_whole(files):
+    config = configs.load("configs/sd15.py", {key: str(value) for key, value in files.items()})
+    assert list(checks.prompts(config, "run", 0)) == []
+    assert config.prompts.num_prompts == 300
+    assert len(checks.held_out(config)[0]) == 30
+
+
+def test_prompts_of_both_purposes_are_seen(files, tmp_path):
+    (line,) = told_of(
+        "configs/sd15.py",
+        8,
+        files
+        | {
+            "evaluate.path": tmp_path / "both.jsonl",
+            "questions.path": tmp_path / "questions.jsonl",
+        },
+    )
+    assert "2 of 32 held-out prompts are among those that training draws" in line
+    same = files | {"evaluate.path": files["prompts.path"]}
+    (line,) = told_of("configs/sd15.py", 8, same)
+    assert "300 of 300 held-out prompts" in line
+    split = same | {
+        "prompts.split": "train",
+        "evaluate.split": "heldout",
+        "prompts.num_prompts": 200,
+    }
+    assert told_of("configs/sd15.py", 8, same | split) == []
+
+
+def test_prompts_without_questions_are_seen(files, tmp_path):
+    few = files | {"questions.path": tmp_path / "few.jsonl"}
+    (line,) = told_of("configs/sd15.py", 8, few)
+    assert line.strip().startswith("config.evaluate: 20 of 30 prompts have no question")
+
+
+def test_too_few_prompts_are_seen(files):
+    (line,) = told_of("configs/sd15.py", 8, files | {"prompts.num_prompts": 301})
+    assert "300 distinct prompts in split 'all', and num_prompts asks for 301" in line
+
+
+def test_peoples_pairs_need_no_prompts(files, tmp_path):
+    """With `config.pair.path` nothing is drawn for training."""
+    del files["prompts.path"], files["prompts.num_prompts"]
+    files["pair.path"] = tmp_path
+    assert told_of("configs/sd15.py:dpo", 8, files) == []
+    files["pair.path"] = tmp_path / "nothing"
+    (line,) = told_of("configs/sd15.py:dpo", 8, files)
+    assert "config.pair.path: there is nothing at" in line
+
+
+def test_weights_elsewhere_are_asked_for_last(files, monkeypatch):
+    """What is wrong here is told before anything is downloaded."""
+    asked = []
+    monkeypatch.setattr(checks, "resolve_path", lambda path, variant="": asked.append(path))
+    for key in ("backbone.path", "scorers.vqa.path"):
+        del files[key]
+    with pytest.raises(ValueError, match="301"):
+        check("run", "configs/sd15.py", **files | {"prompts.num_prompts": 301})
+    assert not any("/" in path and not path.startswith("./") for path in asked)
+    check("run", "configs/sd15.py", **files)
+    assert "Salesforce/blip2-flan-t5-xxl" in asked
