@@ -16,6 +16,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.prompt_sources import normalized
 from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
 from agfsync_jax.utils import configs, modules
+from agfsync_jax.utils.files import Unreachable
 from agfsync_jax.weights.places import is_local, resolve_path
 
 DRAWS = ("run", "sample", "evaluate")
@@ -27,6 +28,7 @@ def check(config: ConfigDict, verb: str, *, num_devices: int, round_index: int =
 
     Raises:
         ValueError: what is wrong, all of it.
+        Unreachable: nothing is known to be wrong, and a host that has weights was not reached.
     """
     problems = [*keys(config), *names(config)]
     if not problems:  # what follows reads the config as if all of its keys were what they must be
@@ -112,10 +114,10 @@ def scorers(config: ConfigDict, verb: str) -> Iterator[str]:
 def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
     """Meshes that the devices do not make, and batches that they do not divide."""
     spec = config.train
-    if verb in (*DRAWS, *TRAINS, "plan"):
+    if verb in (*DRAWS, *TRAINS, "export"):  # plan's devices are elsewhere, and it looks itself
         found = list(_told(lambda: mesh_shape(config.mesh, num_devices), "config.mesh: "))
         yield from found
-        if not found and verb in (*TRAINS, "plan"):
+        if not found and verb in TRAINS:
             yield from _told(
                 lambda: mesh_shape(config.mesh, num_devices, spec.batch_size),
                 "config.train.batch_size: ",
@@ -235,5 +237,7 @@ def _told(act: Callable[[], Any], prefix: str = "") -> Iterator[str]:
     """What `act` has to say against it."""
     try:
         act()
+    except Unreachable:
+        raise
     except (ValueError, OSError) as error:
         yield f"{prefix}{error}"

@@ -25,6 +25,7 @@ from agfsync_jax.utils import configs, modules
 PACKAGE = Path(__file__).parent
 VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
 DEFAULT_CONFIG = "configs/micro.py"
+AGAIN = 75  # the status of what may pass by itself: EX_TEMPFAIL of sysexits.h
 
 
 def _flag(text: str, **options: Any) -> dict[str, Any]:
@@ -96,7 +97,8 @@ environment:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 2 after an error, 130 or 143 when stopped.
+    """Runs one verb; returns the exit status: 0, 2 after an error, 75 after one that may pass by
+    itself, 130 or 143 when stopped.
 
     Of several processes one that stops ends the others too: see parallel/watch.py.
     """
@@ -112,7 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             traceback.print_exc()
-        said, status, why = f"agfsync: error: {error}", 2, f"stopped with an error: {error}"
+        from agfsync_jax.utils.files import Unreachable
+
+        passing = isinstance(error, Unreachable | TimeoutError | ConnectionError)
+        status = AGAIN if passing else 2
+        said, why = f"agfsync: error: {error}", f"stopped with an error: {error}"
     print(said, file=sys.stderr)
     if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else there are no others
         watch.stop(why, status)

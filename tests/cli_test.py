@@ -9,6 +9,7 @@ import types
 import pytest
 
 from agfsync_jax import cli
+from agfsync_jax.utils.files import Unreachable
 
 CONFIG = "--config=configs/micro.py:tiny"
 
@@ -106,6 +107,14 @@ def test_a_verb_gets_what_was_given(tmp_path, verb):
         (["prompts", CONFIG, "--workdir=w", "--config.loss.name=x"], "not in agfsync_jax/losses"),
         (["prompts", "--config=nowhere.py", "--workdir=w"], "no file nowhere.py; shipped"),
         (["prompts", CONFIG, "--workdir=w", "--round=-1"], "rounds count from 0"),
+        (["prompts", CONFIG, "--workdir="], "--workdir= is empty: name a folder"),
+        (["prompts", CONFIG, "--workdir=w", "--rounds=3"], "did you mean --config.rounds=3?"),
+        (["prompts", CONFIG, "--workdir=w", "--batch_size=3"], "--config.train.batch_size=3"),
+        (["prompts", CONFIG, "--workdir=w", "--config.seed"], "write --config.seed=VALUE"),
+        (["prompts", CONFIG, "--workdir=w", "--config.backbone.lora=x.safetensors"], "(('lora.sa"),
+        (["prompts", CONFIG, "--workdir=w", "--config.train.keep=two"], "whole number of at least"),
+        (["prompts", CONFIG, "--workdir=w", "--config.scorers.vqa.dtpe=a"], "scorers.vqa.dtpe"),
+        (["prompts", CONFIG, "--workdir=w", "--config.train.learning_rate=nan"], "finite number"),
     ],
 )
 def test_mistakes_get_one_line_before_any_work(args, message, tmp_path, monkeypatch, verb, capsys):
@@ -138,6 +147,48 @@ def test_expected_errors_have_no_traceback(error, tmp_path, verb, capsys, monkey
     assert cli.main(args) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and "agfsync: error: " in err
+
+
+@pytest.mark.parametrize(
+    "error", [Unreachable("the Hub"), TimeoutError("process 1"), ConnectionResetError("reset")]
+)
+def test_what_may_pass_by_itself_has_a_status_of_its_own(error, tmp_path, verb, capsys):
+    """So that a launcher starts it again."""
+    verb(fails(error))
+    assert cli.main(["prompts", CONFIG, f"--workdir={tmp_path}"]) == 75
+    assert capsys.readouterr().err.startswith("agfsync: error: ")
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("agfsync_jax 0.")
+
+
+@pytest.mark.parametrize("rest", [["--config.seed", "3"], ["--config.seed=3"]])
+def test_a_key_and_its_value_in_one_word_or_two(rest, tmp_path, verb):
+    calls = verb()
+    assert cli.main(["prompts", CONFIG, f"--workdir={tmp_path}", *rest]) == 0
+    assert calls[0][0].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return 1 / 0", "mine.py:2: return 1 / 0: ZeroDivisionError"),
+        ("import nothing_there", "mine.py:1: import nothing_there: ModuleNotFoundError"),
+        ("def get_config(:", "mine.py:1: def get_config(:: SyntaxError"),
+        (
+            "from configs import common\ndef get_config():\n    return common.lora(3)",
+            "mine.py:3: return common.lora(3): TypeError",
+        ),
+    ],
+)
+def test_an_exception_in_a_config_shows_its_line(text, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    assert cli.main(["prompts", f"--config={tmp_path / 'mine.py'}", "--workdir=w"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and err.count("\n") == 1
 
 
 def test_a_defect_keeps_its_traceback(tmp_path, verb):

@@ -77,4 +77,11 @@ def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:
     block = key.partition(".")[0]
     first = next((i for i, step in enumerate(steps) if block in step.settings), 0)
     outputs = (output for step in steps[first:] for output in step.outputs)
-    return [output for output in outputs if any(workdir.glob(f"round_*/{output}"))]
+    return [
+        output for output in outputs if any(map(_is_something, workdir.glob(f"round_*/{output}")))
+    ]
+
+
+def _is_something(path: Path) -> bool:
+    """A file, or a folder that holds one: what stopped before it made anything leaves it empty."""
+    return any(path.iterdir()) if path.is_dir() else True

@@ -19,6 +19,10 @@ from etils import epath
 _SCHEMES = ("gs", "s3", "az", "hf")  # that etils.epath knows
 
 
+class Unreachable(OSError):
+    """A host, the Hub or a bucket was not reached: the same command may work later."""
+
+
 def to_path(path: str | os.PathLike) -> Path:
     """A pathlib.Path of a local path, an etils.epath.Path, which has the same methods, of a URL;
     ValueError for a URL of another kind."""
@@ -43,7 +47,7 @@ def absolute(path: Path) -> Path:
 
 
 def check_reachable(path: Path) -> None:
-    """Raises OSError, with what to do, for a URL that cannot be a workdir."""
+    """Raises OSError or Unreachable, with what to do, for a URL that cannot be a workdir."""
     if not is_url(path):
         return
     if str(path).startswith("gs://"):
@@ -57,7 +61,7 @@ def check_reachable(path: Path) -> None:
     try:
         path.exists()
     except Exception as error:  # each library has its own
-        raise OSError(
+        raise Unreachable(
             f"{path} cannot be reached ({' '.join(str(error).split())}). gs:// takes the machine's"
             " account, or that of `gcloud auth application-default login`; TensorFlow reads no"
             " other URL: set EPATH_USE_TF=0 for the libraries of fsspec, such as s3fs."

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from agfsync_jax.utils.files import is_url, to_path
+from agfsync_jax.utils.files import Unreachable, is_url, to_path
 from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS
 
 _CACHE = Path.home() / ".cache" / "agfsync_jax"
@@ -39,7 +39,8 @@ def resolve_path(path: str | Path, *, variant: str = "") -> Path:
     Raises:
       FileNotFoundError: nothing is there; the message says what was looked for.
       ValueError: a URL of another kind; see `to_path`.
-      OSError: the Hub or another host was not reached, or wants a login.
+      Unreachable: the Hub or another host was not reached.
+      OSError: the Hub wants a login.
     """
     text = str(path)
     if re.match(r"https?:", text):
@@ -131,7 +132,7 @@ def _download(repository: str, revision: str | None, *, variant: str = "", file:
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repository} has no revision {revision!r}.") from error
     except LocalEntryNotFoundError as error:
-        raise OSError(
+        raise Unreachable(
             f"{repository!r} is no local folder, and the Hugging Face Hub was not reached: give a "
             "local folder, or download it once where there is a network, with "
             f"`hf download {repository}`."
@@ -161,7 +162,7 @@ def _download_url(url: str) -> Path:
             try:
                 http_get(address, file, resume_size=file.tell())
             except Exception as error:  # noqa: BLE001 - those of HTTP libraries have no ancestor
-                raise OSError(
+                raise Unreachable(
                     f"{address} was not downloaded ({type(error).__name__}: {error}): the same"
                     f" command goes on with it, or put the file at {target}."
                 ) from error

@@ -22,13 +22,28 @@ def _claim(workdir, **overrides):
     settings.claim(workdir, configs.load(MICRO, overrides), steps)
 
 
+def make(folder):
+    folder.mkdir(parents=True)
+    (folder / "made").touch()
+
+
+def test_what_holds_nothing_holds_no_key(tmp_path):
+    """Training that is stopped before its first checkpoint leaves an empty folder."""
+    _claim(tmp_path)
+    (tmp_path / "round_000" / "checkpoints").mkdir(parents=True)
+    _claim(tmp_path, **{"train.batch_size": "16"})
+    (tmp_path / "round_000" / "checkpoints" / "2").mkdir()
+    with pytest.raises(ValueError, match="train.batch_size: 16 there, 32 now"):
+        _claim(tmp_path)
+
+
 def test_a_workdir_belongs_to_its_config(tmp_path):
     workdir = tmp_path / "a" / "b"
     _claim(workdir)
     _claim(workdir, **{"sample.height": "128"})  # nothing is made yet
     stored = json.loads((workdir / "config.json").read_text())
     assert stored["sample"]["height"] == 128 and stored["sharding"] == []
-    (workdir / "round_000" / "candidates").mkdir(parents=True)
+    make(workdir / "round_000" / "candidates")
     _claim(workdir, **{"sample.height": "128", "rounds": "3", "report.num_examples": "1"})
     _claim(workdir, **{"sample.height": "128", "pair.normalize": "rank"})  # no pairs are made yet
     assert json.loads((workdir / "config.json").read_text())["pair"]["normalize"] == "rank"
@@ -43,10 +58,10 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
 
 
 def test_later_outputs_hold_a_key_too(tmp_path):
-    (tmp_path / "round_001" / "pairs").mkdir(parents=True)
+    make(tmp_path / "round_001" / "pairs")
     _claim(tmp_path, **{"pair.min_margin": "0.75"})
     _claim(tmp_path, **{"pair.min_margin": "0.25"})  # pairs are made anew from the same scores
-    (tmp_path / "round_001" / "checkpoints").mkdir(parents=True)
+    make(tmp_path / "round_001" / "checkpoints")
     with pytest.raises(ValueError, match="pair.min_margin: 0.25 there, 0.5 now"):
         _claim(tmp_path, **{"pair.min_margin": "0.5"})
     _claim(tmp_path, **{"pair.min_margin": "0.25", "evaluate.num_seeds": "5"})
