@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agfsync_jax import backbones
-from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard
 from agfsync_jax.data.scores import repair_scores
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
 from agfsync_jax.evaluation.judging import judge_shards, judged_path
-from agfsync_jax.evaluation.prompts import held_out
+from agfsync_jax.evaluation.prompts import check_frozen, freeze, held_out
+from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
 from agfsync_jax.training.checkpoints import restore_denoiser
@@ -44,8 +44,14 @@ class Plan(NamedTuple):
 
 
 def plan(job: Job) -> Plan:
-    """The held-out prompts and the images of both models; ValueError for prompts that cannot be."""
+    """The held-out prompts and the images of both models.
+
+    Raises:
+        ValueError: prompts that cannot be, or others than those that images are there of.
+    """
     prompts, questions = held_out(job.config)
+    for folder in dict.fromkeys(_folders(job).values()):
+        check_frozen(folder, prompts, questions)
     shards = {
         model: plan_images(job.config, list(prompts), evals / model)
         for model, evals in _folders(job).items()
@@ -61,6 +67,9 @@ def evaluate(job: Job) -> None:
         RecordError: a damaged shard.
     """
     plan = job.plan
+    if multihost.is_main():
+        for folder in dict.fromkeys(_folders(job).values()):
+            freeze(folder, plan.prompts, plan.questions)
     mine = {model: of_process(shards) for model, shards in plan.shards.items()}
     if not job.missing.isdisjoint(plan.images):
         _draw(job, mine)
@@ -82,16 +91,8 @@ def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
 
 
 def summarize(job: Job) -> None:
-    """Writes what was asked, gathers the shards' tables and compares them.
-
-    Raises:
-        ValueError: scores that do not allow a comparison.
-    """
-    prompts, questions, shards = job.plan
-    for folder in dict.fromkeys(_folders(job).values()):
-        records.write_jsonl(folder / "prompts.jsonl", prompts.values())
-        records.write_jsonl(folder / "questions.jsonl", itertools.chain(*questions.values()))
-    conclude(shards, job.folder / "evals")
+    """Gathers the shards' tables and compares them; ValueError for scores that allow it not."""
+    conclude(job.plan.shards, job.folder / "evals")
 
 
 def repair(job: Job) -> None:

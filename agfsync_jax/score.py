@@ -148,6 +148,7 @@ main = Step(
     "score",
     score,
     inputs={"prompts.jsonl": "prompts"},
+    optional_inputs=("questions.jsonl",),
     outputs=("scores",),
     settings=("scorers", "score"),
     plan=plan,

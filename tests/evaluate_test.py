@@ -250,6 +250,32 @@ def test_a_later_round_reuses_the_base(done):
     assert stages["evaluate"]["items"] == 12
 
 
+@pytest.mark.parametrize("name", ["prompts.jsonl", "questions.jsonl"])
+def test_other_prompts_than_those_that_were_drawn_are_refused(done, name):
+    """A file that was edited: base and tuned would be compared on different pictures."""
+    config, workdir = done
+    path = workdir / "round_000" / "evals" / name
+    rows = records.read_jsonl(path)
+    rows[2] = rows[2] | {"id": "another"}
+    records.write_jsonl(path, rows)
+    with pytest.raises(ValueError, match=f"{name} has other rows .* the first .*'another'.*remove"):
+        evaluate.main(config, workdir)
+
+
+def test_what_is_asked_is_written_before_the_first_image(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path)
+    evals = tmp_path / "round_000" / "evals"
+
+    def draw(*_):
+        assert len(records.read_jsonl(evals / "prompts.jsonl")) == 6
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(make_config(), tmp_path)
+    assert records.read_jsonl(evals / "questions.jsonl")
+
+
 def test_damage_is_named_and_repaired(done):
     config, workdir = done
     evals = workdir / "round_000" / "evals"

@@ -1,8 +1,12 @@
 """What an evaluation asks of the models: prompts that training never sees."""
 
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from agfsync_jax.data import records
 from agfsync_jax.data.questions import by_prompt
 from agfsync_jax.prompt_sources import ask_questions, draw_prompts
 from agfsync_jax.scoring.columns import asks_questions
@@ -20,6 +24,31 @@ def held_out(config: Any) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     if asks_questions(config.scorers):
         asked = ask_questions(config.questions.to_dict(), rows, seed=config.seed)
     return {row["id"]: row for row in rows}, by_prompt(asked)
+
+
+def freeze(
+    folder: Path, prompts: Mapping[str, dict], questions: Mapping[str, Sequence[dict]]
+) -> None:
+    """Writes what is asked to the folder `evals`, before the first image is there."""
+    records.write_jsonl(folder / "prompts.jsonl", prompts.values())
+    records.write_jsonl(folder / "questions.jsonl", itertools.chain(*questions.values()))
+
+
+def check_frozen(
+    folder: Path, prompts: Mapping[str, dict], questions: Mapping[str, Sequence[dict]]
+) -> None:
+    """Raises ValueError where `freeze` wrote other rows into the folder."""
+    asked = list(itertools.chain(*questions.values()))
+    for name, rows in (("prompts.jsonl", list(prompts.values())), ("questions.jsonl", asked)):
+        path, rows = folder / name, json.loads(json.dumps(rows))  # as they are in a file
+        if path.exists() and (before := records.read_jsonl(path)) != rows:
+            pairs = itertools.zip_longest(before, rows)
+            was, now = next((was, now) for was, now in pairs if was != now)
+            raise ValueError(
+                f"{path} has other rows than the config gives now; the first that differs was"
+                f" {was!r:.200} and is {now!r:.200}. Images of both would be compared: put the"
+                f" former file back, or remove {folder} to evaluate anew."
+            )
 
 
 def held_out_block(spec: Mapping[str, Any]) -> dict[str, Any]:

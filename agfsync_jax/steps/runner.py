@@ -8,13 +8,17 @@ writes: after repairing, after looking at what is there, after the work, and at 
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path
+from agfsync_jax.utils.files import to_path, write_text
+
+INPUTS = "inputs.json"  # of a round: the digests of what each step reads there, when it began
 
 
 @dataclasses.dataclass
@@ -48,6 +52,7 @@ class Step:
     outputs: tuple[str, ...]  #: what the step leaves in the round's folder
     #: What it reads there -> the verb that makes it; the step does not begin without.
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optional_inputs: tuple[str, ...] = ()  #: what it reads there besides, if it is there
     settings: tuple[str, ...] = ()  #: blocks of the config that decide what the outputs are
     #: Reads and checks what the step needs, before anything is made; `Job.plan` keeps it.
     plan: Callable[[Job], Any] | None = None
@@ -81,7 +86,10 @@ class Step:
             multihost.barrier(f"{self.name} repair")
         if self.files:
             job.missing = {path for path in job.files if not path.exists()}
+            digests = self._digests(job)
             multihost.barrier(f"{self.name} plan")  # all have looked before one writes
+            if multihost.is_main() and digests:
+                write_text(job.folder / INPUTS, json.dumps(digests, indent=2) + "\n")
         with Stage(job.folder, self.name, unit=self.unit) as job.stage:
             if self.files:
                 there = len(job.files) - len(job.missing)
@@ -94,6 +102,28 @@ class Step:
                 if multihost.is_main():
                     self.finish(job)
             multihost.barrier(self.name)
+
+    def _digests(self, job: Job) -> dict[str, dict[str, str]] | None:
+        """What inputs.json must say, by step; None where it says so.
+
+        Raises ValueError where an input is another one than what is there was made from.
+        """
+        path = job.folder / INPUTS
+        known = json.loads(path.read_text()) if path.exists() else {}
+        inputs = [job.folder / name for name in (*self.inputs, *self.optional_inputs)]
+        now = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in inputs
+            if file.is_file()
+        }
+        before = known.get(self.name, now)
+        other = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+        if other and len(job.missing) < len(job.files):
+            raise ValueError(
+                f"{job.folder}: {', '.join(sorted(other))} changed since {self.name} began. Put the"
+                f" former file back, or remove {', '.join(self.outputs)} to make all of it anew."
+            )
+        return known | {self.name: now} if inputs and known.get(self.name) != now else None
 
 
 def of_process(files: Sequence) -> list:

@@ -96,3 +96,43 @@ def test_a_missing_input_names_its_verb(processes, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prompts.jsonl: run `agfsync prompts` first"):
         sample(None, tmp_path)
     assert not processes.done and not list(tmp_path.iterdir())
+
+
+def test_an_input_that_changed_is_refused(tmp_path):
+    """Or what one prompt gave would be compared with what another one gave."""
+    folder, made = tmp_path / "round_000", []
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text("one")
+
+    def work(job):
+        made.append(sorted(path.name for path in job.missing))
+        for path in sorted(job.missing)[:1]:  # and is stopped
+            path.touch()
+
+    def make(name, **parts):
+        return Step(name, work, outputs=("files",), files=list_files, **parts)
+
+    def list_files(job):
+        return [job.folder / f"{index}.txt" for index in range(3)]
+
+    sample = make("sample", inputs={"prompts.jsonl": "prompts"})
+    sample(None, tmp_path)
+    sample(None, tmp_path)
+    assert made == [["0.txt", "1.txt", "2.txt"], ["1.txt", "2.txt"]]
+    (folder / "prompts.jsonl").write_text("two")
+    with pytest.raises(ValueError, match="prompts.jsonl changed since sample began.*remove files"):
+        sample(None, tmp_path)
+    (folder / "prompts.jsonl").write_text("one")
+    sample(None, tmp_path)
+    (folder / "prompts.jsonl").write_text("two")
+    for index in range(3):
+        (folder / f"{index}.txt").unlink()
+    sample(None, tmp_path)  # all of it is made anew
+
+    score = make("score", optional_inputs=("questions.jsonl",))
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    score(None, tmp_path)
+    (folder / "questions.jsonl").write_text("one")
+    with pytest.raises(ValueError, match="questions.jsonl changed since score began"):
+        score(None, tmp_path)
