@@ -6,6 +6,7 @@ is its help text. What a user can get wrong is checked here, before a device is 
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -24,6 +25,7 @@ from agfsync_jax.utils import configs, modules
 
 PACKAGE = Path(__file__).parent
 VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
+READING = ("report", "export", "plan", "bench")  # beside a run, too
 DEFAULT_CONFIG = "configs/micro.py"
 AGAIN = 75  # the status of what may pass by itself: EX_TEMPFAIL of sysexits.h
 
@@ -142,10 +144,12 @@ def _run(argv: list[str]) -> None:
 
     if multihost.several():
         multihost.agree(_facts(verb, args, config))
-    with watch.explained():
+    with watch.explained(), contextlib.ExitStack() as stack:
         checks.check(config, verb, num_devices=jax.device_count(), round_index=args.round)
         workdir = to_path(args.workdir) if args.workdir else None
         if workdir:
+            writes = verb not in READING and multihost.is_main()
+            stack.enter_context(settings.held(workdir) if writes else contextlib.nullcontext())
             settings.claim(workdir, config, _steps, write=multihost.is_main())
         module = importlib.import_module(f"agfsync_jax.{verb}")
         shared = {"help", *COMMON, *PROCESSES}

@@ -5,11 +5,16 @@ with them is stale, and the old folder is refused. Run-time settings decide how 
 is done: they are free to change.
 """
 
+import contextlib
+import datetime
 import fnmatch
 import json
-from collections.abc import Callable, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import filelock
 from ml_collections import ConfigDict
 
 from agfsync_jax.steps.runner import Step
@@ -70,6 +75,39 @@ def claim(
         )
     if write:
         files.write_text(path, text + "\n")
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a local workdir; a bucket knows no locks.
+
+    The lock is the kernel's, and goes with the process that holds it, however that ends.
+
+    Raises:
+        ValueError: another process holds it; says which, and since when.
+    """
+    workdir = files.to_path(workdir)
+    if files.is_url(workdir):
+        yield
+        return
+    files.make_folder(workdir)
+    holder = workdir / ".running.json"
+    try:
+        with filelock.FileLock(workdir / ".running.lock", timeout=0):
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+            files.write_text(holder, json.dumps(who))
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except filelock.Timeout:
+        who = json.loads(holder.read_text()) if holder.exists() else {}
+        told = ", ".join(f"{key} {value}" for key, value in who.items()) or "just started"
+        raise ValueError(
+            f"{workdir} is in use by another run ({told}): wait for it, stop it, or take another"
+            " --workdir."
+        ) from None
 
 
 def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:

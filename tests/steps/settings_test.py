@@ -3,6 +3,9 @@
 import fnmatch
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -95,3 +98,33 @@ def test_every_setting_is_of_one_kind():
     assert read <= {key.partition(".")[0] for key in keys}
     for pattern in settings.RUN_TIME:
         assert any(fnmatch.fnmatchcase(key, pattern) for key in keys), pattern
+
+
+HOLD = """
+import sys, time
+from agfsync_jax.steps import settings
+with settings.held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_workdir(tmp_path):
+    """A process that is killed leaves nothing that must be cleared away."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        message = f"in use by another run .host {socket.gethostname()}, pid {other.pid}, since 20"
+        with pytest.raises(ValueError, match=message), settings.held(tmp_path):
+            raise AssertionError
+    finally:
+        other.kill()
+        other.wait()
+    assert (tmp_path / ".running.json").exists()  # of the one that was killed
+    with settings.held(tmp_path):
+        assert json.loads((tmp_path / ".running.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".running.json").exists()
+    with settings.held("gs://bucket/run"):
+        pass
