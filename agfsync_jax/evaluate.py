@@ -91,8 +91,9 @@ def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
 
 
 def summarize(job: Job) -> None:
-    """Gathers the shards' tables and compares them; ValueError for scores that allow it not."""
-    conclude(job.plan.shards, job.folder / "evals")
+    """Gathers the shards' tables and compares them; ValueError where no image has scores."""
+    for metric, count in conclude(job.plan.shards, job.folder / "evals").items():
+        job.stage.print(f"{metric}: {count} images have no finite score of both models: left out")
 
 
 def repair(job: Job) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agfsync_jax import backbones, evaluate
+from agfsync_jax import backbones, evaluate, report
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import Column
 from agfsync_jax.data.images import decode_png
@@ -274,6 +274,26 @@ def test_what_is_asked_is_written_before_the_first_image(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(make_config(), tmp_path)
     assert records.read_jsonl(evals / "questions.jsonl")
+
+
+def test_an_image_without_a_score_does_not_end_it(tmp_path, monkeypatch, capsys):
+    call = Brightness.__call__
+
+    def broken(self, images, prompts, questions):
+        made = call(self, images, prompts, questions)
+        if self.column == "clip":
+            made["clip"] = made["clip"].astype(np.float32)
+            made["clip"][0] = np.nan
+        return made
+
+    monkeypatch.setattr(Brightness, "__call__", broken)
+    save_checkpoint(tmp_path)
+    evaluate.main(make_config(**{"evaluate.evaluators": ()}), tmp_path)
+    comparison = json.loads((tmp_path / "round_000/evals/comparison.json").read_text())
+    assert comparison["left_out"] == {"clip": 5}
+    assert "clip: 5 images have no finite score of both models: left out" in capsys.readouterr().err
+    report.main(make_config(**{"evaluate.evaluators": ()}), tmp_path)
+    assert "nan" not in (tmp_path / "summary.json").read_text().lower()
 
 
 def test_damage_is_named_and_repaired(done):

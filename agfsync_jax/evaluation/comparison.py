@@ -14,13 +14,16 @@ from agfsync_jax.evaluation.judging import judged_path
 from agfsync_jax.utils.statistics import bootstrap
 
 
-def conclude(shards: Mapping[str, Sequence[Shard]], evals: Path) -> None:
+def conclude(shards: Mapping[str, Sequence[Shard]], evals: Path) -> dict[str, int]:
     """Gathers the shards' tables and writes means, differences and win rates.
 
     Args:
         shards: all of "base" and of "tuned", judged.
         evals: the folder that gets MODEL-rows.parquet, MODEL-answers.parquet, base.json, tuned.json
             and comparison.json.
+
+    Returns:
+        metric -> how many images are left out of it, of those with any.
     """
     tables = {}
     for model, found in shards.items():
@@ -33,6 +36,7 @@ def conclude(shards: Mapping[str, Sequence[Shard]], evals: Path) -> None:
     means, comparison = compare(tables["base"], tables["tuned"])
     for name, result in (means | {"comparison": comparison}).items():
         records.write_file(evals / f"{name}.json", [json.dumps(result, indent=2).encode(), b"\n"])
+    return comparison.get("left_out", {})
 
 
 def compare(base: list[dict], tuned: list[dict]) -> tuple[dict, dict]:
@@ -44,10 +48,11 @@ def compare(base: list[dict], tuned: list[dict]) -> tuple[dict, dict]:
     Returns:
         {"base": {metric: interval}, "tuned": ...} and {"delta": ..., "win_rate": ...}; intervals
         are {"mean", "low", "high"}. The win rate is the share of images with which the tuned model
-        beats the base, a tie counting half.
+        beats the base, a tie counting half. An image without a finite score of either model is
+        left out of that metric, and counted in comparison["left_out"].
 
     Raises:
-        ValueError: rows of other images, or a score that is not finite.
+        ValueError: rows of other images, or no image with finite scores.
     """
 
     def key(row: dict) -> tuple:
@@ -64,13 +69,14 @@ def compare(base: list[dict], tuned: list[dict]) -> tuple[dict, dict]:
     comparison: dict[str, dict] = {"delta": {}, "win_rate": {}}
     for metric in without_parts(name for name in base[0] if name not in KEYS):
         before, after = (np.array([row[metric] for row in rows]) for rows in (base, tuned))
-        for model, values in (("base", before), ("tuned", after)):
-            if bad := int(np.count_nonzero(~np.isfinite(values))):
-                raise ValueError(
-                    f"{metric}: {bad} of {len(values)} scores of {model} are not finite"
-                )
-            means[model][metric] = bootstrap(values, prompts)
+        kept = np.isfinite(before) & np.isfinite(after)
+        if not kept.any():
+            raise ValueError(f"{metric}: no image has a finite score of both models")
+        if not kept.all():
+            comparison.setdefault("left_out", {})[metric] = int(np.count_nonzero(~kept))
+        of, before, after = prompts[kept], before[kept], after[kept]
+        means["base"][metric], means["tuned"][metric] = bootstrap(before, of), bootstrap(after, of)
         wins = (after > before) + 0.5 * (after == before)
-        comparison["delta"][metric] = bootstrap(after - before, prompts)
-        comparison["win_rate"][metric] = bootstrap(wins, prompts)
+        comparison["delta"][metric] = bootstrap(after - before, of)
+        comparison["win_rate"][metric] = bootstrap(wins, of)
     return means, comparison

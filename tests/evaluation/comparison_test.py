@@ -40,5 +40,16 @@ def test_compare_refuses_what_does_not_match():
     base = rows(clip=[1.0, 2.0])
     with pytest.raises(ValueError, match="same images, got 2 and 1 rows"):
         compare(base, base[:1])
-    with pytest.raises(ValueError, match="clip: 1 of 2 scores of tuned are not finite"):
-        compare(base, rows(clip=[1.0, float("nan")]))
+    with pytest.raises(ValueError, match="clip: no image has a finite score of both models"):
+        compare(base, rows(clip=[float("inf"), float("nan")]))
+
+
+def test_images_without_a_score_are_left_out_of_that_metric_alone():
+    base = rows(clip=[1.0, 2.0, 3.0, float("nan")], vqa=[0.0, 1.0, 1.0, 1.0])
+    tuned = rows(clip=[2.0, float("nan"), 5.0, 6.0], vqa=[1.0, 1.0, 1.0, 1.0])
+    means, comparison = compare(base, tuned)
+    assert comparison["left_out"] == {"clip": 2}
+    assert means["base"]["clip"]["mean"] == 2.0 and means["tuned"]["clip"]["mean"] == 3.5
+    assert comparison["delta"]["clip"]["mean"] == 1.5
+    assert comparison["delta"]["vqa"]["mean"] == 0.25
+    assert "left_out" not in compare(tuned[:1], tuned[:1])[1]
