@@ -30,11 +30,15 @@ def show(report: Report) -> dict:
     for name, rows in tables.items():
         column = report.columns[name]
         for category in shown:
-            base, tuned = np.array([[row[name] for row in both] for both in images[category]]).T
+            both = np.array([[row[name] for row in pair] for pair in images[category]])
+            scored = np.isfinite(both).all(axis=1)
+            if not scored.any():
+                continue
+            (base, tuned), of = both[scored].T, prompts[category][scored]
             figures = (
-                formats.value(column, bootstrap(base, prompts[category])),
-                formats.value(column, bootstrap(tuned, prompts[category])),
-                formats.change(column, bootstrap(tuned - base, prompts[category])),
+                formats.value(column, bootstrap(base, of)),
+                formats.value(column, bootstrap(tuned, of)),
+                formats.change(column, bootstrap(tuned - base, of)),
             )
             rows.append((category, formats.count(sizes[category], "prompt"), figures))
     note = "Prompts of one category at a time; small figures are 95% intervals."
