@@ -27,7 +27,6 @@ from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel.mesh import local_mesh
 from agfsync_jax.parallel.sharding import batch_shards, round_up
 from agfsync_jax.steps.runner import Job, Step
-from agfsync_jax.utils.files import remove_tree
 
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
@@ -85,13 +84,12 @@ def make_pairs(job: Job) -> None:
     card, counts = _card(config), source.counts
 
     def rows(done):
-        yield from source.rows(texts, encode, done)
+        yield from source.rows(texts, encode, done)  # raises where there are none
         card["counts"] = {each.text: counts[name] for name, each in preferences.COUNTS.items()}
+        summary.unlink(missing_ok=True)  # until here the former pairs stay, and what tells of them
 
     with stage.progress(source.total) as progress:
-        summary.unlink(missing_ok=True)
-        remove_tree(folder)
-        write_pairs(folder, rows(progress.update), card, features)
+        write_pairs(folder, rows(progress.update), card, features, replace=True)
         result = {**counts, "settings": settings, "made_from": made_from}
         records.write_file(summary, [json.dumps(result, indent=2).encode(), b"\n"])
         stage.print(preferences.told(counts))
@@ -111,7 +109,7 @@ def _of_scores(job: Job) -> _Source:
     if not choices:
         raise ValueError(
             f"no pair is left of {counts['prompts']} prompts ({preferences.told(counts)}):"
-            f" lower config.pair.min_margin ({spec.min_margin}) or draw more candidates."
+            f" {preferences.advice(counts, spec)}."
         )
     if spec.shuffle_labels:
         choices = preferences.shuffle_labels(choices, job.config.seed, job.round_index)

@@ -245,6 +245,28 @@ def test_a_killed_run_is_made_whole(config, workdir):
     assert [row["pair_id"] for row in read(workdir)] == [row["pair_id"] for row in whole]
 
 
+def test_former_pairs_stay_until_the_new_ones_are_whole(config, workdir, monkeypatch):
+    pair.main(config, workdir)
+    whole, summary = read(workdir), workdir / "round_000/pair.json"
+    before = summary.read_text()
+    rows = pair.pair_rows
+
+    def stopped(*args, **kwargs):
+        yield next(iter(rows(*args, **kwargs)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pair, "pair_rows", stopped)
+        config.pair.normalize = "rank"
+        with pytest.raises(KeyboardInterrupt):
+            pair.main(config, workdir)
+    assert [row["pair_id"] for row in read(workdir)] == [row["pair_id"] for row in whole]
+    assert summary.read_text() == before
+    pair.main(config, workdir)
+    assert json.loads(summary.read_text())["settings"]["normalize"] == "rank"
+    assert not list((workdir / "round_000").glob("*.aside"))
+
+
 def test_shuffled_labels_are_the_same_pairs(config, workdir):
     pair.main(config, workdir)
     straight = {row["pair_id"]: row for row in read(workdir)}
@@ -273,8 +295,12 @@ def test_errors(config, workdir):
         pair.main(config, workdir)
     config.pair.weights = {"vqa": 1.0}
     config.pair.min_margin = 2.0
-    with pytest.raises(ValueError, match=r"no pair is left of 5 prompts \(0 pairs.* 3 below the"):
+    with pytest.raises(ValueError, match=r"left of 5 prompts \(0 pairs.* 3 below the.*margin .2.0"):
         pair.main(config, workdir)
+    config.pair.min_questions = 99
+    with pytest.raises(ValueError, match=r"no pair is left .*lower config.pair.min_questions .99"):
+        pair.main(config, workdir)
+    config.pair.min_questions = 0
     config.pair.min_margin = 0.0
     assert not (workdir / "round_000/pairs").exists()
     (workdir / "round_000/scores/00001-of-00002.parquet").unlink()

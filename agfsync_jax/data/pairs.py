@@ -94,6 +94,8 @@ def write_pairs(
     rows: Iterable[Mapping[str, Any]],
     metadata: Mapping[str, Any],
     features: Features = PAIR_FEATURES,
+    *,
+    replace: bool = False,
 ) -> int:
     """Writes preference pairs as a TFDS dataset with a dataset card, whole or not at all.
 
@@ -101,10 +103,11 @@ def write_pairs(
     dataset_info.json, without which there are no pairs, comes last. One shard is in memory.
 
     Args:
-      folder: must not exist yet.
+      folder: must not exist yet, or is replaced.
       rows: dicts with exactly the names of `features`, which `pair_features` gives.
       metadata: what the card tells: "description" and "license", a table of "counts", and all else
         as a table of settings. It is read when the last row is written.
+      replace: pairs that are there, once the new ones are whole; in a bucket, at once.
 
     Returns:
       The number of pairs.
@@ -115,7 +118,7 @@ def write_pairs(
       OSError: no space left; see `write_file`.
     """
     folder = to_path(folder)
-    if folder.exists():
+    if folder.exists() and not replace:
         raise FileExistsError(f"{folder} is there already. Remove it to make the pairs anew.")
     shards = folder if is_url(folder) else folder.with_name(folder.name + ".aside")
     remove_tree(shards)
@@ -136,6 +139,7 @@ def write_pairs(
             write_file(aside / "README.md", [card.encode()])
             copy_tree(aside, shards, last=_INFO_FILE)
         if shards != folder:
+            remove_tree(folder)
             rename(shards, folder)
     except BaseException:
         remove_tree(shards)

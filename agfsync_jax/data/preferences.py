@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,24 @@ def told(counts: Mapping[str, int]) -> str:
     dropped = ", ".join(f"{counts[name]} {COUNTS[name].text}" for name in reasons)
     head = f"{counts['pairs']} pairs from {counts['prompts']} prompts"
     return f"{head}; dropped: {dropped or 'nothing'}"
+
+
+# What to do where no pair is left, by the reason that dropped the most, of COUNTS.
+_ADVICE = {
+    "few_questions": "lower config.pair.min_questions ({min_questions}), or write more questions",
+    "too_few": "draw more candidates, and look at score.json for images that were left out",
+    "unanswered": "look at score.json for the questions that could not be answered",
+    "nonfinite": "look at score.json for the scorer whose scores are not finite",
+    "ties": "take a finer score, such as config.scorers.vqa.score='probability', or draw more"
+    " candidates",
+    "margin": "lower config.pair.min_margin ({min_margin}), or draw more candidates",
+}
+
+
+def advice(counts: Mapping[str, int], settings: Any) -> str:
+    """What to change in `config.pair` or before it, where no pair is left."""
+    reason = max(_ADVICE, key=lambda name: counts[name])
+    return _ADVICE[reason].format(**settings)
 
 
 class Scored(NamedTuple):
