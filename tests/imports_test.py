@@ -36,7 +36,7 @@ ARROWS = {
     ),
     # A checkpoint's folder holds its tokenizer and how its images are made, which are data's.
     "weights": {"models", "data", "parallel", "utils"},
-    "steps": {"weights", "parallel", "utils"},
+    "steps": {"parallel", "utils"},
     "reports": {"data", "utils"},
     "data": {"parallel", "utils"},
     "parallel": set(),
