@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from agfsync_jax.utils.files import to_path, write_text
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal
+COMPILING_LINE_SECONDS = 15.0  # until the first items are there
 ESTIMATE_AFTER_SECONDS = 3.0  # of steady work; the first step compiles and says nothing
 ESTIMATE_ABOVE_SECONDS = 60.0
 
@@ -115,6 +117,7 @@ class Progress:
         self._steady: tuple[float, int] | None = None  # stage seconds, items: after the first step
         self._estimated = False
         self._lined = time.monotonic()
+        self._begun = threading.Event()  # the first items are there, or none will come
         self._bar = tqdm(
             total=self._total or None,
             desc=f"{stage.verb} {desc}".rstrip(),
@@ -125,10 +128,20 @@ class Progress:
         )
 
     def __enter__(self) -> "Progress":
+        if self._stage._main:
+            threading.Thread(target=self._tell_of_the_first, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._begun.set()
         self._bar.close()
+
+    def _tell_of_the_first(self) -> None:
+        """Until the first items are there, says that nothing hangs."""
+        began = time.monotonic()
+        while not self._begun.wait(COMPILING_LINE_SECONDS):
+            waited = _duration(time.monotonic() - began)
+            self._stage.print(f"compiling, and running the first batch: {waited} so far")
 
     def __iter__(self) -> Iterator:
         with self:
@@ -139,6 +152,7 @@ class Progress:
     def update(self, n: int = 1, note: str = "") -> None:
         """Counts `n` more items; `note` is shown beside the rate."""
         stage, now = self._stage, time.monotonic()
+        self._begun.set()
         self._done += n
         stage.items += n
         self._bar.set_postfix_str(note, refresh=False)

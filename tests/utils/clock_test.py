@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 
@@ -107,3 +108,17 @@ def test_a_bar_on_a_terminal(tmp_path, time, monkeypatch, capfd):
         list(stage.progress(iter("ab"), "without a length"))
     assert "sample" in capfd.readouterr().err
     assert _stages(tmp_path)["sample"]["items"] == 5
+
+
+def test_a_first_batch_that_takes_long_is_told_of(tmp_path, monkeypatch, capfd):
+    """Compiling says nothing of itself, for minutes."""
+    monkeypatch.setattr(clock, "COMPILING_LINE_SECONDS", 0.05)
+    with clock.Stage(tmp_path, "sample") as stage, stage.progress(2) as progress:
+        told = ""
+        while told.count("sample: compiling, and running the first batch: ") < 2:
+            told += capfd.readouterr().err
+        progress.update()
+        threading.Event().wait(0.15)
+        capfd.readouterr()
+        threading.Event().wait(0.2)
+        assert "compiling" not in capfd.readouterr().err
