@@ -12,8 +12,10 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from agfsync_jax import backbones
-from agfsync_jax.data.candidates import Shard
+from agfsync_jax.data.candidates import Shard, largest_batch
 from agfsync_jax.data.scores import repair_scores
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
@@ -87,7 +89,13 @@ def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
     checkpoints = job.folder / "checkpoints"
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
-    draw_images(config, mesh, backbone, params, shards, job.missing, job.plan.texts, job.stage)
+    batch_size = min(
+        config.sample.batch_size, largest_batch(job.plan.shards["base"], jax.process_count())
+    )
+    draw_images(
+        *(config, mesh, backbone, params, shards, job.missing, job.plan.texts, job.stage),
+        batch_size=batch_size,
+    )
 
 
 def summarize(job: Job) -> None:

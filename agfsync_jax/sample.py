@@ -12,9 +12,11 @@ there are not drawn again, and the others are the same bytes as if the run had n
 import functools
 from typing import NamedTuple
 
+import jax
+
 from agfsync_jax import backbones
 from agfsync_jax.data import records
-from agfsync_jax.data.candidates import Shard, draw_candidates, plan_shards
+from agfsync_jax.data.candidates import Shard, draw_candidates, largest_batch, plan_shards
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
@@ -61,7 +63,8 @@ def draw(job: Job) -> None:
     backbones.sampler(config)  # raises before weights are read
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
-    generator = backbones.generator(config, mesh, backbone)
+    batch_size = min(config.sample.batch_size, largest_batch(job.plan.shards, jax.process_count()))
+    generator = backbones.generator(config, mesh, backbone, batch_size=batch_size)
     params = backbone.params
     if job.round_index:
         name = backbone.denoiser_name

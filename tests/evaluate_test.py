@@ -296,6 +296,19 @@ def test_an_image_without_a_score_does_not_end_it(tmp_path, monkeypatch, capsys)
     assert "nan" not in (tmp_path / "summary.json").read_text().lower()
 
 
+def test_a_batch_is_no_larger_than_the_work(tmp_path, monkeypatch):
+    sizes, generator = [], backbones.generator
+
+    def recorded(*args, **kwargs):
+        sizes.append(kwargs["batch_size"])
+        return generator(*args, **kwargs)
+
+    monkeypatch.setattr(backbones, "generator", recorded)
+    save_checkpoint(tmp_path)
+    evaluate.main(make_config(**{"sample.batch_size": 999}), tmp_path)
+    assert sizes == [12]
+
+
 def test_damage_is_named_and_repaired(done):
     config, workdir = done
     evals = workdir / "round_000" / "evals"

@@ -56,6 +56,16 @@ def plan_shards(
     ]
 
 
+def largest_batch(shards: Sequence[Shard], num_processes: int) -> int:
+    """How many images all processes together have to draw at once, at most: what a batch holds
+    beyond that is padding. It is that of all shards, whatever is there already."""
+    most = max(
+        sum(len(shard.rows) for shard in shards[index::num_processes])
+        for index in range(num_processes)
+    )
+    return most * num_processes
+
+
 def draw_candidates(
     generator: Any,
     params: Any,

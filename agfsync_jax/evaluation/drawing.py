@@ -33,6 +33,7 @@ def draw_images(
     undrawn: Collection[Path],
     prompts: Mapping[str, str],
     stage: Stage,
+    batch_size: int,
 ) -> None:
     """Draws unperturbed images, with the sampler's settings of `config.sample`.
 
@@ -41,8 +42,11 @@ def draw_images(
         shards: model -> the shards that are this process's; the processes draw together.
         undrawn: those to write.
         prompts: prompt id -> text.
+        batch_size: images on all devices together.
     """
-    generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
+    generator = backbones.generator(
+        config, mesh, backbone, conditioning_noise=0.0, batch_size=batch_size
+    )
     missing = [shard for found in shards.values() for shard in found if shard.path in undrawn]
     with stage.progress(sum(len(shard.rows) for shard in missing)) as progress:
         for model, weights in params.items():

@@ -41,7 +41,7 @@ def judge_shards(
     """
     names = config.evaluate.evaluators
     evaluators = [modules.load("evaluators", name).Evaluator() for name in names]
-    size = config.score.batch_size
+    size = min(config.score.batch_size, max(len(shard.rows) for shard in shards))
     scorers = engine.load_scorers(
         local_mesh(config.score.mesh), config.scorers.to_dict(), batch_size=size
     )

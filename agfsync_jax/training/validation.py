@@ -15,6 +15,7 @@ from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import local_mesh
+from agfsync_jax.parallel.sharding import round_up
 from agfsync_jax.scoring import engine
 
 _SHOWN = 16  # images of the grid
@@ -45,7 +46,10 @@ class Validation:
         self._questions = [asked.get(i, []) for i in own]
         self._seeds = [row_seed(config.seed, 0, i, 0) for i in own]
         self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
-        self._generator = backbones.generator(config, mesh, backbone, conditioning_noise=0.0)
+        batch_size = min(config.sample.batch_size, round_up(len(ids), jax.process_count()))
+        self._generator = backbones.generator(
+            config, mesh, backbone, conditioning_noise=0.0, batch_size=batch_size
+        )
         self._scorers = engine.load_scorers(
             local_mesh(config.score.mesh),
             config.scorers.to_dict(),

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from agfsync_jax.data import candidates, records
+from agfsync_jax.data.candidates import Shard, largest_batch
 from agfsync_jax.data.images import decode_png
 
 
@@ -87,3 +89,12 @@ def test_tfds_is_imported_before_threads_start(tmp_path):
         "assert 'tensorflow_datasets' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_processes", "batch"),
+    [([12], 1, 12), ([8, 4], 1, 12), ([8, 4], 2, 16), ([8, 8, 4], 2, 24), ([8], 4, 32)],
+)
+def test_what_a_batch_can_hold_at_most(sizes, num_processes, batch):
+    shards = [Shard(Path("x"), [{}] * size) for size in sizes]
+    assert largest_batch(shards, num_processes) == batch
