@@ -84,10 +84,10 @@ def test_overrides_keep_the_type(key, text, value):
         ("num_steps", "1", "close: train.num_steps"),
         ("xyzzy", "1", "the blocks are: .*sample"),
         ("sample", "1", "is a block; set one of: .*sample.height"),
-        ("sample.height", "64.5", "sample.height=64.5: expected int, as in 64"),
-        ("train.learning_rate", "fast", "expected float"),
-        ("pair.shuffle_labels", "maybe", "expected bool"),
-        ("sharding", "5", "expected tuple"),
+        ("sample.height", "64.5", "sample.height=64.5: expected a whole number of at least 8"),
+        ("train.learning_rate", "fast", "expected a finite number above 0"),
+        ("pair.shuffle_labels", "maybe", "expected true or false"),
+        ("sharding", "5", r"expected .path regex, axes. rules"),
     ],
 )
 def test_bad_overrides(key, text, message):
