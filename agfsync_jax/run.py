@@ -1,8 +1,9 @@
 """The closed loop: every verb in order, for `config.rounds` rounds, then the report.
 
 Each round writes prompts and questions, draws candidates, scores and pairs them, trains on the
-pairs and evaluates; the next round draws from the model that the last one trained. What lies in
-the workdir is not done again: the same command continues a run that was stopped.
+pairs and evaluates; the next round draws from the model that the last one trained. With
+`config.pair.path` the pairs are people's, and a round begins with them. What lies in the workdir is
+not done again: the same command continues a run that was stopped.
 
     agfsync run --config=configs/micro.py --workdir=runs/micro
 """
@@ -19,13 +20,15 @@ from agfsync_jax import evaluate, pair, prompts, questions, sample, score, train
 from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.statistics import digits, format_interval
 
-ROUND = (prompts, questions, sample, score, pair, train, evaluate)
+SCORED = (prompts, questions, sample, score)  # what pairs of people's choices need not
+ROUND = (*SCORED, pair, train, evaluate)
 
 
 def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
     """Runs rounds `round_index` to `config.rounds` - 1 and prints what came out."""
+    verbs = ROUND[len(SCORED) :] if config.pair.path else ROUND
     for index in range(round_index, config.rounds):
-        for verb in ROUND:
+        for verb in verbs:
             verb.main(config, workdir, round_index=index, repair=repair)
             jax.clear_caches()  # the programs of one verb are of no use to the next
             gc.collect()

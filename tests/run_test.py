@@ -64,3 +64,7 @@ def test_the_verbs_run_in_order(tmp_path, monkeypatch, capsys):
     assert order == [*each, ("report", 0, False)]
     out = capsys.readouterr().out
     assert "report: here" in out and "referee_strict" in out
+    order.clear()
+    config = configs.load("configs/micro.py", {"pair.path": "people"})
+    run.main(config, tmp_path)
+    assert [name for name, _, _ in order] == ["pair", "train", "evaluate", "report"]
