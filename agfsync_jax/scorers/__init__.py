@@ -22,13 +22,12 @@ class Scorer(Protocol):
             block/column.
         asks_questions: whether it reads the questions; then every prompt must have one.
         reads_prompt: whether the prompt matters to it.
-        model: what gets the settings that are none of its own; see `settings_of`.
     """
 
     columns: Mapping[str, Column]
     asks_questions: bool = False
     reads_prompt: bool = True
-    model: type | None = None
+    _rest_goes_to: type | None = None  # the class that gets the settings that are not its own
 
     @classmethod
     def check(cls, **settings: Any) -> None:
@@ -58,7 +57,7 @@ def settings_of(module: ModuleType) -> dict[str, inspect.Parameter]:
     that it hands on what it does not know itself (its bases, then its model)."""
     scorer = module.Scorer
     found: dict[str, inspect.Parameter] = {}
-    for cls in (*scorer.__mro__, scorer.model):
+    for cls in (*scorer.__mro__, scorer._rest_goes_to):
         if cls is None or "__init__" not in vars(cls):
             continue
         own = inspect.signature(cls.__init__).parameters.values()

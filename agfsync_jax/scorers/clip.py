@@ -135,7 +135,7 @@ class Scorer(scorers.Scorer):
         )
     }
     scale = 100.0  # of the cosine
-    model = ClipEncoder
+    _rest_goes_to = ClipEncoder
 
     def __init__(self, mesh: Mesh, *, batch_size: int = 64, **settings: Any):
         self._encoder = shared(ClipEncoder, mesh, batch_size=batch_size, **settings)

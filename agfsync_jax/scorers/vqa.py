@@ -71,7 +71,7 @@ class Scorer(scorers.Scorer):
         )
     }
     asks_questions = True
-    model = Blip2
+    _rest_goes_to = Blip2
 
     @classmethod
     def check(

@@ -34,7 +34,7 @@ class Scorer(scorers.Scorer):
     """
 
     columns = {"vqascore": Column("how sure the VQA model is that the image shows the prompt")}
-    model = Blip2
+    _rest_goes_to = Blip2
 
     @classmethod
     def check(cls, *, prompt: str = PROMPT, answer: str = "Yes", **_: Any) -> None:
