@@ -4,7 +4,6 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, get_args
 
 from ml_collections import ConfigDict
@@ -16,7 +15,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.prompt_sources import normalized
 from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
 from agfsync_jax.utils import configs, modules
-from agfsync_jax.utils.files import Unreachable
+from agfsync_jax.utils.files import Unreachable, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
 
 DRAWS = ("run", "sample", "evaluate")
@@ -158,7 +157,7 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
                 lambda p=path, v=variant: resolve_path(p, variant=v), f"config.{key}: "
             )
     if verb in ("run", "pair") and config.pair.path and not downloads:
-        if not Path(config.pair.path).expanduser().exists():
+        if not to_path(config.pair.path).expanduser().exists():
             yield f"config.pair.path: there is nothing at {config.pair.path}."
 
 
