@@ -267,6 +267,11 @@ def test_peoples_pairs_need_no_prompts(files, tmp_path):
     assert "config.pair.path: there is nothing at" in line
 
 
+def test_peoples_pairs_may_lie_in_a_bucket(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "to_path", {"gs://bucket/pairs": tmp_path}.__getitem__)
+    check("pair", pair__path="gs://bucket/pairs")
+
+
 def test_weights_elsewhere_are_asked_for_last(files, monkeypatch):
     """What is wrong here is told before anything is downloaded."""
     asked = []
