@@ -89,12 +89,10 @@ def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
     checkpoints = job.folder / "checkpoints"
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
-    batch_size = min(
-        config.sample.batch_size, largest_batch(job.plan.shards["base"], jax.process_count())
-    )
+    num_images = largest_batch(job.plan.shards["base"], jax.process_count())
     draw_images(
         *(config, mesh, backbone, params, shards, job.missing, job.plan.texts, job.stage),
-        batch_size=batch_size,
+        num_images=num_images,
     )
 
 

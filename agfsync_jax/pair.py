@@ -196,7 +196,7 @@ def _load_encoders(config) -> tuple[Texts, BatchEncoder | None]:
         height, width = config.sample.height, config.sample.width
         backbone.latent_shape(height, width)  # raises for a size that does not fit
         most = shards * max(1, _PIXELS // (height * width))
-        size = max(2, min(round_up(config.sample.batch_size, shards), most))
+        size = max(2, min(config.sample.device_batch_size * shards, most))
         images = encoder(backbone.encode_image, batch_size=size)
     return functools.partial(text_fields, tokenize=tokenize, encode=prompts), images
 

@@ -7,8 +7,8 @@ not be here: a host with libtpu (`pip install jax[tpu]`) is enough, and `JAX_PLA
 TPU that is here alone. Without a topology it is for the devices that are here. --largest looks for
 the largest batch that fits, and compiles some more programs for it. Weights are not read: where
 config.backbone.path is not on this disk, config.backbone.kind says the sizes, and of a BLIP-2 its
-name does. `config.sample.batch_size` and `config.train.batch_size` are of all chips together,
-`config.score.batch_size` is of those of a process. A large model takes minutes a topology; with
+name does. `config.train.batch_size` is of all chips together, `device_batch_size` of sample, score
+and train of one. A large model takes minutes a topology; with
 JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 in the environment it takes less, and the program may be
 a little larger and slower than the one that will run.
 

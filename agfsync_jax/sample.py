@@ -63,8 +63,8 @@ def draw(job: Job) -> None:
     backbones.sampler(config)  # raises before weights are read
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
-    batch_size = min(config.sample.batch_size, largest_batch(job.plan.shards, jax.process_count()))
-    generator = backbones.generator(config, mesh, backbone, batch_size=batch_size)
+    num_images = largest_batch(job.plan.shards, jax.process_count())
+    generator = backbones.generator(config, mesh, backbone, num_images=num_images)
     params = backbone.params
     if job.round_index:
         name = backbone.denoiser_name

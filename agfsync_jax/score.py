@@ -78,10 +78,8 @@ def score(job: Job) -> None:
     todo = [path for path in mine if scores_path(path) in job.missing]
     if not todo:
         return
-    size = min(
-        config.score.batch_size, max(plan.images.values(), default=1)
-    )  # a batch is of one shard
     mesh = local_mesh(config.score.mesh)
+    size = engine.batch_size(config, mesh, max(plan.images.values(), default=1))
     models = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
     with job.stage.progress(sum(plan.images[path] for path in todo)) as progress:
         for path, rows, answers, left_out in engine.score_shards(

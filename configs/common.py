@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.sample.num_candidates = 8  # a prompt
     c.sample.guidance_rescale = 0.0  # 0 to 1: keeps strong guidance from overexposure
     c.sample.sampler = ""  # a file of agfsync_jax/samplers; empty: the checkpoint's own
-    c.sample.batch_size = 16  # images on all devices together
+    c.sample.device_batch_size = 16  # images that a device draws at once, at most
     c.sample.conditioning_noise = 0.1  # std of noise on the text embedding, candidates 1, 2, ...
     c.sample.negative_prompt = ""  # what guidance leads away from
     c.sample.prompts_per_shard = 32  # a shard is whole or absent
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
 
     c.scorers = ConfigDict()  # a block a scorer: its file in agfsync_jax/scorers, and its arguments
     c.score = ConfigDict()
-    c.score.batch_size = 64  # images on all devices of a process together
+    c.score.device_batch_size = 64  # images that a device scores at once, at most
     c.score.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # of each process's own devices
     c.score.max_bad = 0.01  # the share of images, questions, ... that may be left out
 
@@ -168,6 +168,7 @@ def agfsync() -> ConfigDict:
         "sac+logos+ava1-l14-linearMSE.pth"
         "#sha256=21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
     )
+    c.score.device_batch_size = 16
     c.scorers.vqa = ConfigDict(
         dict(name="vqa", path="Salesforce/blip2-flan-t5-xxl", dtype="bfloat16")
     )

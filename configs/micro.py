@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.width = 64
     c.sample.num_inference_steps = 16
     c.sample.guidance_scale = 3.0
-    c.sample.batch_size = 64
+    c.sample.device_batch_size = 64
 
     # This BLIP-2 was trained on bare questions.
     c.scorers.vqa = ConfigDict(
@@ -59,9 +59,9 @@ def shrink(c: ConfigDict) -> None:
     c.prompts.num_prompts = 8
     c.sample.num_inference_steps = 4
     c.sample.num_candidates = 3
-    c.sample.batch_size = 8
+    c.sample.device_batch_size = 8
     c.sample.prompts_per_shard = 4
-    c.score.batch_size = 8
+    c.score.device_batch_size = 8
     c.train.batch_size = 8
     c.train.num_steps = 4
     c.train.warmup_steps = 1

@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = common.agfsync()
     c.backbone.path = "CompVis/stable-diffusion-v1-4"
     c.backbone.kind = "stable-diffusion-v1-5"  # for plan, which needs no weights
-    c.sample.batch_size = 128
+    c.sample.device_batch_size = 8
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdv1-5")
     return c

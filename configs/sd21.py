@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.backbone.kind = "stable-diffusion-2"  # for plan, which needs no weights
     c.sample.height = 768
     c.sample.width = 768
-    c.sample.batch_size = 64
+    c.sample.device_batch_size = 4
     return c
 
 

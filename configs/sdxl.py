@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.backbone.kind = "stable-diffusion-xl-base"  # for plan, which needs no weights
     c.sample.height = 1024
     c.sample.width = 1024
-    c.sample.batch_size = 64
+    c.sample.device_batch_size = 4
     c.loss.beta = 5000.0
     c.train.device_batch_size = 1
     if arg.lcm:

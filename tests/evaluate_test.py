@@ -109,10 +109,10 @@ def make_config(**changes):
     config.sample.height = config.sample.width = 64
     config.sample.num_inference_steps = 2
     config.sample.guidance_scale = 1.0
-    config.sample.batch_size = 8
+    config.sample.device_batch_size = 8
     config.sample.prompts_per_shard = 4
     config.scorers = {"vqa": {"name": "vqa"}, "clip": {"name": "clip"}}
-    config.score.batch_size = 3
+    config.score.device_batch_size = 3
     config.train.num_steps = 2
     config.evaluate.num_prompts = 6
     config.evaluate.evaluators = ("referee",)
@@ -305,7 +305,7 @@ def test_a_batch_is_no_larger_than_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(backbones, "generator", recorded)
     save_checkpoint(tmp_path)
-    evaluate.main(make_config(**{"sample.batch_size": 999}), tmp_path)
+    evaluate.main(make_config(**{"sample.device_batch_size": 999}), tmp_path)
     assert sizes == [12]
 
 

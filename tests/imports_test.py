@@ -23,7 +23,7 @@ ARROWS = {
         *("backbones", "diffusion", "data", "parallel", "utils"),
     },
     "evaluators": {"data", "utils"},
-    "scoring": {"scorers", "data", "utils"},
+    "scoring": {"scorers", "data", "parallel", "utils"},
     "scorers": {"models", "weights", "data", "parallel", "utils"},
     "backbones": {"models", "diffusion", "samplers", "weights", "data", "parallel", "utils"},
     "prompt_sources": {"micro", "data", "utils"},

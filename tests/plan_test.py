@@ -41,7 +41,7 @@ def config(tmp_path):
     config.backbone.path = str(tmp_path / "tiny")
     config.sample.height = config.sample.width = 16
     config.sample.num_inference_steps = 3
-    config.sample.batch_size = 16
+    config.sample.device_batch_size = 2
     return config
 
 
@@ -84,7 +84,7 @@ def test_split_parameters_take_less_and_examples_stay(config, monkeypatch, capsy
     assert row["fits"] is False and row["bytes_per_chip"] > 2**19
     assert "| NO |" in out
     assert "does not fit: needs " in out and "unet.up_blocks " in out
-    assert "would help: a smaller --config.sample.batch_size" in out
+    assert "would help: a smaller --config.sample.device_batch_size" in out
     assert "--config.sample.param_dtype=bfloat16" in out
 
 
@@ -105,7 +105,7 @@ def test_without_libtpu_one_error_says_what_to_install():
 def test_scoring(tmp_path, capsys):
     """The shipped BLIP-2 on the devices of one process."""
     config = micro.get_config()
-    config.score.batch_size = 16
+    config.score.device_batch_size = 2
     plan.main(config, None, json=True, verb="score")
     out = capsys.readouterr().out
     row = json.loads(out.strip().splitlines()[-1])["rows"][0]
@@ -161,7 +161,7 @@ class TestWithLibtpu:
 
     def test_a_tiny_model_for_a_tpu(self, config, capsys):
         config.backbone.dtype = "bfloat16"
-        config.sample.batch_size = 8
+        config.sample.device_batch_size = 2
         plan.main(config, None, json=True, topology="v5e:2x2")
         row = last_row(capsys)
         assert set(row) == KEYS
@@ -175,6 +175,7 @@ class TestWithLibtpu:
     def test_scoring_for_a_tpu(self, capsys):
         config = micro.get_config()
         config.score.mesh.fsdp = 4
+        config.score.device_batch_size = 16
         config.scorers.vqa.sharding = ((r"fc1\.kernel", (None, "fsdp")),)
         plan.main(config, None, json=True, topology="v5e:4x4", verb="score")
         out = capsys.readouterr().out

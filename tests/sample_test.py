@@ -136,7 +136,7 @@ def test_killed_ten_times_it_draws_the_same_bytes(tmp_path):
     """1,000 prompts of the micro suite, by the command line."""
     flags = ["--config=configs/micro.py", "--config.prompts.num_prompts=1000"]
     flags += ["--config.sample.num_inference_steps=2", "--config.sample.num_candidates=3"]
-    flags += ["--config.sample.prompts_per_shard=10", "--config.sample.batch_size=64"]
+    flags += ["--config.sample.prompts_per_shard=10", "--config.sample.device_batch_size=64"]
 
     def command(verb, name):
         return [sys.executable, "-m", "agfsync_jax", verb, f"--workdir={tmp_path / name}", *flags]

@@ -21,7 +21,7 @@ from agfsync_jax.utils import configs
 from tests.processes import ROOT, run_processes
 
 CONFIG = "configs/micro.py:tiny"
-OVERRIDES = {"sample.prompts_per_shard": "2", "score.batch_size": "4"}
+OVERRIDES = {"sample.prompts_per_shard": "2", "score.device_batch_size": "4"}
 PROGRAM = """
 import json, sys
 from pathlib import Path

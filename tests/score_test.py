@@ -71,7 +71,7 @@ def config(monkeypatch):
     config.pair.weights = {"light": 1.0, "vqa/accuracy": 1.0}
     config.sample.num_candidates = CANDIDATES
     config.sample.prompts_per_shard = PER_SHARD
-    config.score.batch_size = 4
+    config.score.device_batch_size = 4
     return config
 
 
@@ -141,7 +141,7 @@ def test_every_candidate_is_scored(config, workdir, capsys):
 
 
 def test_shards_that_batches_divide(config, workdir, capsys):
-    config.score.batch_size = 6  # a shard, and nothing is left
+    config.score.device_batch_size = 6  # a shard, and nothing is left
     score.main(config, workdir)
     assert [shape[0] for shape, _ in Brightness.calls] == [6, 6, 3]
     assert len(table(workdir)) == 15

@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from agfsync_jax import samplers
 from agfsync_jax.diffusion.generation import Generator
 from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.parallel.sharding import batch_shards
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import Fitted
 from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 # Keys of config.sample that are not the Generator's.
-_OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype")
+_OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype", "device_batch_size")
 
 
 class Backbone(Protocol):
@@ -177,11 +178,19 @@ def load(config: Any, mesh: Mesh, **changes: Any) -> Backbone:
 
 
 def generator(
-    config: Any, mesh: Mesh, backbone: Backbone, *, refiner: Backbone | None = None, **changes: Any
+    config: Any,
+    mesh: Mesh,
+    backbone: Backbone,
+    *,
+    num_images: int | None = None,
+    refiner: Backbone | None = None,
+    **changes: Any,
 ) -> Generator:
     """The generator of `config.sample`, with the refiner if one is named.
 
     Args:
+        num_images: that all processes have to draw at once, at most; what a batch holds beyond that
+            would be padding.
         refiner: the backbone that is named, where it need not be loaded.
         **changes: arguments of the Generator that the config says otherwise.
 
@@ -189,7 +198,8 @@ def generator(
         FileNotFoundError, ValueError: see the Generator, and the backbone's `load` for a refiner;
             a sampler that does not exist, or two that differ.
     """
-    spec = config.sample.to_dict() | changes
+    size = config.sample.device_batch_size * batch_shards(mesh)
+    spec = {"batch_size": min(size, num_images or size), **config.sample.to_dict(), **changes}
     dtype = spec["param_dtype"]
     for key in _OF_THE_VERB:
         del spec[key]

@@ -58,7 +58,8 @@ def measure(config: Any, home: Path, sides: Sides, clock: Stage) -> Measured:
     batch = functools.lru_cache(maxsize=1)(lambda turn: inputs(spec, turn, size, prompt))
 
     def start(side, ask):
-        ask("load", specs if side == "agfsync" else described(specs), config.score.batch_size)
+        own = specs if side == "agfsync" else described(specs)
+        ask("load", own, config.score.device_batch_size)
         return [ask("score", parts[task.name], batch(0))["seconds"] for task in tasks]
 
     def turn(side, ask, task, number):

@@ -41,10 +41,9 @@ def judge_shards(
     """
     names = config.evaluate.evaluators
     evaluators = [modules.load("evaluators", name).Evaluator() for name in names]
-    size = min(config.score.batch_size, max(len(shard.rows) for shard in shards))
-    scorers = engine.load_scorers(
-        local_mesh(config.score.mesh), config.scorers.to_dict(), batch_size=size
-    )
+    mesh = local_mesh(config.score.mesh)
+    size = engine.batch_size(config, mesh, max(len(shard.rows) for shard in shards))
+    scorers = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
     drawn = stage.items
     with stage.progress(sum(len(shard.rows) for shard in shards), "scores") as progress:
         for path, rows, answers, _ in engine.score_shards(

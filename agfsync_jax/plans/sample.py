@@ -17,7 +17,7 @@ from agfsync_jax.weights import skeletons
 from agfsync_jax.weights.networks import abstract_model
 from agfsync_jax.weights.pipeline_files import PipelineFiles
 
-BATCH = "sample.batch_size"
+BATCH = "sample.device_batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -49,7 +49,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         total=config.prompts.num_prompts * config.sample.num_candidates,
         rate=("images", generator.batch_size),
         help={
-            f"a smaller --config.sample.batch_size (now {generator.batch_size} on all chips)": True,
+            "a smaller --config.sample.device_batch_size (now"
+            f" {config.sample.device_batch_size})": True,
             "--config.sample.param_dtype=bfloat16, which halves the parameters": wide_params,
             "--config.backbone.dtype=bfloat16, which halves the activations": wide_activations,
             "--config.backbone.attention=auto, which keeps attention's scores off the memory": (

@@ -34,7 +34,7 @@ from agfsync_jax.weights.places import local_files, resolve_path
 
 QUESTIONS = 15  # an image; AGFSync's have about as many
 TOKENS = 32  # of a question with AGFSync's prompt, padded
-BATCH = "score.batch_size"
+BATCH = "score.device_batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
@@ -51,7 +51,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     mesh = create_mesh(config.score.mesh, devices=_chips.one_process(name, devices))
     graph, params, resize = abstract_blip2(spec, mesh)
     shards = batch_shards(mesh)
-    num_images = round_up(spec.get("batch_size") or config.score.batch_size, shards)
+    num_images = round_up(spec.get("batch_size") or config.score.device_batch_size * shards, shards)
     size = round_up(spec.get("questions_per_batch") or 2 * num_images, shards)
     num_steps = math.ceil(num_images * QUESTIONS / size)
     read_images, score, _ = _blip2.programs(graph, mesh, resize)
@@ -84,8 +84,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         rest_flops=flops.count(read_images, params, images),
         total=config.prompts.num_prompts * config.sample.num_candidates,
         help={
-            f"a smaller --config.score.batch_size (now {num_images} images and {size} questions on"
-            f" the {mesh.size} chips of a process)": True,
+            f"a smaller --config.score.device_batch_size (now {num_images} images and {size}"
+            f" questions on the {mesh.size} chips of a process)": True,
             "weights split by the scorer's sharding over --config.score.mesh.fsdp or tensor chips"
             f" (now {dict(mesh.shape)})": True,
             "dtype=bfloat16 of the scorer": spec.get("dtype") != "bfloat16",

@@ -15,6 +15,7 @@ from agfsync_jax.data import images as png
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS
 from agfsync_jax.data.problems import problem
+from agfsync_jax.parallel.sharding import batch_shards
 from agfsync_jax.scorers import Scorer
 from agfsync_jax.scoring.columns import named, scorer_class
 
@@ -35,6 +36,11 @@ def load_scorers(
         block: classes[block](mesh, **settings | {k: v for k, v in spec.items() if k != "name"})
         for block, spec in specs.items()
     }
+
+
+def batch_size(config: Any, mesh: Mesh, num_images: int) -> int:
+    """Images at a time on a process's devices; more than there are would be padding."""
+    return min(config.score.device_batch_size * batch_shards(mesh), num_images)
 
 
 def score_images(

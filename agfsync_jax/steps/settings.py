@@ -23,8 +23,8 @@ from agfsync_jax.utils.configs import flatten, public
 
 RUN_TIME = (
     *("rounds", "mesh.*", "sharding", "report.*", "export.*", "bench.*"),
-    *("sample.batch_size", "score.batch_size", "score.mesh.*", "score.max_bad", "pair.max_bad"),
-    *("train.device_batch_size", "train.remat", "train.keep", "train.tensorboard", "train.wandb"),
+    *("*.device_batch_size", "score.mesh.*", "score.max_bad", "pair.max_bad"),
+    *("train.remat", "train.keep", "train.tensorboard", "train.wandb"),
 )
 
 

@@ -46,14 +46,15 @@ class Validation:
         self._questions = [asked.get(i, []) for i in own]
         self._seeds = [row_seed(config.seed, 0, i, 0) for i in own]
         self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
-        batch_size = min(config.sample.batch_size, round_up(len(ids), jax.process_count()))
+        num_images = round_up(len(ids), jax.process_count())
         self._generator = backbones.generator(
-            config, mesh, backbone, conditioning_noise=0.0, batch_size=batch_size
+            config, mesh, backbone, conditioning_noise=0.0, num_images=num_images
         )
+        own_mesh = local_mesh(config.score.mesh)
         self._scorers = engine.load_scorers(
-            local_mesh(config.score.mesh),
+            own_mesh,
             config.scorers.to_dict(),
-            batch_size=min(config.score.batch_size, max(len(own), 1)),
+            batch_size=engine.batch_size(config, own_mesh, max(len(own), 1)),
         )
 
     def __call__(self, denoiser: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"] | None]:

@@ -18,7 +18,7 @@ def test_scores_and_pictures_follow_the_denoiser():
     mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
     backbone = backbones.load(config, mesh)
     denoiser = backbone.params.pop("unet")
-    config.sample.batch_size = 5
+    config.sample.device_batch_size = 5
     validation = Validation(config, mesh, backbone)
     scores, grid = validation(denoiser)
     again, same = validation(denoiser)
