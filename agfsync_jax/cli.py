@@ -44,6 +44,12 @@ COMMON = {
 _JSON = _flag("the last line of the output is one JSON object")
 # Flags that only one verb knows.
 FLAGS = {
+    "run": {
+        "rehearse": _flag(
+            "measure a round with the least work in WORKDIR/rehearsal, and tell hours"
+        ),
+        "random_weights": _flag("rehearse without weights: their sizes with random numbers"),
+    },
     "export": {"verify": _flag("let diffusers draw an image from the files, and compare")},
     "report": {
         "stage": _flag(
@@ -145,7 +151,8 @@ def _run(argv: list[str]) -> None:
     if multihost.several():
         multihost.agree(_facts(verb, args, config))
     with watch.explained(), contextlib.ExitStack() as stack:
-        checks.check(config, verb, num_devices=jax.device_count(), round_index=args.round)
+        if not getattr(args, "random_weights", False):  # else the weights need not be there
+            checks.check(config, verb, num_devices=jax.device_count(), round_index=args.round)
         workdir = to_path(args.workdir) if args.workdir else None
         if workdir:
             writes = verb not in READING and multihost.is_main()
@@ -213,6 +220,10 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         raise ValueError("--workdir= is empty: name a folder, such as --workdir=runs/micro")
     if not args.workdir and verb not in ("bench", "plan"):
         raise ValueError(f"agfsync {verb} needs --workdir, such as --workdir=runs/micro")
+    if getattr(args, "random_weights", False) and not args.rehearse:
+        raise ValueError(
+            "--random_weights is of a rehearsal: agfsync run --rehearse --random_weights"
+        )
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
     return verb, args, overrides

@@ -24,11 +24,33 @@ SCORED = (prompts, questions, sample, score)  # what pairs of people's choices n
 ROUND = (*SCORED, pair, train, evaluate)
 
 
-def main(config: ConfigDict, workdir: Path, *, round_index: int = 0, repair: bool = False) -> None:
-    """Runs rounds `round_index` to `config.rounds` - 1 and prints what came out."""
-    verbs = ROUND[len(SCORED) :] if config.pair.path else ROUND
+def verbs(config: ConfigDict) -> tuple[Any, ...]:
+    """Those of a round, in order."""
+    return ROUND[len(SCORED) :] if config.pair.path else ROUND
+
+
+def main(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    round_index: int = 0,
+    repair: bool = False,
+    rehearse: bool = False,
+    random_weights: bool = False,
+) -> None:
+    """Runs rounds `round_index` to `config.rounds` - 1 and prints what came out.
+
+    Args:
+        rehearse: measure a round with the least work instead; see rehearsal.py.
+        random_weights: of a rehearsal.
+    """
+    if rehearse:
+        from agfsync_jax import rehearsal
+
+        rehearsal.main(config, workdir, random_weights=random_weights)
+        return
     for index in range(round_index, config.rounds):
-        for verb in verbs:
+        for verb in verbs(config):
             verb.main(config, workdir, round_index=index, repair=repair)
             jax.clear_caches()  # the programs of one verb are of no use to the next
             gc.collect()

@@ -113,6 +113,7 @@ def make_config(**changes):
     config.sample.prompts_per_shard = 4
     config.scorers = {"vqa": {"name": "vqa"}, "clip": {"name": "clip"}}
     config.score.device_batch_size = 3
+    config.score.mesh = {"data": 1, "fsdp": 1, "tensor": -1}  # so that a batch is of 3
     config.train.num_steps = 2
     config.evaluate.num_prompts = 6
     config.evaluate.evaluators = ("referee",)
@@ -300,13 +301,14 @@ def test_a_batch_is_no_larger_than_the_work(tmp_path, monkeypatch):
     sizes, generator = [], backbones.generator
 
     def recorded(*args, **kwargs):
-        sizes.append(kwargs["batch_size"])
-        return generator(*args, **kwargs)
+        made = generator(*args, **kwargs)
+        sizes.append(made.batch_size)
+        return made
 
     monkeypatch.setattr(backbones, "generator", recorded)
     save_checkpoint(tmp_path)
     evaluate.main(make_config(**{"sample.device_batch_size": 999}), tmp_path)
-    assert sizes == [12]
+    assert sizes == [16]  # 12, and the devices divide it
 
 
 def test_damage_is_named_and_repaired(done):

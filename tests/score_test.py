@@ -72,6 +72,7 @@ def config(monkeypatch):
     config.sample.num_candidates = CANDIDATES
     config.sample.prompts_per_shard = PER_SHARD
     config.score.device_batch_size = 4
+    config.score.mesh = {"data": 1, "fsdp": 1, "tensor": -1}  # so that a batch is of 4
     return config
 
 

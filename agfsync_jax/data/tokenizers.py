@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 _CLIP_MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 _CLIP_LENGTH = 77
+_T5_TOKENS = 32_100
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # What CLIP makes its byte pairs of: contractions, letters, single digits, anything else but spaces.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -158,6 +159,32 @@ def write_clip_tokenizer(folder: str | Path, *, pad_token: str = _END) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text, "utf-8")
     return folder
+
+
+def write_text_tokenizer(folder: str | Path) -> None:
+    """Writes a tokenizer of as many tokens as T5's, which stands in where that is not at hand."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ("<pad>", "</s>", "<unk>")  # with T5's ids
+    tokens = [*special, *list(clip_vocabulary(clip_merges()))[: _T5_TOKENS - len(special)]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [pair for pair in clip_merges() if "".join(pair) in vocab]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    words = pre_tokenizers.Split(Regex(_CLIP_WORDS), "removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(list(special))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
 
 
 def clip_merges() -> list[tuple[str, str]]:

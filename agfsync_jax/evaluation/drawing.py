@@ -33,7 +33,7 @@ def draw_images(
     undrawn: Collection[Path],
     prompts: Mapping[str, str],
     stage: Stage,
-    batch_size: int,
+    num_images: int,
 ) -> None:
     """Draws unperturbed images, with the sampler's settings of `config.sample`.
 
@@ -42,10 +42,10 @@ def draw_images(
         shards: model -> the shards that are this process's; the processes draw together.
         undrawn: those to write.
         prompts: prompt id -> text.
-        batch_size: images on all devices together.
+        num_images: a model's, that all processes have to draw at once, at most.
     """
     generator = backbones.generator(
-        config, mesh, backbone, conditioning_noise=0.0, batch_size=batch_size
+        config, mesh, backbone, conditioning_noise=0.0, num_images=num_images
     )
     missing = [shard for found in shards.values() for shard in found if shard.path in undrawn]
     with stage.progress(sum(len(shard.rows) for shard in missing)) as progress:

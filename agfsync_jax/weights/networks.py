@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ from tqdm import tqdm
 from agfsync_jax.weights.places import resolve_path, weight_names
 from agfsync_jax.weights.tensor_files import Tensor, open_tensors, write_tensors
 
+READ_EVENT = "/agfsync_jax/read_weights"  # with its seconds, to listeners of jax.monitoring
 _CONV = (3, 2, 0, 1)  # [h, w, in, out] -> [out, in, h, w]
 _ALIGNMENT = 64  # bytes
 _BLOCK = 128  # rows
@@ -147,6 +149,7 @@ class Fitted:
           shardings: from the abstract parameters to a pytree of shardings.
           label: of the progress bar, which shows up after a few seconds.
         """
+        began = time.monotonic()
         flat = dict(nnx.to_flat_state(self.abstract))
         alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = dict(nnx.to_flat_state(shardings(self.abstract))) if shardings else {}
@@ -181,6 +184,7 @@ class Fitted:
             for (path, tensor), value in zip(items, pool.map(place, items), strict=True):
                 filled[path] = flat[path].replace(value)
                 progress.update(tensor.nbytes)
+        jax.monitoring.record_event_duration_secs(READ_EVENT, time.monotonic() - began)
         return nnx.from_flat_state([(path, filled[path]) for path in flat])
 
 
@@ -324,7 +328,7 @@ def find_tensors(folder: Path, variant: str = "") -> dict[str, Tensor]:
     """
     for name in weight_names(variant):
         if (folder / name).exists():
-            return (_indexed if name.endswith(".json") else open_tensors)(folder / name)
+            return (_indexed if ".index." in name else open_tensors)(folder / name)
     suffixes = (".safetensors", ".bin", ".msgpack", ".ckpt")
     files = folder.iterdir() if folder.is_dir() else ()
     there = sorted(file.name for file in files if file.suffix in suffixes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agfsync_jax.utils.files import Unreachable, is_url, to_path
-from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS
+from agfsync_jax.weights.tensor_files import PICKLES, SAFETENSORS, SHAPES
 
 _CACHE = Path.home() / ".cache" / "agfsync_jax"
 _SHIPPED = Path(__file__).parent.parent / "micro" / "weights"
@@ -207,7 +207,7 @@ def weight_names(variant: str = "") -> list[str]:
     for suffix, stem in itertools.product(("safetensors", "bin"), _STEMS):
         names += [f"{stem}.{suffix}.index{infix}.json", f"{stem}{infix}.{suffix}.index.json"]
         names.append(f"{stem}{infix}.{suffix}")
-    return names
+    return [*names, f"model{SHAPES}"]
 
 
 def _is_small(name: str) -> bool:

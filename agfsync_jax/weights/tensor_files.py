@@ -13,9 +13,11 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from agfsync_jax.weights import pickles
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHAPES = ".shapes.json"  # the shape of each tensor, of random numbers (random_weights.py)
+_NUMBERS = 1_000_003  # that are drawn, and repeat; a prime, so that no two rows are alike
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -130,8 +134,39 @@ def from_array(key: str, value: np.ndarray) -> Tensor:
     return Tensor(key, tuple(value.shape), value.dtype, lambda index: value[index])
 
 
+def _random(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Numbers that keep activations of about unit size through a network of any width."""
+    leaf = key.rpartition(".")[2]
+    if len(shape) < 2 and leaf in ("weight", "bias"):
+        mean, std = float(leaf == "weight"), 0.0
+    else:
+        of_inputs = len(shape) > 1 and not re.search("embed|shared|query_tokens", key)
+        mean, std = 0.0, math.prod(shape[1:]) ** -0.5 if of_inputs else 0.02
+    start = zlib.crc32(key.encode())
+
+    def fetch(index: Index) -> np.ndarray:
+        if not shape:
+            return np.float16(mean)
+        row, drawn = math.prod(shape[1:]), _normal() * np.float16(std) + np.float16(mean)
+        values = np.empty((index[0].stop - index[0].start) * row, np.float16)
+        first, done = (start + index[0].start * row) % _NUMBERS, 0
+        while done < len(values):
+            part = drawn[first : first + len(values) - done]
+            values[done : done + len(part)] = part
+            first, done = 0, done + len(part)
+        return values.reshape(-1, *shape[1:])[(slice(None), *index[1:])]
+
+    return Tensor(key, shape, np.dtype(np.float16), fetch)
+
+
+@functools.cache
+def _normal() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(_NUMBERS, np.float32).astype(np.float16)
+
+
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickle of tensors (.bin, .pt, .pth, .ckpt).
+    """The tensors of a .safetensors file, of a pickle of tensors (.bin, .pt, .pth, .ckpt), or of
+    the shapes of random ones.
 
     Of pickles only what makes tensors is run (pickles.py; `weights_only=True` for old ones).
 
@@ -148,6 +183,9 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         return _open_safetensors(path)
     if path.suffix in PICKLES:
         return _open_pickle(path)
+    if path.name.endswith(SHAPES):
+        shapes = json.loads(path.read_text())
+        return {key: _random(key, tuple(shape)) for key, shape in shapes.items()}
     known = ", ".join(SAFETENSORS + PICKLES)
     raise ValueError(f"{path} is no file of weights: its name must end in one of {known}.")
 
