@@ -1,29 +1,46 @@
 """What a verb needs, looked up before any work: all that is wrong is told at once."""
 
+import contextlib
 import difflib
 import inspect
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
+import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import prompt_sources
 from agfsync_jax.evaluation.prompts import held_out, held_out_block
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
+from agfsync_jax.plans import _holdings
+from agfsync_jax.plans._tables import gib
 from agfsync_jax.prompt_sources import normalized
 from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
 from agfsync_jax.utils import configs, modules
-from agfsync_jax.utils.files import Unreachable, to_path
+from agfsync_jax.utils.files import Unreachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
 
 DRAWS = ("run", "sample", "evaluate")
 TRAINS = ("run", "train")
 
 
-def check(config: ConfigDict, verb: str, *, num_devices: int, round_index: int = 0) -> None:
+def check(
+    config: ConfigDict,
+    verb: str,
+    *,
+    num_devices: int,
+    round_index: int = 0,
+    workdir: Path | None = None,
+) -> None:
     """Everything that can be known of a verb before it runs.
+
+    Args:
+        num_devices: of all processes.
+        workdir: where the verb will write; with it, memory and disk of this machine are looked at.
 
     Raises:
         ValueError: what is wrong, all of it.
@@ -36,6 +53,8 @@ def check(config: ConfigDict, verb: str, *, num_devices: int, round_index: int =
         problems += prompts(config, verb, round_index)
     if not problems:
         problems += files(config, verb, downloads=True)
+    if not problems and workdir:
+        problems += [*memory(config, verb), *disk(config, verb, workdir)]
     problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
         raise ValueError(problems[0])
@@ -159,6 +178,80 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
     if verb in ("run", "pair") and config.pair.path and not downloads:
         if not to_path(config.pair.path).expanduser().exists():
             yield f"config.pair.path: there is nothing at {config.pair.path}."
+
+
+def memory(config: ConfigDict, verb: str) -> Iterator[str]:
+    """Weights that the devices cannot hold, whatever the batch."""
+    devices = jax.devices()
+    limit = _holdings.memory(devices[0])
+    wanted: list[tuple[str, int, str]] = []
+    with contextlib.suppress(FileNotFoundError):  # sizes that nothing here tells
+        if verb in DRAWS:
+            held = _holdings.drawing_bytes(config, devices)
+            wanted.append(("the model that draws", held, "config.sample.param_dtype=bfloat16"))
+        if verb in ("run", "score", "evaluate"):
+            held = _holdings.scoring_bytes(config, jax.local_devices())
+            wanted.append(("the scorers", held, "a smaller BLIP-2, a scorer's dtype=bfloat16"))
+        if verb in TRAINS:
+            held, _ = _holdings.training_bytes(config, devices)
+            helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
+            wanted.append(("what is trained, with moments and gradients,", held, helps))
+    for what, held, helps in wanted:
+        if limit is not None and held > limit:
+            yield (
+                f"{what} takes {gib(held)} of a device without any batch, and there are"
+                f" {gib(limit)}: what helps is {helps}, or weights split over more devices"
+                " (config.mesh.fsdp, config.score.mesh.fsdp)."
+            )
+
+
+def disk(config: ConfigDict, verb: str, workdir: Path) -> Iterator[str]:
+    """Files that have no room where the workdir is."""
+    workdir = to_path(workdir)
+    if is_url(workdir):
+        return
+    wanted = {}
+    if verb in ("run", "sample") and not config.pair.path:
+        wanted["candidates"] = _holdings.drawn_bytes(config)
+    if verb in TRAINS:
+        with contextlib.suppress(FileNotFoundError):
+            _, each = _holdings.training_bytes(config, jax.devices())
+            wanted["checkpoints"] = each * min(
+                config.train.keep + 1, max(1, config.train.num_steps // config.train.save_every)
+            )
+    folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    rounds = config.rounds if verb == "run" else 1
+    needed = rounds * sum(wanted.values())
+    if needed > free:  # what is there already needs no more room
+        made = (path for name in wanted for path in workdir.glob(f"round_*/{name}/**/*"))
+        needed -= sum(path.stat().st_size for path in made if path.is_file())
+    if needed > free:
+        told = ", ".join(f"{name} {gib(size)} a round" for name, size in wanted.items())
+        yield (
+            f"--workdir={workdir} needs about {gib(needed)} of disk ({told}), and {gib(free)} are"
+            " free there: take another disk, or lower config.prompts.num_prompts,"
+            " config.sample.num_candidates or config.train.keep."
+        )
+
+
+def advice(config: ConfigDict, verb: str) -> Iterator[str]:
+    """What works, and costs more than it seems to."""
+    if jax.devices()[0].platform != "cpu":
+        return
+    dtypes = {f"config.scorers.{name}": spec for name, spec in config.scorers.items()}
+    if verb in ("run", "score", "evaluate"):
+        for block, spec in dtypes.items():
+            if spec.get("dtype", "float32") != "float32":
+                yield (
+                    f"{block}.dtype={spec.dtype}: on CPUs XLA keeps a float32 copy of such weights,"
+                    " so that float32 takes less memory, and is faster."
+                )
+    if verb in DRAWS and config.sample.param_dtype != "float32":
+        yield (
+            f"config.sample.param_dtype={config.sample.param_dtype}: on CPUs XLA keeps a float32"
+            " copy of such weights, so that float32 takes less memory, and is faster."
+        )
 
 
 def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:

@@ -151,9 +151,12 @@ def _run(argv: list[str]) -> None:
     if multihost.several():
         multihost.agree(_facts(verb, args, config))
     with watch.explained(), contextlib.ExitStack() as stack:
-        if not getattr(args, "random_weights", False):  # else the weights need not be there
-            checks.check(config, verb, num_devices=jax.device_count(), round_index=args.round)
         workdir = to_path(args.workdir) if args.workdir else None
+        if not getattr(args, "random_weights", False):  # else the weights need not be there
+            facts = {"num_devices": jax.device_count(), "round_index": args.round}
+            checks.check(config, verb, workdir=workdir, **facts)
+        for line in checks.advice(config, verb) if multihost.is_main() else ():
+            print(f"{verb}: {line}", file=sys.stderr)
         if workdir:
             writes = verb not in READING and multihost.is_main()
             stack.enter_context(settings.held(workdir) if writes else contextlib.nullcontext())

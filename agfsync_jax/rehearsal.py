@@ -81,7 +81,7 @@ def main(config: ConfigDict, workdir: Path, *, random_weights: bool) -> None:
         config, notes = invent(config, folder / "weights")
     small = shrink(config)
     for each in (config, small):
-        checks.check(each, "run", num_devices=jax.device_count())
+        checks.check(each, "run", num_devices=jax.device_count(), workdir=folder)
     if multihost.is_main():
         write_text(folder / "config.json", json.dumps(public(small.to_dict()), indent=2) + "\n")
         print("\n".join([f"rehearsal: a round with the least work, in {folder}", *notes]))

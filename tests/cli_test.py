@@ -1,5 +1,6 @@
 """The command line, in this process where that will do, and as users start it where it must."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ def surroundings(monkeypatch):
 def verb(monkeypatch):
     """Puts a function in the place of `agfsync prompts`; returns the calls that it got."""
     calls = []
+    importlib.import_module("agfsync_jax.run")  # its steps are the real ones
 
     def install(act=lambda: None):
         def main(config, workdir, *, round_index, repair):

@@ -12,7 +12,7 @@ import pytest
 from agfsync_jax import plan
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.plans import _chips, _estimates, param_bytes, sample
+from agfsync_jax.plans import _chips, param_bytes, sample
 from agfsync_jax.plans import train as train_plan
 from agfsync_jax.plans._tables import too_large
 from agfsync_jax.training.program import forward_passes, step_spec
@@ -75,7 +75,7 @@ def test_split_parameters_take_less_and_examples_stay(config, monkeypatch, capsy
     all_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole.params))
     assert param_bytes(whole.params) == all_bytes
 
-    monkeypatch.setattr(_estimates, "_memory", lambda device, chip: 2**19)
+    monkeypatch.setattr(_chips, "memory", lambda device: 2**19)
     plan.main(config, None, json=True)
     out = capsys.readouterr().out
     row = json.loads(out.strip().splitlines()[-1])["rows"][0]

@@ -50,6 +50,15 @@ def chip(device: jax.Device) -> Chip | None:
     return next((c for kind, c in _CHIPS if re.search(kind, device.device_kind)), None)
 
 
+def memory(device: jax.Device) -> int | None:
+    """Bytes that a program may use: what a device that is here says, else the published number."""
+    try:
+        return device.memory_stats()["bytes_limit"]
+    except (jax.errors.JaxRuntimeError, KeyError, TypeError):
+        found = chip(device)
+        return found.memory if found else None
+
+
 def devices(name: str) -> list[jax.Device]:
     """The devices of a TPU topology such as "v5e:4x4", to compile for; nothing runs on them.
 

@@ -35,7 +35,7 @@ def estimate(config: Any, name: str, devices: list[jax.Device], verb: str) -> di
         "batch_per_chip": batch,
         "param_bytes": param_bytes(work.params) - param_bytes(work.optimizer),
         "optimizer_bytes": param_bytes(work.optimizer),
-        "hbm_bytes": _memory(devices[0], chip),
+        "hbm_bytes": _chips.memory(devices[0]),
         "analytic_flops_per_step": round(work.step_flops / mesh.size),
         "rate": None,
         "notes": list(work.notes),
@@ -99,14 +99,6 @@ def _peak_bytes(compiled: jax.stages.Compiled, params: Any) -> int:
         + memory.generated_code_size_in_bytes
         - memory.alias_size_in_bytes
     )
-
-
-def _memory(device: jax.Device, chip: _chips.Chip | None) -> int | None:
-    """Bytes that a program may use: what a device that is here says, else the published number."""
-    try:
-        return device.memory_stats()["bytes_limit"]
-    except (jax.errors.JaxRuntimeError, KeyError, TypeError):
-        return chip.memory if chip else None
 
 
 def step_cost(program: Program, work: Work, num_devices: int) -> Cost:
