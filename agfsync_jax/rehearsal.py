@@ -27,7 +27,7 @@ from agfsync_jax.plans import _chips
 from agfsync_jax.plans._estimates import estimate
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.utils import modules
-from agfsync_jax.utils.clock import read_stages
+from agfsync_jax.utils.clock import duration, read_stages
 from agfsync_jax.utils.configs import public
 from agfsync_jax.utils.files import remove_tree, to_path, write_text
 from agfsync_jax.weights import random_weights
@@ -244,30 +244,31 @@ def table(
         bounds: verb -> hours of a round at best.
         rounds: of the whole run.
     """
-    head = ["", "did", "a second", "start", "host memory", "device memory", "whole run"]
+    told = any(row.device_bytes for row in rows)
+    head = ["", "did", "a second", "start", "host memory", *["device memory"] * told, "whole run"]
     head += ["plan: at best"] * bool(bounds)
-    lines, hours = [head], 0.0
+    lines, total = [head], 0.0
     for row in rows:
         ratio = whole[row.verb] / least[row.verb] if row.verb in whole else 1
-        own = rounds * (row.start_seconds + ratio * row.seconds) / 3600
-        hours += own
+        own = rounds * (row.start_seconds + ratio * row.seconds)
+        total += own
         did = f"{least[row.verb]} {_UNITS[row.verb]}" if row.verb in least else ""
         rate = f"{least[row.verb] / row.seconds:.3g}" if did and row.seconds else ""
         line = [row.verb, did, rate, f"{row.start_seconds:.0f} s", gib(row.host_bytes)]
-        line += [gib(row.device_bytes), _hours(own)]
+        line += [gib(row.device_bytes)] * told + [duration(own)]
         best = bounds.get(row.verb)
-        lines.append(line + ["" if best is None else _hours(best * rounds)] * bool(bounds))
-    lines.append(["together", "", "", "", "", "", _hours(hours)] + [""] * bool(bounds))
+        lines.append(line + ["" if best is None else duration(best * rounds * 3600)] * bool(bounds))
+    lines.append(["together", *[""] * (4 + told), duration(total)] + [""] * bool(bounds))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    told = [
+    text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    told.append(
-        "start: reading weights and compiling, once a round. Device memory: the most until then."
-        " A verb's whole run is its start and as many times the work."
+    text.append(
+        "start: what is done once a round, such as reading weights and compiling; the whole run is"
+        " that and the rest as many times as it has more to do."
     )
-    return "\n".join(told)
+    return "\n".join(text)
 
 
 def best_hours(config: ConfigDict) -> dict[str, float]:
@@ -285,10 +286,6 @@ def _union(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, last - max(first, end))
         end = max(end, last)
     return total
-
-
-def _hours(value: float) -> str:
-    return f"{value * 60:.2g} min" if value < 1 else f"{value:.3g} h"
 
 
 def _forget_peak() -> None:

@@ -60,7 +60,7 @@ class Stage:
             self._write()
         if kind is None and self.items:
             rate = self.items / max(self._seconds, 1e-9)
-            self.print(f"{self.items} {self.unit} in {_duration(self._seconds)} ({rate:.4g}/s)")
+            self.print(f"{self.items} {self.unit} in {duration(self._seconds)} ({rate:.4g}/s)")
 
     @property
     def seconds(self) -> float:
@@ -140,7 +140,7 @@ class Progress:
         """Until the first items are there, says that nothing hangs."""
         began = time.monotonic()
         while not self._begun.wait(COMPILING_LINE_SECONDS):
-            waited = _duration(time.monotonic() - began)
+            waited = duration(time.monotonic() - began)
             self._stage.print(f"compiling, and running the first batch: {waited} so far")
 
     def __iter__(self) -> Iterator:
@@ -169,14 +169,14 @@ class Progress:
         if not self._estimated and seconds >= ESTIMATE_AFTER_SECONDS:
             self._estimated = True
             if self._total and stage.seconds + left >= ESTIMATE_ABOVE_SECONDS:
-                whole = _duration(stage.seconds + left)
+                whole = duration(stage.seconds + left)
                 stage.print(f"about {whole} for {self._total} {stage.unit}")
         if now - self._lined >= PLAIN_LINE_SECONDS:
             self._lined = now
             stage._write()  # a killed run loses ten seconds of its figures at most
             if not stage._terminal:
                 of = f"/{self._total}" if self._total else ""
-                to_go = f"{_duration(left)} left" if self._total else ""
+                to_go = f"{duration(left)} left" if self._total else ""
                 said = f"{self._desc}{self._done}{of} {stage.unit}", f"{rate:.4g}/s", to_go, note
                 stage.print(", ".join(filter(None, said)))
 
@@ -187,7 +187,8 @@ def read_stages(path: Path) -> dict[str, dict[str, float]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them: "2.5 s", "40 s", "12 min", "3 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

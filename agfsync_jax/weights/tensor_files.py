@@ -147,7 +147,7 @@ def _random(key: str, shape: tuple[int, ...]) -> Tensor:
     def fetch(index: Index) -> np.ndarray:
         if not shape:
             return np.float16(mean)
-        row, drawn = math.prod(shape[1:]), _normal() * np.float16(std) + np.float16(mean)
+        row, drawn = math.prod(shape[1:]), _normal(mean, std)
         values = np.empty((index[0].stop - index[0].start) * row, np.float16)
         first, done = (start + index[0].start * row) % _NUMBERS, 0
         while done < len(values):
@@ -159,9 +159,10 @@ def _random(key: str, shape: tuple[int, ...]) -> Tensor:
     return Tensor(key, shape, np.dtype(np.float16), fetch)
 
 
-@functools.cache
-def _normal() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(_NUMBERS, np.float32).astype(np.float16)
+@functools.lru_cache(64)
+def _normal(mean: float, std: float) -> np.ndarray:
+    drawn = np.random.default_rng(0).standard_normal(_NUMBERS, np.float32)
+    return (mean + std * drawn).astype(np.float16)
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
