@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import prompt_sources
+from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.evaluation.prompts import held_out, held_out_block
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
@@ -176,8 +177,7 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
                 lambda p=path, v=variant: resolve_path(p, variant=v), f"config.{key}: "
             )
     if verb in ("run", "pair") and config.pair.path and not downloads:
-        if not to_path(config.pair.path).expanduser().exists():
-            yield f"config.pair.path: there is nothing at {config.pair.path}."
+        yield from _told(lambda: PreferenceSet(config.pair))
 
 
 def memory(config: ConfigDict, verb: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from jax import monitoring
 from ml_collections import ConfigDict
 
 from agfsync_jax import backbones, checks, export, report, run
+from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh, local_mesh
@@ -220,13 +221,16 @@ def measured(rows: list[Measured], verb: str, folder: Path) -> Iterator[None]:
 
 def amounts(config: ConfigDict) -> dict[str, int]:
     """Verb -> how much it does in a round: prompts, images, steps."""
+    judged = 2 * len(held_out(config)[0]) * config.evaluate.num_seeds
+    rest = {"train": config.train.num_steps, "evaluate": judged}
+    if config.pair.path:
+        return {"pair": 2 * PreferenceSet(config.pair).num_rows} | rest
     prompts = config.prompts.num_prompts
     images = prompts * config.sample.num_candidates
-    judged = 2 * len(held_out(config)[0]) * config.evaluate.num_seeds
     return {
         **dict.fromkeys(("prompts", "questions"), prompts),
         **dict.fromkeys(("sample", "score", "pair"), images),
-        **{"train": config.train.num_steps, "evaluate": judged},
+        **rest,
     }
 
 

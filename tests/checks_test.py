@@ -2,11 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
 from agfsync_jax import checks, cli
+from agfsync_jax.plans import _holdings
 from agfsync_jax.utils import configs, modules
 
 MICRO = "configs/micro.py:tiny"
@@ -82,7 +86,7 @@ def test_all_is_told_at_once():
         ("score", "scorers.vqa.score", "mean", "config.scorers.vqa: score is 'mean', expected one"),
         ("pair", "pair.weights.vqa", "inf", "config.pair.weights.vqa=inf: expected a finite num"),
         ("pair", "pair.strategy", "best", "pair.strategy='best': expected best_worst | all_above"),
-        ("pair", "pair.path", "./nothing", "config.pair.path: there is nothing at ./nothing"),
+        ("pair", "pair.path", "./nothing", "config.pair.path=nothing: no such file or folder"),
         ("evaluate", "evaluate.num_seeds", 0, "evaluate.num_seeds=0: expected a whole number"),
         ("evaluate", "evaluate.evaluators", "('judge',)", "config.evaluate.evaluators: 'judge' is"),
         ("export", "export.lora", "peff", "export.lora='peff': expected '' | diffusers | kohya"),
@@ -260,16 +264,18 @@ def test_too_few_prompts_are_seen(files):
 def test_peoples_pairs_need_no_prompts(files, tmp_path):
     """With `config.pair.path` nothing is drawn for training."""
     del files["prompts.path"], files["prompts.num_prompts"]
-    files["pair.path"] = tmp_path
+    cells = {"caption": ["a cat"], "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0]}
+    files["pair.path"] = tmp_path / "train.parquet"
+    pq.write_table(pa.table(cells), files["pair.path"])
     assert told_of("configs/sd15.py:dpo", 8, files) == []
     files["pair.path"] = tmp_path / "nothing"
     (line,) = told_of("configs/sd15.py:dpo", 8, files)
-    assert "config.pair.path: there is nothing at" in line
+    assert "nothing: no such file or folder" in line
 
 
-def test_peoples_pairs_may_lie_in_a_bucket(monkeypatch, tmp_path):
-    monkeypatch.setattr(checks, "to_path", {"gs://bucket/pairs": tmp_path}.__getitem__)
-    check("pair", pair__path="gs://bucket/pairs")
+def test_peoples_pairs_in_a_bucket_are_refused():
+    with pytest.raises(ValueError, match="copy them here first"):
+        check("pair", pair__path="gs://bucket/pairs")
 
 
 def test_weights_elsewhere_are_asked_for_last(files, monkeypatch):
@@ -283,3 +289,83 @@ def test_weights_elsewhere_are_asked_for_last(files, monkeypatch):
     assert not any("/" in path and not path.startswith("./") for path in asked)
     check("run", "configs/sd15.py", **files)
     assert "Salesforce/blip2-flan-t5-xxl" in asked
+
+
+def room(monkeypatch, memory=2**40, free=2**50):
+    monkeypatch.setattr(_holdings, "memory", lambda device: memory)
+    usage = SimpleNamespace(total=2**50, used=0, free=free)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
+
+
+def released(spec, **changes):
+    """A released config, whose sizes are known without weights."""
+    return configs.load(spec, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_weights_that_do_not_fit_are_told(monkeypatch):
+    room(monkeypatch, memory=12 * 10**9)
+    config = released("configs/sd15.py", mesh__fsdp="1", mesh__data="-1", score__mesh__fsdp="1")
+    config.unlock().score.mesh.data = -1
+    lines = list(checks.memory(config, "run"))
+    assert [line.split(" takes ")[0] for line in lines] == [
+        "the scorers",
+        "what is trained, with moments and gradients,",
+    ]
+    # FLAN-T5-XXL and EVA-g in bfloat16; four copies of 3.44 GB, and a base of half
+    assert "22.78 GiB" in lines[0] and "14.41 GiB" in lines[1] and "lora_rank=8" in lines[1]
+    assert list(checks.memory(config, "sample")) == []
+    room(monkeypatch, memory=30 * 10**9)
+    assert list(checks.memory(config, "run")) == []
+
+
+def test_weights_that_devices_share_fit(monkeypatch):
+    room(monkeypatch, memory=12 * 10**9)
+    assert list(checks.memory(released("configs/sd15.py"), "run")) == []  # over 8 devices
+
+
+def test_a_disk_that_is_too_small_is_told(monkeypatch, tmp_path):
+    config = released("configs/sd15.py")
+    room(monkeypatch, free=20 * 2**30)
+    (line,) = checks.disk(config, "run", tmp_path / "not" / "there")
+    assert "candidates 100.63 GiB a round, checkpoints 28.82 GiB a round" in line
+    assert "20.00 GiB are free" in line
+    assert list(checks.disk(config, "score", tmp_path)) == []
+    (line,) = checks.disk(config, "train", tmp_path)
+    assert "candidates 1" not in line
+    room(monkeypatch, free=130 * 2**30)
+    assert list(checks.disk(config, "run", tmp_path)) == []
+
+
+def test_what_is_there_needs_no_room(monkeypatch, tmp_path):
+    config = configs.load("configs/micro.py", {})
+    needed = _holdings.drawn_bytes(config)
+    room(monkeypatch, free=needed - 1000)
+    (line,) = checks.disk(config, "sample", tmp_path)
+    assert "13.50 MiB" in line
+    folder = tmp_path / "round_000" / "candidates"
+    folder.mkdir(parents=True)
+    (folder / "00000-of-00012.tfrecord").write_bytes(bytes(1000))
+    assert list(checks.disk(config, "sample", tmp_path)) == []
+
+
+def test_the_command_line_looks_at_memory_and_disk(monkeypatch, tmp_path, capsys):
+    room(monkeypatch, memory=1000, free=1000)
+    args = ["run", "--config=configs/micro.py", f"--workdir={tmp_path}"]
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert "4 things are wrong" in err and "of disk (candidates" in err
+    assert "the model that draws takes 21.31 MiB of a device" in err
+
+
+def test_a_dtype_that_costs_more_than_it_saves_is_told(monkeypatch):
+    config = released("configs/sd15.py")
+    lines = list(checks.advice(config, "run"))  # the tests' devices are CPUs
+    assert len(lines) == 4 and "config.scorers.aesthetic.dtype=bfloat16: on CPUs" in lines[0]
+    assert list(checks.advice(config, "train")) == []
+    assert list(checks.advice(configs.load("configs/micro.py", {}), "run")) == []
+
+
+def test_peoples_pairs_are_looked_at(tmp_path):
+    pq.write_table(pa.table({"caption": ["a cat"]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="jpg_0"):
+        check("run", "configs/micro.py", 8, **{"pair.path": tmp_path})

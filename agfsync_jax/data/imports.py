@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from agfsync_jax.utils.files import is_url, to_path
+
 _ROWS = 16  # read together
 _ROWS_AHEAD = 32  # decoded while the device is busy
 _THREADS = 8  # decoders run outside the interpreter's lock
@@ -72,6 +74,11 @@ def find_files(path: str | Path, split: str) -> list[Path]:
     Raises:
         FileNotFoundError: nothing there, or no such split; lists those that are there.
     """
+    if is_url(to_path(path)):
+        raise FileNotFoundError(
+            f"config.pair.path={path} is a URL, and people's pairs are read from this machine: copy"
+            " them here first."
+        )
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
