@@ -94,11 +94,15 @@ def test_all_is_told_at_once():
         ("plan", "train.warmup_steps", -1, "warmup_steps=-1: expected a whole number of at leas"),
     ],
 )
-def test_a_value_that_cannot_be(verb, key, value, message):
+def test_a_value_that_cannot_be(verb, key, value, message, tmp_path, capsys):
+    """One line, by the verb that reads it and by `run`, and nothing is made."""
+    workdir = tmp_path / "workdir"
     for each in {verb, "run"} - ({"run"} if verb in ("bench", "export", "plan") else set()):
-        with pytest.raises(ValueError) as told:
-            check(each, **{key: value})
-        assert message in str(told.value) and len(str(told.value).splitlines()) == 1
+        args = [each, f"--config={MICRO}", f"--workdir={workdir}", f"--config.{key}={value}"]
+        assert cli.main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("agfsync: error: ") and message in line
+        assert not workdir.exists()
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_a_verb_gets_what_was_given(tmp_path, verb):
         (["prompts", CONFIG, "--workdir="], "--workdir= is empty: name a folder"),
         (["prompts", CONFIG, "--workdir=w", "--rounds=3"], "did you mean --config.rounds=3?"),
         (["prompts", CONFIG, "--workdir=w", "--batch_size=3"], "--config.train.batch_size=3"),
+        (["prompts", CONFIG, "--workdir=w", "--config.sample.batch_size=8"], "sample.device_batc"),
+        (["run", CONFIG, "--workdir=w", "--random_weights"], "run --rehearse --random_weights"),
         (["prompts", CONFIG, "--workdir=w", "--config.seed"], "write --config.seed=VALUE"),
         (["prompts", CONFIG, "--workdir=w", "--config.backbone.lora=x.safetensors"], "(('lora.sa"),
         (["prompts", CONFIG, "--workdir=w", "--config.train.keep=two"], "whole number of at least"),
