@@ -14,12 +14,11 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import prompt_sources
 from agfsync_jax.data.imports import PreferenceSet
-from agfsync_jax.evaluation.prompts import held_out, held_out_block
+from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
-from agfsync_jax.prompt_sources import normalized
 from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import Unreachable, is_url, to_path
@@ -259,7 +258,7 @@ def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
     seed, asks = config.seed, asks_questions(config.scorers)
     makes_pairs = not config.pair.path  # else the pairs are people's, and nothing is drawn for them
     rounds = range(round_index, config.rounds if verb == "run" else round_index + 1)
-    drawn: dict[str, dict] = {}
+    drawn: list[str] = []
     if (verb == "run" and makes_pairs) or verb == "prompts":
         for index in rounds:
             rows: list[dict] = []
@@ -275,19 +274,14 @@ def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
             yield from found
             if not found and asks and verb == "run":
                 yield from _told(ask, "config.questions: ")
-            drawn |= {normalized(row["prompt"]): row for row in rows}
+            drawn += [row["prompt"] for row in rows]
             if found:
                 break
     if verb in ("run", "evaluate"):
         held: list[dict] = []
         yield from _told(lambda: held.extend(held_out(config)[0].values()), "config.evaluate: ")
-        both = [row["prompt"] for row in held if normalized(row["prompt"]) in drawn]
-        if both:
-            yield (
-                f"config.evaluate: {len(both)} of {len(held)} held-out prompts are among those"
-                f" that training draws, the first is {both[0]!r}: name other prompts, or another"
-                " split of them."
-            )
+        prompts = [row["prompt"] for row in held]
+        yield from _told(lambda: check_apart(prompts, drawn), "config.evaluate: ")
 
 
 def _arguments(

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import jax
 
 from agfsync_jax import backbones
+from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard, largest_batch
 from agfsync_jax.data.scores import repair_scores
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
 from agfsync_jax.evaluation.judging import judge_shards, judged_path
-from agfsync_jax.evaluation.prompts import check_frozen, freeze, held_out
+from agfsync_jax.evaluation.prompts import check_apart, check_frozen, freeze, held_out
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
@@ -49,9 +50,13 @@ def plan(job: Job) -> Plan:
     """The held-out prompts and the images of both models.
 
     Raises:
-        ValueError: prompts that cannot be, or others than those that images are there of.
+        ValueError: prompts that cannot be, are training's, or are others than those that images
+            are there of.
     """
     prompts, questions = held_out(job.config)
+    drawn = (job.folder_of(index) / "prompts.jsonl" for index in range(job.round_index + 1))
+    trained = itertools.chain(*(records.read_jsonl(path) for path in drawn if path.exists()))
+    check_apart([row["prompt"] for row in prompts.values()], (row["prompt"] for row in trained))
     for folder in dict.fromkeys(_folders(job).values()):
         check_frozen(folder, prompts, questions)
     shards = {

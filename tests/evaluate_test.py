@@ -251,6 +251,18 @@ def test_a_later_round_reuses_the_base(done):
     assert stages["evaluate"]["items"] == 12
 
 
+def test_prompts_of_training_are_refused(done):
+    """Whatever the config says by now: those of the workdir count, of this round and before."""
+    config, workdir = done
+    held = records.read_jsonl(workdir / "round_000/evals/prompts.jsonl")
+    row = held[3] | {"id": "r000-00000", "prompt": f" {held[3]['prompt'].upper()}"}
+    records.write_jsonl(workdir / "round_000/prompts.jsonl", [row])
+    save_checkpoint(workdir, round_index=1, scale=0.6)
+    for index in (0, 1):
+        with pytest.raises(ValueError, match="1 of 6 held-out prompts are among those"):
+            evaluate.main(config, workdir, round_index=index)
+
+
 @pytest.mark.parametrize("name", ["prompts.jsonl", "questions.jsonl"])
 def test_other_prompts_than_those_that_were_drawn_are_refused(done, name):
     """A file that was edited: base and tuned would be compared on different pictures."""

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agfsync_jax.data import records
 from agfsync_jax.data.questions import by_prompt
-from agfsync_jax.prompt_sources import ask_questions, draw_prompts
+from agfsync_jax.prompt_sources import ask_questions, draw_prompts, normalized
 from agfsync_jax.scoring.columns import asks_questions
 
 
@@ -24,6 +24,17 @@ def held_out(config: Any) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     if asks_questions(config.scorers):
         asked = ask_questions(config.questions.to_dict(), rows, seed=config.seed)
     return {row["id"]: row for row in rows}, by_prompt(asked)
+
+
+def check_apart(held: Iterable[str], trained: Iterable[str]) -> None:
+    """Raises ValueError for held-out prompts that are training's, but for case and spaces."""
+    held, trained = list(held), set(map(normalized, trained))
+    both = [prompt for prompt in held if normalized(prompt) in trained]
+    if both:
+        raise ValueError(
+            f"{len(both)} of {len(held)} held-out prompts are among those that training draws, the"
+            f" first is {both[0]!r}: name other prompts, or another split of them."
+        )
 
 
 def freeze(

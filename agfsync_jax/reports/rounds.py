@@ -38,6 +38,7 @@ class Round:
     stages: dict[str, dict[str, float]]  # verb -> seconds, items, items_per_second
     counts: dict[str, int]  # pair.json
     has_pairs: bool
+    draws: bool  # its own pictures for training; else the pairs are people's
     curve: list[dict[str, float]]  # training's metrics, a row a step that was logged
     prompts: dict[str, dict]  # id -> row, of the held-out ones
     base: dict[str, dict]  # column -> interval, as the next three
@@ -152,6 +153,7 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -
         stages=read_stages(folder / "stages.json"),
         counts=parsed(folder / "pair.json"),
         has_pairs=(folder / "pairs" / "dataset_info.json").exists(),
+        draws=(folder / "prompts.jsonl").exists(),
         curve=read_metrics(folder / "checkpoints" / "metrics.jsonl"),
         prompts={row["id"]: row for row in rows("prompts.jsonl")},
         **found,

@@ -23,12 +23,15 @@ def show(report: Report) -> dict:
         if name in last.delta
     ]
     prompts = len({row["prompt_id"] for row in images})
-    return {"rows": rows, "prompts": prompts, "images": len(images)} if rows else {}
+    # Of people's pairs nobody knows what prompts they are of.
+    kind = "prompts that training never saw" if last.draws else "held-out prompts"
+    found = {"rows": rows, "prompts": f"{prompts} {kind}", "images": len(images)}
+    return found if rows else {}
 
 
 TEMPLATE = """
 <div class="card">{{ m.figures(["Base", "Tuned", "Change", "Win rate"], rows) }}</div>
-<p class="note">{{ prompts }} prompts that training never saw, {{ images }} images a model, the
+<p class="note">{{ prompts }}, {{ images }} images a model, the
 same seeds for both. Small figures are 95% intervals from a paired bootstrap over prompts; what is
 better is green and what is worse red, where they exclude no change. Win rate: how often the tuned
 image beats the base image of its prompt and seed, a tie counting half.</p>
