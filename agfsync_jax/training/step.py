@@ -1,6 +1,5 @@
 """One step of preference training, a pure function of state and batch."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -113,8 +112,8 @@ def train_step(
             step=state.step,
         )
 
-    differentiate = functools.partial(jax.grad(objective, has_aux=True), state.params)
-    grads, metrics = _accumulated(differentiate, batch, spec.accumulate)
+    differentiate = jax.grad(objective, has_aux=True)
+    grads, metrics = _accumulated(differentiate, state.params, batch, spec.accumulate)
     metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
     metrics["learning_rate"] = jnp.asarray(spec.learning_rate(state.step))
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
@@ -127,10 +126,12 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _accumulated(differentiate: Callable, batch: Mapping[str, Any], parts: int) -> tuple[Any, dict]:
+def _accumulated(
+    differentiate: Callable, params: Any, batch: Mapping[str, Any], parts: int
+) -> tuple[Any, dict]:
     """Gradients and metrics of a batch, computed in parts; metrics that are arrays are sums."""
     if parts == 1:
-        return differentiate(batch)
+        return differentiate(params, batch)
 
     def split(x):
         # Every parts-th row: with a sharded batch all devices have their rows of each part.
@@ -139,15 +140,12 @@ def _accumulated(differentiate: Callable, batch: Mapping[str, Any], parts: int) 
     batch = jax.tree.map(split, batch)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, differentiate(part)), None
+        grads, metrics = differentiate(params, part)
+        return jax.tree.map(jnp.add, total, grads), metrics
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], batch)),
-    )
-    (grads, metrics), _ = jax.lax.scan(add, zeros, batch)
+    grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
     grads = jax.tree.map(lambda x: x / parts, grads)
-    return grads, {name: x if x.ndim else x / parts for name, x in metrics.items()}
+    return grads, {name: x.sum(0) if x.ndim > 1 else x.mean() for name, x in metrics.items()}
 
 
 def _cast(params: Any, dtype: Any) -> Any:
