@@ -6,7 +6,9 @@ folder that was made. Orbax' own files stay out of it: they are written by Tenso
 
 import functools
 import json
+import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -395,3 +397,33 @@ def test_tensorflow_is_what_asks_a_bucket(monkeypatch):
     files.remove_tree(folder)
     files.remove_tree(folder)
     assert not folder.exists()
+
+
+def test_a_bucket_is_one_runs_at_a_time(bucket, monkeypatch):
+    """And a holder that gives no sign of life holds nothing."""
+    holder = to_path(RUN) / ".running.json"
+    with settings.held(RUN):
+        wait_until(holder.exists)
+        with pytest.raises(
+            ValueError, match=rf"in use by another run \(host .*, pid {os.getpid()}"
+        ):
+            with settings.held(RUN):
+                pass
+    assert not holder.exists()
+    holder.write_bytes(json.dumps({"host": "gone", "pid": 1, "alive": time.time() - 60}).encode())
+    with pytest.raises(ValueError, match="host gone, pid 1"), settings.held(RUN):
+        pass
+    holder.write_bytes(json.dumps({"host": "gone", "pid": 1, "alive": time.time() - 160}).encode())
+    monkeypatch.setattr(settings, "_ALIVE_SECONDS", 0.01)
+    with settings.held(RUN):
+        wait_until(lambda: "gone" not in holder.read_text())
+        first = json.loads(holder.read_text())["alive"]
+        wait_until(lambda: json.loads(holder.read_text())["alive"] > first)
+
+
+def wait_until(holds):
+    for _ in range(500):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in five seconds")

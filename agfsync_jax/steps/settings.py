@@ -11,8 +11,11 @@ import fnmatch
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 from ml_collections import ConfigDict
@@ -26,6 +29,10 @@ RUN_TIME = (
     *("*.device_batch_size", "score.mesh.*", "score.max_bad", "pair.max_bad"),
     *("train.remat", "train.keep", "train.tensorboard", "train.wandb"),
 )
+
+
+_ALIVE_SECONDS = 30.0  # between two signs of life in a bucket
+_DEAD_SECONDS = 150.0  # without one, the holder is gone
 
 
 def is_run_time(key: str) -> bool:
@@ -79,35 +86,68 @@ def claim(
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a local workdir; a bucket knows no locks.
+    """Keeps other runs out of a workdir.
 
-    The lock is the kernel's, and goes with the process that holds it, however that ends.
+    The lock of a local one is the kernel's, and goes with the process that holds it, however that
+    ends. A bucket knows no locks: there the holder says every half minute that it lives.
 
     Raises:
         ValueError: another process holds it; says which, and since when.
+        OSError: the URL `workdir` cannot be reached.
     """
     workdir = files.to_path(workdir)
-    if files.is_url(workdir):
-        yield
-        return
-    files.make_folder(workdir)
+    files.check_reachable(workdir)
     holder = workdir / ".running.json"
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    hold = _held_in_bucket if files.is_url(workdir) else _held_here
     try:
-        with filelock.FileLock(workdir / ".running.lock", timeout=0):
-            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
-            files.write_text(holder, json.dumps(who))
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
+        with hold(holder, who):
+            yield
     except filelock.Timeout:
         who = json.loads(holder.read_text()) if holder.exists() else {}
+        who.pop("alive", None)
         told = ", ".join(f"{key} {value}" for key, value in who.items()) or "just started"
         raise ValueError(
             f"{workdir} is in use by another run ({told}): wait for it, stop it, or take another"
             " --workdir."
         ) from None
+
+
+@contextlib.contextmanager
+def _held_here(holder: Path, who: dict[str, Any]) -> Iterator[None]:
+    files.make_folder(holder.parent)
+    with filelock.FileLock(holder.with_suffix(".lock"), timeout=0):
+        files.write_text(holder, json.dumps(who))
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held_in_bucket(holder: Path, who: dict[str, Any]) -> Iterator[None]:
+    if holder.exists():
+        alive = json.loads(holder.read_text()).get("alive", 0.0)
+        if time.time() - alive < _DEAD_SECONDS:
+            raise filelock.Timeout(str(holder))
+    stopped = threading.Event()
+
+    def live() -> None:
+        while True:
+            with contextlib.suppress(Exception):  # a bucket that is away for a while
+                files.write_text(holder, json.dumps(who | {"alive": time.time()}))
+            if stopped.wait(_ALIVE_SECONDS):
+                return
+
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        holder.unlink(missing_ok=True)
 
 
 def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:

@@ -126,5 +126,3 @@ def test_two_runs_do_not_share_a_workdir(tmp_path):
     with settings.held(tmp_path):
         assert json.loads((tmp_path / ".running.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".running.json").exists()
-    with settings.held("gs://bucket/run"):
-        pass
