@@ -11,6 +11,7 @@ import fnmatch
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ RUN_TIME = (
 )
 
 
-_ALIVE_SECONDS = 30.0  # between two signs of life in a bucket
-_DEAD_SECONDS = 150.0  # without one, the holder is gone
+_ALIVE_SECONDS = 20.0  # between two signs of life in a bucket
+_DEAD_SECONDS = 60.0  # without one, the holder is gone
 
 
 def is_run_time(key: str) -> bool:
@@ -89,7 +90,7 @@ def held(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of a workdir.
 
     The lock of a local one is the kernel's, and goes with the process that holds it, however that
-    ends. A bucket knows no locks: there the holder says every half minute that it lives.
+    ends. A bucket knows no locks: there the holder says all the time that it lives.
 
     Raises:
         ValueError: another process holds it; says which, and since when.
@@ -125,12 +126,26 @@ def _held_here(holder: Path, who: dict[str, Any]) -> Iterator[None]:
             holder.unlink(missing_ok=True)
 
 
+def _lives(holder: Path) -> bool:
+    """Whether the holder gives another sign of life; one that was killed could not say so."""
+
+    def last() -> float:
+        return json.loads(holder.read_text())["alive"] if holder.exists() else 0.0
+
+    seen = last()
+    if time.time() < seen + _DEAD_SECONDS:
+        print(f"{holder.parent}: is the run that was here still alive? ...", file=sys.stderr)
+    while time.time() < seen + _DEAD_SECONDS:
+        time.sleep(_ALIVE_SECONDS / 10)
+        if last() > seen:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def _held_in_bucket(holder: Path, who: dict[str, Any]) -> Iterator[None]:
-    if holder.exists():
-        alive = json.loads(holder.read_text()).get("alive", 0.0)
-        if time.time() - alive < _DEAD_SECONDS:
-            raise filelock.Timeout(str(holder))
+    if holder.exists() and _lives(holder):
+        raise filelock.Timeout(str(holder))
     stopped = threading.Event()
 
     def live() -> None:
