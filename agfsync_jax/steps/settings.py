@@ -137,8 +137,8 @@ def _lives(holder: Path) -> bool:
         print(f"{holder.parent}: is the run that was here still alive? ...", file=sys.stderr)
     while time.time() < seen + _DEAD_SECONDS:
         time.sleep(_ALIVE_SECONDS / 10)
-        if last() > seen:
-            return True
+        if (now := last()) != seen:
+            return bool(now)  # or it has ended by now
     return False
 
 
