@@ -7,6 +7,7 @@ is its help text. What a user can get wrong is checked here, before a device is 
 import argparse
 import ast
 import contextlib
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         passing = isinstance(error, Unreachable | TimeoutError | ConnectionError)
         status = AGAIN if passing else 2
         said, why = f"agfsync: error: {error}", f"stopped with an error: {error}"
+        if str(error) == str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+            said += ": make room where --workdir lies, and the same command goes on"
     print(said, file=sys.stderr)
     if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else there are no others
         watch.stop(why, status)
@@ -155,6 +158,12 @@ def _run(argv: list[str]) -> None:
         shared = {"help", *COMMON, *PROCESSES}
         own = {name: value for name, value in vars(args).items() if name not in shared}
         module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """All but what TensorStore tells of each array when the first one could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _steps() -> list[Any]:
@@ -277,7 +286,9 @@ def start_jax(*processes: Any) -> None:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; locks and evicts
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if os.environ.get("AGFSYNC_TRACEBACK") != "1":
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises anyway
+        for name in ("absl", "asyncio"):  # Orbax logs what it raises anyway
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _tell_unraisable
     multihost.initialize(*processes)
 
 

@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -412,6 +413,53 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
     subprocess.run([*command, killed], check=True, cwd=ROOT)
     assert timeless(metrics(killed)) == timeless(metrics(whole)) and len(metrics(whole)) == 40
     assert_equal(tuned(killed), tuned(whole))
+
+
+BY_COMMAND = """
+import sys
+from agfsync_jax import backbones, checks, cli
+from tests.tiny_backbone import TinyBackbone
+backbones.backbone_class = lambda config: TinyBackbone
+checks.check = lambda *_, **__: None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+CONFIG_FILE = """
+from tests.train_test import make_config
+
+
+def get_config(arg=None):
+    return make_config(**{"train.save_every": 1})
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_goes_on(run, tmp_path):
+    disk, config = tmp_path / "disk", tmp_path / "config.py"
+    disk.mkdir()
+    config.write_text(CONFIG_FILE)
+    small = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("needs mount")
+    command = [sys.executable, "-c", BY_COMMAND, "train", f"--config={config}", f"--workdir={disk}"]
+
+    def train_there():
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    try:
+        make_workdir(disk)
+        done = train_there()
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("train: ")]
+        assert f"No space left to write a checkpoint to {disk}/round_000/checkpoints" in line
+        folder = disk / "round_000/checkpoints"
+        kept = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+        done = train_there()
+        assert done.returncode == 0, done.stderr
+        assert f"skipped {kept} of 5 steps already there" in done.stderr
+        assert timeless(metrics(disk)) == timeless(metrics(run))
+        assert_equal(tuned(disk), tuned(run))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_rounds_and_adapters(run, tmp_path):
