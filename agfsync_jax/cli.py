@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from agfsync_jax.utils import configs, modules
+from agfsync_jax.utils import configs, modules, signals
 
 PACKAGE = Path(__file__).parent
 VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
@@ -95,6 +95,7 @@ EPILOG = """\
 environment:
   AGFSYNC_TRACEBACK=1   show where an error was raised
   AGFSYNC_CACHE=DIR     compiled programs, kept for the next run (~/.cache/agfsync_jax); empty: none
+  AGFSYNC_STOP_SECONDS=20  how long SIGTERM waits for a step of training to end, and be saved
   AGFSYNC_DISTRIBUTED=1 one of several processes, which the cluster knows: TPU pod, GKE, Slurm
 """
 
@@ -105,15 +106,27 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several processes one that stops ends the others too: see parallel/watch.py.
     """
+    owns_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        _run(argv)
-        return 0
-    except KeyboardInterrupt as stop:
+
+    def stop(number: int, leave: bool = True) -> int:
         said = "\nstopped; what is done is kept, and the same command goes on from there:\n"
-        said += f"  agfsync {shlex.join(argv)}"
-        status, why = 143 if stop.args == ("SIGTERM",) else 130, "was stopped by a signal."
+        status = 128 + number
+        _tell(said + f"  agfsync {shlex.join(argv)}", "was stopped by a signal.", status)
+        if leave:  # at once: in order the process would wait for the device
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+    try:
+        with signals.ended_in_time(stop):
+            _run(argv)
+        return 0
+    except KeyboardInterrupt as error:
+        is_term = error.args == ("SIGTERM",)
+        return stop(signal.SIGTERM if is_term else signal.SIGINT, leave=owns_process)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             traceback.print_exc()
@@ -124,10 +137,15 @@ def main(argv: list[str] | None = None) -> int:
         said, why = f"agfsync: error: {error}", f"stopped with an error: {error}"
         if str(error) == str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
             said += ": make room where --workdir lies, and the same command goes on"
+    _tell(said, why, status)
+    return status
+
+
+def _tell(said: str, why: str, status: int) -> None:
+    """The user, and the other processes, with which this one ends."""
     print(said, file=sys.stderr)
     if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else there are no others
         watch.stop(why, status)
-    return status
 
 
 def _terminate(*_) -> None:

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from agfsync_jax.utils.files import absolute, is_url, to_path
+from agfsync_jax.utils.signals import unhurried
 
 PyTree = Any
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -60,7 +61,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def __exit__(self, *_) -> None:
-        with self._no_space():
+        with self._writing():
             self._manager.close()
 
     def latest_step(self) -> int | None:
@@ -77,7 +78,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if step not in self._manager.all_steps():
             leaves = _flatten(state)
             self._needed = sum(leaf.nbytes for leaf in leaves.values() if hasattr(leaf, "nbytes"))
-            with self._no_space():
+            with self._writing():
                 args = ocp.args.PyTreeSave(leaves)
                 self._manager.save(step, args=args, metrics=metrics or None)
             if wait:
@@ -113,15 +114,16 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
-        with self._no_space():
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
-    def _no_space(self) -> Iterator[None]:
-        """Turns "no space left", however Orbax tells it, into an error of one line."""
+    def _writing(self) -> Iterator[None]:
+        """Is not cut off by a signal; "no space left", however Orbax tells it, is one line."""
         try:
-            yield
+            with unhurried():
+                yield
         except Exception as error:
             if not _is_full(error):
                 raise
