@@ -26,7 +26,7 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
-from agfsync_jax.training.loop import Training, fit
+from agfsync_jax.training.loop import Training, fit, restore_state
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
 
@@ -118,7 +118,10 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
     backbone.params.clear()  # who needs them has them
 
     init = program.init_program(denoiser, spec, mesh, config.sharding)
-    state = checkpoints.restore(start, jax.eval_shape(init, denoiser)) if start else init(denoiser)
+    if start:
+        state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
+    else:
+        state = init(denoiser)
     base = program.freeze_program(denoiser, spec)(denoiser) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     step = program.step_program(state, frozen, spec, mesh)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from agfsync_jax import backbones, train
+from agfsync_jax import run as loop
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.steps import settings
 from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
@@ -145,7 +147,7 @@ def test_the_moving_average_is_what_training_makes(run, tmp_path):
         average = jax.tree.map(
             lambda old, new, d=decay: d * old + (1 - d) * np.array(new), average, state.params
         )
-    assert largest_difference(training.result(state).params, average) < 1e-6
+    assert largest_difference(training.result(state)["params"], average) < 1e-6
     assert largest_difference(state.params, average) > 1e-4
 
 
@@ -324,6 +326,7 @@ TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
 from agfsync_jax import backbones, train
+from agfsync_jax import run as loop
 from agfsync_jax.parallel import multihost
 from tests.train_test import TinyBackbone, make_config
 multihost.initialize()
@@ -383,6 +386,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from agfsync_jax import backbones, train
+from agfsync_jax import run as loop
 from agfsync_jax.utils.metrics import MetricWriter
 from tests.train_test import TinyBackbone, make_config
 backbones.backbone_class = lambda config: TinyBackbone
@@ -413,6 +417,51 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
     subprocess.run([*command, killed], check=True, cwd=ROOT)
     assert timeless(metrics(killed)) == timeless(metrics(whole)) and len(metrics(whole)) == 40
     assert_equal(tuned(killed), tuned(whole))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.ema_decay": 0.9},
+        {"train.lora_rank": 2},
+        {"train.lora_rank": 2, "train.ema_decay": 0.9},
+    ],
+    ids=["all of it", "average", "adapters", "adapters' average"],
+)
+def test_a_training_that_ended_can_be_extended(tmp_path, changes):
+    """To the bit, as if it had had all of its steps from the beginning; twice."""
+    at_once, extended = (make_workdir(tmp_path / name) for name in ("at_once", "extended"))
+    for workdir, lengths in ((at_once, (8,)), (extended, (3, 6, 8))):
+        for length in lengths:
+            config = make_config(**changes, **{"train.num_steps": length})
+            settings.claim(workdir, config, steps)
+            train.main(config, workdir)
+    assert timeless(metrics(extended)) == timeless(metrics(at_once)) and len(metrics(at_once)) == 8
+    assert_equal(tuned(extended), tuned(at_once))
+
+
+def steps():
+    return [module.main for module in loop.ROUND]
+
+
+def test_an_extended_training_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """From where the shorter one ended, which holds its state in another way."""
+    at_once, extended = (make_workdir(tmp_path / name) for name in ("at_once", "extended"))
+    changes = {"train.lora_rank": 2, "train.save_every": 10}
+    train.main(make_config(**changes), at_once)
+    train.main(make_config(**changes, **{"train.num_steps": 3}), extended)
+    write = MetricWriter.write
+
+    def die(self, step, values):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(MetricWriter, "write", die)
+        train.main(make_config(**changes), extended)
+    assert MetricWriter.write is write
+    train.main(make_config(**changes), extended)
+    assert_equal(tuned(extended), tuned(at_once))
 
 
 BY_COMMAND = """

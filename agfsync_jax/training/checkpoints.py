@@ -112,6 +112,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         structure = jax.tree.structure(abstract_state)
         return jax.tree.unflatten(structure, [restored[name] for name in abstract])
 
+    def leaves(self, step: int) -> set[str]:
+        """The names of what is stored at a step."""
+        return set(self._manager.item_metadata(step))
+
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
         with self._writing():
