@@ -29,6 +29,7 @@ from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
 from agfsync_jax.training.loop import Training, fit, restore_state
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
+from agfsync_jax.utils.clock import Stage
 
 
 def train(job: Job) -> None:
@@ -48,6 +49,7 @@ def train(job: Job) -> None:
         job.stage.skipped(start, spec.num_steps, "steps")
         if start < spec.num_steps:
             training = prepare(job.config, folders, checkpoints, start)
+            tell_repeats(job.stage, training.loader)
             fit(spec, training, start, job.stage, checkpoints)
 
 
@@ -55,6 +57,16 @@ def drop_damaged(job: Job) -> None:
     """Removes damaged pairs, which all processes read."""
     if multihost.is_main():
         repair_pairs(job.folder / "pairs")
+
+
+def tell_repeats(stage: Stage, loader: PairLoader) -> None:
+    """Says so where a batch holds pairs more than once."""
+    if loader.batch_size > loader.num_pairs:
+        stage.print(
+            f"config.train.batch_size={loader.batch_size} is more than the {loader.num_pairs} pairs"
+            " that there are: a batch has the same pairs several times, with the same noise, and"
+            " teaches no more than a smaller one"
+        )
 
 
 def check_pairs(folder: Path, config: Any) -> None:

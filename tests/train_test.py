@@ -464,6 +464,17 @@ def test_an_extended_training_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert_equal(tuned(extended), tuned(at_once))
 
 
+def test_a_batch_that_is_larger_than_the_pairs_is_told(run, tmp_path, capsys):
+    make_workdir(tmp_path, num_pairs=5)
+    train.main(make_config(**{"train.num_steps": 1}), tmp_path)
+    told = capsys.readouterr().err
+    assert "config.train.batch_size=8 is more than the 5 pairs" in told
+    assert told.index("is more than") < told.index("train: 8 pairs in")
+    make_workdir(tmp_path / "enough", num_pairs=8)
+    train.main(make_config(**{"train.num_steps": 1}), tmp_path / "enough")
+    assert "is more than" not in capsys.readouterr().err
+
+
 BY_COMMAND = """
 import sys
 from agfsync_jax import backbones, checks, cli
