@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
 from agfsync_jax import run as loop
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
@@ -325,7 +325,7 @@ def test_a_run_goes_on_with_other_devices(run, tmp_path, monkeypatch):
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
 from agfsync_jax import run as loop
 from agfsync_jax.parallel import multihost
 from tests.train_test import TinyBackbone, make_config
@@ -385,7 +385,7 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
 KILLED = """
 import sys, time
 from pathlib import Path
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
 from agfsync_jax import run as loop
 from agfsync_jax.utils.metrics import MetricWriter
 from tests.train_test import TinyBackbone, make_config
@@ -462,6 +462,49 @@ def test_an_extended_training_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert MetricWriter.write is write
     train.main(make_config(**changes), extended)
     assert_equal(tuned(extended), tuned(at_once))
+
+
+def test_pairs_of_another_workdir_are_read_where_they_lie(run, tmp_path, capsys):
+    """One set of candidates serves several trainings."""
+    source = make_workdir(tmp_path / "a")
+    pairs = source / "round_000/pairs"
+    config = make_config(**{"pair.path": str(pairs)})
+    made = {"settings": config.pair.to_dict() | {"normalize": "rank"}, "made_from": "scores"}
+    made["settings"]["backbone"] = "another"
+    (pairs.parent / "pair.json").write_text(json.dumps(made))
+    before = {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
+    for name in ("b", "c"):
+        pair.main(config, tmp_path / name)
+        assert "are pairs already" in capsys.readouterr().err
+        config.train.num_steps = 2
+        train.main(config, tmp_path / name)
+        assert "were made with config.backbone.path=another" in capsys.readouterr().err
+        config.train.num_steps = 5
+        train.main(config, tmp_path / name, repair=True)
+        assert_equal(tuned(tmp_path / name), tuned(run))
+        assert not (tmp_path / name / "round_000/pairs").exists()
+    assert before == {
+        path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()
+    }
+
+    config.train.num_steps = 6
+    (pairs.parent / "pair.json").write_text(json.dumps(made | {"made_from": "other scores"}))
+    with pytest.raises(ValueError, match="other pairs than this training has begun with"):
+        train.main(config, tmp_path / "b")
+    config.pair.shuffle_labels = True
+    with pytest.raises(ValueError, match="shuffle_labels needs pairs of its own"):
+        train.main(config, tmp_path / "d")
+
+
+def test_damaged_pairs_of_another_workdir_are_mended_there(tmp_path):
+    source = make_workdir(tmp_path / "a")
+    path = source / "round_000/pairs/pairs-train.tfrecord-00000"
+    path.write_bytes(path.read_bytes()[:-9])
+    config = make_config(**{"pair.path": str(path.parent)})
+    command = f"agfsync pair --config=... --workdir={source} --repair"
+    with pytest.raises(ValueError, match=command):
+        train.main(config, tmp_path / "b", repair=True)
+    assert path.exists()
 
 
 def test_a_batch_that_is_larger_than_the_pairs_is_told(run, tmp_path, capsys):

@@ -273,6 +273,12 @@ def _code(value: Any) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def is_pairs(folder: str | Path) -> bool:
+    """Whether `write_pairs` made a folder, rather than `datasets.save_to_disk`, say."""
+    folder = to_path(folder)
+    return (folder / _INFO_FILE).is_file() and not (folder / "state.json").exists()
+
+
 def read_features(folder: str | Path) -> Features:
     """The table of the fields that a pairs folder holds.
 
