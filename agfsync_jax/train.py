@@ -100,7 +100,7 @@ def pin_pairs(job: Job, start: int) -> None:
     if told[1].exists():
         made = json.loads(told[1].read_text())["settings"].get("backbone")
         if made not in (None, job.config.backbone.path):
-            job.stage.print(f"they were made with config.backbone.path={made}: its latents must fit")
+            job.stage.print(f"they were made with config.backbone.path={made}: it must fit")
     if multihost.is_main():
         write_text(note, json.dumps({"path": str(pairs), "sha256": digests}, indent=2) + "\n")
 
