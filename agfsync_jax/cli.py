@@ -7,6 +7,7 @@ is its help text. What a user can get wrong is checked here, before a device is 
 import argparse
 import ast
 import contextlib
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -21,7 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from agfsync_jax.utils import configs, modules
+from agfsync_jax.utils import configs, modules, signals
 
 PACKAGE = Path(__file__).parent
 VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
@@ -100,6 +101,7 @@ EPILOG = """\
 environment:
   AGFSYNC_TRACEBACK=1   show where an error was raised
   AGFSYNC_CACHE=DIR     compiled programs, kept for the next run (~/.cache/agfsync_jax); empty: none
+  AGFSYNC_STOP_SECONDS=20  how long SIGTERM waits for a step of training to end, and be saved
   AGFSYNC_DISTRIBUTED=1 one of several processes, which the cluster knows: TPU pod, GKE, Slurm
 """
 
@@ -110,15 +112,27 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several processes one that stops ends the others too: see parallel/watch.py.
     """
+    owns_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        _run(argv)
-        return 0
-    except KeyboardInterrupt as stop:
+
+    def stop(number: int, leave: bool = True) -> int:
         said = "\nstopped; what is done is kept, and the same command goes on from there:\n"
-        said += f"  agfsync {shlex.join(argv)}"
-        status, why = 143 if stop.args == ("SIGTERM",) else 130, "was stopped by a signal."
+        status = 128 + number
+        _tell(said + f"  agfsync {shlex.join(argv)}", "was stopped by a signal.", status)
+        if leave:  # at once: in order the process would wait for the device
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+    try:
+        with signals.ended_in_time(stop):
+            _run(argv)
+        return 0
+    except KeyboardInterrupt as error:
+        is_term = error.args == ("SIGTERM",)
+        return stop(signal.SIGTERM if is_term else signal.SIGINT, leave=owns_process)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("AGFSYNC_TRACEBACK") == "1":
             traceback.print_exc()
@@ -127,10 +141,17 @@ def main(argv: list[str] | None = None) -> int:
         passing = isinstance(error, Unreachable | TimeoutError | ConnectionError)
         status = AGAIN if passing else 2
         said, why = f"agfsync: error: {error}", f"stopped with an error: {error}"
+        if str(error) == str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+            said += ": make room where --workdir lies, and the same command goes on"
+    _tell(said, why, status)
+    return status
+
+
+def _tell(said: str, why: str, status: int) -> None:
+    """The user, and the other processes, with which this one ends."""
     print(said, file=sys.stderr)
     if watch := sys.modules.get("agfsync_jax.parallel.watch"):  # else there are no others
         watch.stop(why, status)
-    return status
 
 
 def _terminate(*_) -> None:
@@ -165,6 +186,12 @@ def _run(argv: list[str]) -> None:
         shared = {"help", *COMMON, *PROCESSES}
         own = {name: value for name, value in vars(args).items() if name not in shared}
         module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """All but what TensorStore tells of each array when the first one could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _steps() -> list[Any]:
@@ -291,7 +318,9 @@ def start_jax(*processes: Any) -> None:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; locks and evicts
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if os.environ.get("AGFSYNC_TRACEBACK") != "1":
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises anyway
+        for name in ("absl", "asyncio"):  # Orbax logs what it raises anyway
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _tell_unraisable
     multihost.initialize(*processes)
 
 

@@ -17,6 +17,7 @@ import jax
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard, largest_batch
+from agfsync_jax.data.records import RecordError
 from agfsync_jax.data.scores import repair_scores
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
@@ -52,13 +53,18 @@ def plan(job: Job) -> Plan:
     Raises:
         ValueError: prompts that cannot be, are training's, or are others than those that images
             are there of.
+        RecordError: those are damaged, unless they are to be made anew.
     """
     prompts, questions = held_out(job.config)
     drawn = (job.folder_of(index) / "prompts.jsonl" for index in range(job.round_index + 1))
     trained = itertools.chain(*(records.read_jsonl(path) for path in drawn if path.exists()))
     check_apart([row["prompt"] for row in prompts.values()], (row["prompt"] for row in trained))
     for folder in dict.fromkeys(_folders(job).values()):
-        check_frozen(folder, prompts, questions)
+        try:
+            check_frozen(folder, prompts, questions)
+        except RecordError:
+            if not job.repair:
+                raise
     shards = {
         model: plan_images(job.config, list(prompts), evals / model)
         for model, evals in _folders(job).items()
@@ -109,8 +115,11 @@ def summarize(job: Job) -> None:
 
 def repair(job: Job) -> None:
     """Drops damaged files; scores without their answers go too, as they say that all is there."""
-    for path in of_process(job.plan.images):
-        repair_scores(path, judged_path(path))
+    for path, rows in of_process([*itertools.chain(*job.plan.shards.values())]):
+        repair_scores(path, judged_path(path), len(rows))
+    if multihost.is_main():
+        for folder in {path.parents[1] for path in job.plan.images if path.exists()}:
+            freeze(folder, job.plan.prompts, job.plan.questions)
 
 
 def _folders(job: Job) -> dict[str, Path]:

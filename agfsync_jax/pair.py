@@ -7,7 +7,8 @@ pair.json counts them. Nothing is scored again: with other settings the same sco
 in seconds.
 
 With `config.pair.path`, pairs are what people preferred instead, read from a dataset in Hugging
-Face's layouts: the backbone encodes its images, and `agfsync train` sees no difference.
+Face's layouts: the backbone encodes its images, and `agfsync train` sees no difference. Where that
+is the pairs/ of another workdir there is nothing to do: `agfsync train` reads them where they lie.
 """
 
 import functools
@@ -21,12 +22,13 @@ from agfsync_jax.data import preferences, records
 from agfsync_jax.data.embeddings import BatchEncoder
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
-from agfsync_jax.data.pairs import pair_features, repair_pairs, write_pairs
+from agfsync_jax.data.pairs import is_pairs, pair_features, repair_pairs, write_pairs
 from agfsync_jax.data.scores import read_scores
 from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel.mesh import local_mesh
 from agfsync_jax.parallel.sharding import batch_shards, round_up
 from agfsync_jax.steps.runner import Job, Step
+from agfsync_jax.utils.files import to_path
 
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
@@ -59,6 +61,9 @@ def make_pairs(job: Job) -> None:
     """
     config, spec, stage = job.config, job.config.pair, job.stage
     preferences.check_settings(spec)
+    if spec.path and is_pairs(to_path(spec.path).expanduser()):
+        stage.print(f"{spec.path} are pairs already, which train reads where they lie")
+        return
     source = _of_people(job) if spec.path else _of_scores(job)
     settings = spec.to_dict() | {"backbone": config.backbone.path, "seed": config.seed}
     made_from = repr((source.made_from, sorted(settings.items())))

@@ -5,6 +5,7 @@ to it. Each round gets other prompts, drawn from (config.seed, round).
 """
 
 from agfsync_jax.data import records
+from agfsync_jax.data.shards import repair_files
 from agfsync_jax.prompt_sources import draw_prompts
 from agfsync_jax.steps.runner import Job, Step
 
@@ -23,6 +24,7 @@ main = Step(
     outputs=("prompts.jsonl",),
     settings=("seed", "prompts"),
     files=lambda job: [job.folder / "prompts.jsonl"],
+    repair=lambda job: repair_files(job.files),
     main_only=True,
     unit="prompts",
 )

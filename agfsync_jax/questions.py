@@ -5,7 +5,7 @@ go to it. Where no scorer of the config asks questions there is nothing to do.
 """
 
 from agfsync_jax.data import records
-from agfsync_jax.data.shards import read_rows
+from agfsync_jax.data.shards import read_rows, repair_files
 from agfsync_jax.prompt_sources import ask_questions
 from agfsync_jax.scoring.columns import asks_questions
 from agfsync_jax.steps.runner import Job, Step
@@ -34,6 +34,7 @@ main = Step(
     outputs=("questions.jsonl",),
     settings=("questions",),
     files=lambda job: [job.folder / "questions.jsonl"],
+    repair=lambda job: repair_files(job.files),
     main_only=True,
     unit="questions",
 )

@@ -17,6 +17,7 @@ import jax
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard, draw_candidates, largest_batch, plan_shards
+from agfsync_jax.data.scores import drop_incomplete, repair_images, scores_path
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
@@ -88,10 +89,10 @@ def draw(job: Job) -> None:
 
 
 def drop_damaged(job: Job) -> None:
-    """Removes damaged shards, which are then drawn anew."""
-    for path in of_process(job.files):
-        if path.exists():
-            records.repair_shard(path)
+    """Removes damaged shards, which are then drawn anew, and scores that lack some of theirs."""
+    for path, rows in of_process(job.plan.shards):
+        if repair_images(path, scores_path(path), len(rows)):
+            drop_incomplete(scores_path(path))
 
 
 main = Step(

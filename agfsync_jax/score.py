@@ -90,6 +90,7 @@ def score(job: Job) -> None:
             batch_size=size,
             scored=progress.update,
             expected=plan.images.__getitem__,
+            leave_out=True,
         ):
             write_scores(scores_path(path), rows, answers, left_out)
             problems.add(left_out)
@@ -136,8 +137,8 @@ def _problems(job: Job, candidates: list[Path]) -> Problems:
 
 def repair(job: Job) -> None:
     """Drops damaged tables, and damaged candidates, which must then be drawn anew."""
-    paths = of_process(job.plan.candidates)
-    dropped = [path.name for path in paths if repair_scores(path, scores_path(path))]
+    images, paths = job.plan.images, of_process(job.plan.candidates)
+    dropped = [path.name for path in paths if repair_scores(path, scores_path(path), images[path])]
     if dropped:
         raise ValueError(
             f"damaged candidates were dropped: {', '.join(dropped)}. Run `agfsync sample`, then"

@@ -11,6 +11,7 @@ step) alone: stopped and started again, on any number of devices, the training g
 never stopped.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from jax.sharding import Mesh
 from agfsync_jax import backbones
 from agfsync_jax.data.embeddings import PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader, pad_rankings
-from agfsync_jax.data.pairs import read_features, read_pairs, repair_pairs
+from agfsync_jax.data.pairs import is_pairs, read_features, read_pairs, repair_pairs
 from agfsync_jax.parallel import multihost
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
-from agfsync_jax.training.loop import Training, fit
+from agfsync_jax.training.loop import Training, fit, restore_state
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
+from agfsync_jax.utils.clock import Stage
+from agfsync_jax.utils.files import to_path, write_text
 
 
 def train(job: Job) -> None:
@@ -47,20 +50,75 @@ def train(job: Job) -> None:
         start = checkpoints.latest_step() or 0
         job.stage.skipped(start, spec.num_steps, "steps")
         if start < spec.num_steps:
+            pin_pairs(job, start)
             training = prepare(job.config, folders, checkpoints, start)
+            tell_repeats(job.stage, training.loader)
             fit(spec, training, start, job.stage, checkpoints)
 
 
 def drop_damaged(job: Job) -> None:
-    """Removes damaged pairs, which all processes read."""
+    """Removes damaged pairs of this round, which all processes read."""
     if multihost.is_main():
         repair_pairs(job.folder / "pairs")
+
+
+def pairs_folder(config: Any, round_dir: Path) -> Path:
+    """A round's pairs: its own, or those of another workdir that `config.pair.path` names.
+
+    Raises:
+        ValueError: those of another workdir with shuffled labels.
+    """
+    path = to_path(config.pair.path).expanduser() if config.pair.path else None
+    if path is None or not is_pairs(path):
+        return round_dir / "pairs"
+    if config.pair.shuffle_labels:
+        raise ValueError(
+            f"config.pair.path={path} are pairs already, which are read as they are:"
+            " config.pair.shuffle_labels needs pairs of its own, made by `agfsync pair`."
+        )
+    return path
+
+
+def pin_pairs(job: Job, start: int) -> None:
+    """Remembers in pairs_from.json which pairs of another workdir a training has begun with.
+
+    Raises ValueError where it goes on from step `start` and they are others now.
+    """
+    pairs, note = pairs_folder(job.config, job.folder), job.folder / "pairs_from.json"
+    if pairs.parent == job.folder:
+        return
+    told = [pairs / "dataset_info.json", pairs.with_name("pair.json")]
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in told if path.exists()
+    }
+    if start and note.exists() and json.loads(note.read_text())["sha256"] != digests:
+        raise ValueError(
+            f"{pairs} are other pairs than this training has begun with: put the former ones back,"
+            f" or remove {job.folder / 'checkpoints'} to begin anew."
+        )
+    job.stage.print(f"pairs of {pairs}")
+    if told[1].exists():
+        made = json.loads(told[1].read_text())["settings"].get("backbone")
+        if made not in (None, job.config.backbone.path):
+            job.stage.print(f"they were made with config.backbone.path={made}: it must fit")
+    if multihost.is_main():
+        write_text(note, json.dumps({"path": str(pairs), "sha256": digests}, indent=2) + "\n")
+
+
+def tell_repeats(stage: Stage, loader: PairLoader) -> None:
+    """Says so where a batch holds pairs more than once."""
+    if loader.batch_size > loader.num_pairs:
+        stage.print(
+            f"config.train.batch_size={loader.batch_size} is more than the {loader.num_pairs} pairs"
+            " that there are: a batch has the same pairs several times, with the same noise, and"
+            " teaches no more than a smaller one"
+        )
 
 
 def check_pairs(folder: Path, config: Any) -> None:
     """Raises ValueError for pairs that other settings of `config.pair` made."""
     path = folder / "pair.json"
-    if not path.exists():
+    if not path.exists() or pairs_folder(config, folder).parent != folder:
         return
     made, now = json.loads(path.read_text())["settings"], json.loads(config.pair.to_json())
     differ = [key for key in now if key != "max_bad" and made.get(key, now[key]) != now[key]]
@@ -72,7 +130,7 @@ def check_pairs(folder: Path, config: Any) -> None:
 
 
 def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoader:
-    """The pairs of a round, or its rankings, in `folder`.
+    """The pairs, or rankings, in `folder`.
 
     Raises:
         FileNotFoundError, RecordError: no pairs, or damaged ones.
@@ -102,7 +160,7 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
     mesh = program.create_train_mesh(config)
     spec = program.step_spec(config, mesh, len(folders) - 1)
     check_pairs(folders[-1], config)
-    loader = load_pairs(folders[-1] / "pairs", config, spec, mesh)
+    loader = load_pairs(pairs_folder(config, folders[-1]), config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     denoiser = backbone.params.pop(backbone.denoiser_name)
@@ -118,7 +176,10 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
     backbone.params.clear()  # who needs them has them
 
     init = program.init_program(denoiser, spec, mesh, config.sharding)
-    state = checkpoints.restore(start, jax.eval_shape(init, denoiser)) if start else init(denoiser)
+    if start:
+        state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
+    else:
+        state = init(denoiser)
     base = program.freeze_program(denoiser, spec)(denoiser) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     step = program.step_program(state, frozen, spec, mesh)

@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     c.pair.embeddings = False  # stored with the pairs, so that train runs no text encoder
     c.pair.images = True  # stored as PNGs with the pairs; train does not read them
     c.pair.license = "other"  # of the pairs, as the Hugging Face Hub names it
-    c.pair.path = ""  # what people prefer, instead of scores: parquet, or a save_to_disk folder
+    c.pair.path = ""  # people's, not scores': parquet, save_to_disk; or pairs/ of another workdir
     c.pair.split = "train"  # of that folder; empty: all parquet files in it
     c.pair.columns = ConfigDict()  # Pick-a-Pic's
     c.pair.columns.caption = "caption"

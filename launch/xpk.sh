@@ -49,4 +49,4 @@ run xpk workload create --workload="$name" --cluster="$cluster" --tpu-type="$typ
   --docker-image="$image" ${environment:+--env-file="$environment"} \
   --max-restarts="$max_restarts" --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=300 \
-  --command="$(quote exec env AGFSYNC_DISTRIBUTED=1 agfsync run "${flags[@]}")"
+  --command="$(quote exec env AGFSYNC_DISTRIBUTED=1 AGFSYNC_STOP_SECONDS=240 agfsync run "${flags[@]}")"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -240,6 +241,53 @@ def test_signals_stop_cleanly(number, code, tmp_path):
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
     assert process.returncode == code
+    assert "the same command goes on" in err and "Traceback" not in err
+
+
+LONG = """
+import contextlib, signal, sys, types
+import jax
+from agfsync_jax import cli
+from agfsync_jax.utils.signals import hold_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+turns = lambda count, turn: lambda x: jax.lax.fori_loop(0, count, lambda _, x: turn(x), x)
+forever = jax.jit(turns(2**30, turns(2**30, jax.numpy.sin)))
+holding = sys.argv.pop() == "held"
+def main(*args, **kwargs):
+    hold = hold_signals(signal.SIGTERM) if holding else contextlib.nullcontext()
+    with hold:
+        print("ready", flush=True)
+        forever(1.0).block_until_ready()
+sys.modules["agfsync_jax.prompts"] = types.SimpleNamespace(main=main)
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "kind"),
+    [
+        (signal.SIGINT, 130, "free"),
+        (signal.SIGTERM, 143, "free"),
+        (signal.SIGTERM, 143, "held"),
+    ],
+)
+def test_a_device_that_is_busy_for_long_holds_nothing_up(number, code, kind, tmp_path):
+    """Python's own handlers would wait for it."""
+    command = [sys.executable, "-c", LONG, "prompts", CONFIG, f"--workdir={tmp_path}", kind]
+    env = os.environ | {"AGFSYNC_STOP_SECONDS": "4"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(2)
+        began = time.monotonic()
+        process.send_signal(number)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert time.monotonic() - began < 12
+    assert process.returncode == code
+    assert ("the step under way is saved if it ends within 4 s" in err) == (kind == "held")
     assert "the same command goes on" in err and "Traceback" not in err
 
 

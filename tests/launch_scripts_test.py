@@ -447,7 +447,9 @@ def test_xpk(bench):
     command = real[2][-1].removeprefix("--command=")
     assert command.isprintable()
     # xpk hands SIGTERM to what it started: without exec a shell in between, which would not.
-    assert command.startswith("exec env AGFSYNC_DISTRIBUTED=1 agfsync run --config=")
+    assert command.startswith(
+        "exec env AGFSYNC_DISTRIBUTED=1 AGFSYNC_STOP_SECONDS=240 agfsync run --config="
+    )
     seen = re.sub(r"\$\$|\$\(\w+\)", lambda m: "$" if m[0] == "$$" else "expanded", command)
     bench.play()
     bench.run(["bash", "-c", f"({seen}) & wait $!"])
@@ -495,6 +497,7 @@ def test_slurm(bench):
         ],
         [
             *("srun", "--kill-on-bad-exit=0", "--cpu-bind=none", "env", "AGFSYNC_DISTRIBUTED=1"),
+            "AGFSYNC_STOP_SECONDS=240",
             *("JAX_LOCAL_DEVICE_IDS=0,1,2,3", "PYTHONUNBUFFERED=1"),
             *(python, "-m", "agfsync_jax", "run", *FLAGS),
         ],

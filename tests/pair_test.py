@@ -320,7 +320,8 @@ def test_scores_of_other_candidates(config, workdir):
     folder = workdir / "round_000"
     path = folder / "candidates/00000-of-00002.tfrecord"
     rows = list(records.read_shard(path, records.CANDIDATE_FEATURES))
-    records.write_shard(path, rows[:-3], records.CANDIDATE_FEATURES)
+    other = [row | {"prompt_id": "other"} for row in rows[-3:]]
+    records.write_shard(path, rows[:-3] + other, records.CANDIDATE_FEATURES)
     with pytest.raises(ValueError, match=r"lacks 2 images that have scores, such as \('p1', 0\)"):
         pair.main(config, workdir)
     assert not (folder / "pairs").exists() and not (folder / "pair.json").exists()

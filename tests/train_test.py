@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
+from agfsync_jax import run as loop
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.steps import settings
 from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
@@ -144,7 +147,7 @@ def test_the_moving_average_is_what_training_makes(run, tmp_path):
         average = jax.tree.map(
             lambda old, new, d=decay: d * old + (1 - d) * np.array(new), average, state.params
         )
-    assert largest_difference(training.result(state).params, average) < 1e-6
+    assert largest_difference(training.result(state)["params"], average) < 1e-6
     assert largest_difference(state.params, average) > 1e-4
 
 
@@ -322,7 +325,8 @@ def test_a_run_goes_on_with_other_devices(run, tmp_path, monkeypatch):
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
+from agfsync_jax import run as loop
 from agfsync_jax.parallel import multihost
 from tests.train_test import TinyBackbone, make_config
 multihost.initialize()
@@ -381,7 +385,8 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
 KILLED = """
 import sys, time
 from pathlib import Path
-from agfsync_jax import backbones, train
+from agfsync_jax import backbones, pair, train
+from agfsync_jax import run as loop
 from agfsync_jax.utils.metrics import MetricWriter
 from tests.train_test import TinyBackbone, make_config
 backbones.backbone_class = lambda config: TinyBackbone
@@ -412,6 +417,152 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
     subprocess.run([*command, killed], check=True, cwd=ROOT)
     assert timeless(metrics(killed)) == timeless(metrics(whole)) and len(metrics(whole)) == 40
     assert_equal(tuned(killed), tuned(whole))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.ema_decay": 0.9},
+        {"train.lora_rank": 2},
+        {"train.lora_rank": 2, "train.ema_decay": 0.9},
+    ],
+    ids=["all of it", "average", "adapters", "adapters' average"],
+)
+def test_a_training_that_ended_can_be_extended(tmp_path, changes):
+    """To the bit, as if it had had all of its steps from the beginning; twice."""
+    at_once, extended = (make_workdir(tmp_path / name) for name in ("at_once", "extended"))
+    for workdir, lengths in ((at_once, (8,)), (extended, (3, 6, 8))):
+        for length in lengths:
+            config = make_config(**changes, **{"train.num_steps": length})
+            settings.claim(workdir, config, steps)
+            train.main(config, workdir)
+    assert timeless(metrics(extended)) == timeless(metrics(at_once)) and len(metrics(at_once)) == 8
+    assert_equal(tuned(extended), tuned(at_once))
+
+
+def steps():
+    return [module.main for module in loop.ROUND]
+
+
+def test_an_extended_training_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """From where the shorter one ended, which holds its state in another way."""
+    at_once, extended = (make_workdir(tmp_path / name) for name in ("at_once", "extended"))
+    changes = {"train.lora_rank": 2, "train.save_every": 10}
+    train.main(make_config(**changes), at_once)
+    train.main(make_config(**changes, **{"train.num_steps": 3}), extended)
+    write = MetricWriter.write
+
+    def die(self, step, values):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(MetricWriter, "write", die)
+        train.main(make_config(**changes), extended)
+    assert MetricWriter.write is write
+    train.main(make_config(**changes), extended)
+    assert_equal(tuned(extended), tuned(at_once))
+
+
+def test_pairs_of_another_workdir_are_read_where_they_lie(run, tmp_path, capsys):
+    """One set of candidates serves several trainings."""
+    source = make_workdir(tmp_path / "a")
+    pairs = source / "round_000/pairs"
+    config = make_config(**{"pair.path": str(pairs)})
+    made = {"settings": config.pair.to_dict() | {"normalize": "rank"}, "made_from": "scores"}
+    made["settings"]["backbone"] = "another"
+    (pairs.parent / "pair.json").write_text(json.dumps(made))
+    before = {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
+    for name in ("b", "c"):
+        pair.main(config, tmp_path / name)
+        assert "are pairs already" in capsys.readouterr().err
+        config.train.num_steps = 2
+        train.main(config, tmp_path / name)
+        assert "were made with config.backbone.path=another" in capsys.readouterr().err
+        config.train.num_steps = 5
+        train.main(config, tmp_path / name, repair=True)
+        assert_equal(tuned(tmp_path / name), tuned(run))
+        assert not (tmp_path / name / "round_000/pairs").exists()
+    assert before == {
+        path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()
+    }
+
+    config.train.num_steps = 6
+    (pairs.parent / "pair.json").write_text(json.dumps(made | {"made_from": "other scores"}))
+    with pytest.raises(ValueError, match="other pairs than this training has begun with"):
+        train.main(config, tmp_path / "b")
+    config.pair.shuffle_labels = True
+    with pytest.raises(ValueError, match="shuffle_labels needs pairs of its own"):
+        train.main(config, tmp_path / "d")
+
+
+def test_damaged_pairs_of_another_workdir_are_mended_there(tmp_path):
+    source = make_workdir(tmp_path / "a")
+    path = source / "round_000/pairs/pairs-train.tfrecord-00000"
+    path.write_bytes(path.read_bytes()[:-9])
+    config = make_config(**{"pair.path": str(path.parent)})
+    command = f"agfsync pair --config=... --workdir={source} --repair"
+    with pytest.raises(ValueError, match=command):
+        train.main(config, tmp_path / "b", repair=True)
+    assert path.exists()
+
+
+def test_a_batch_that_is_larger_than_the_pairs_is_told(run, tmp_path, capsys):
+    make_workdir(tmp_path, num_pairs=5)
+    train.main(make_config(**{"train.num_steps": 1}), tmp_path)
+    told = capsys.readouterr().err
+    assert "config.train.batch_size=8 is more than the 5 pairs" in told
+    assert told.index("is more than") < told.index("train: 8 pairs in")
+    make_workdir(tmp_path / "enough", num_pairs=8)
+    train.main(make_config(**{"train.num_steps": 1}), tmp_path / "enough")
+    assert "is more than" not in capsys.readouterr().err
+
+
+BY_COMMAND = """
+import sys
+from agfsync_jax import backbones, checks, cli
+from tests.tiny_backbone import TinyBackbone
+backbones.backbone_class = lambda config: TinyBackbone
+checks.check = lambda *_, **__: None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+CONFIG_FILE = """
+from tests.train_test import make_config
+
+
+def get_config(arg=None):
+    return make_config(**{"train.save_every": 1})
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_last_whole_checkpoint_goes_on(run, tmp_path):
+    disk, config = tmp_path / "disk", tmp_path / "config.py"
+    disk.mkdir()
+    config.write_text(CONFIG_FILE)
+    small = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("needs mount")
+    command = [sys.executable, "-c", BY_COMMAND, "train", f"--config={config}", f"--workdir={disk}"]
+
+    def train_there():
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    try:
+        make_workdir(disk)
+        done = train_there()
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("train: ")]
+        assert f"No space left to write a checkpoint to {disk}/round_000/checkpoints" in line
+        folder = disk / "round_000/checkpoints"
+        kept = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+        done = train_there()
+        assert done.returncode == 0, done.stderr
+        assert f"skipped {kept} of 5 steps already there" in done.stderr
+        assert timeless(metrics(disk)) == timeless(metrics(run))
+        assert_equal(tuned(disk), tuned(run))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_rounds_and_adapters(run, tmp_path):

@@ -65,6 +65,7 @@ def pair_rows(
         with_images: whether PNGs are stored.
 
     Raises:
+        RecordError: a damaged shard of candidates.
         ValueError: a shard of candidates lacks an image that has a score.
     """
     stored = {"latents": "latents"} | ({"images": "image"} if with_images else {})
@@ -73,17 +74,18 @@ def pair_rows(
         group = list(group)
         wanted = {(choice.prompt_id, each) for choice in group for each in choice.candidates}
         path = folder / f"{shard}.tfrecord"
+        scored = scores[shard]
+        rows = records.read_shard(
+            path, records.CANDIDATE_FEATURES, fields, num_rows=scored.num_images
+        )
         drawn = {
-            key: row
-            for row in records.read_shard(path, records.CANDIDATE_FEATURES, fields)
-            if (key := (row["prompt_id"], row["candidate"])) in wanted
+            key: row for row in rows if (key := (row["prompt_id"], row["candidate"])) in wanted
         }
         if missing := wanted - set(drawn):
             raise ValueError(
                 f"{path} lacks {len(missing)} images that have scores, such as {min(missing)}:"
                 " remove its scores and run `agfsync score` again."
             )
-        scored = scores[shard]
         keys = zip(scored.prompt_ids, scored.candidates, strict=True)
         place = {key: row for row, key in enumerate(keys)}
         ids = list(dict.fromkeys(choice.prompt_id for choice in group))

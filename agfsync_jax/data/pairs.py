@@ -273,6 +273,12 @@ def _code(value: Any) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def is_pairs(folder: str | Path) -> bool:
+    """Whether `write_pairs` made a folder, rather than `datasets.save_to_disk`, say."""
+    folder = to_path(folder)
+    return (folder / _INFO_FILE).is_file() and not (folder / "state.json").exists()
+
+
 def read_features(folder: str | Path) -> Features:
     """The table of the fields that a pairs folder holds.
 
@@ -323,7 +329,7 @@ def read_pairs(
             raise ValueError(_lacks(folder, name, features))
     prompts: dict[str, int] = {}
     prompt_row = []
-    for row in _read_rows(folder, features, {*values, "prompt_id"} if once else values):
+    for row in stream_pairs(folder, features, {*values, "prompt_id"} if once else values):
         new = once and row["prompt_id"] not in prompts
         for name in (*names, *(once if new else ())):
             values[name].append(row[name])
@@ -333,7 +339,10 @@ def read_pairs(
     return found | ({"prompt_row": np.array(prompt_row)} if once else {})
 
 
-def _read_rows(folder: Path, features: Features, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
+def stream_pairs(
+    folder: Path, features: Features, fields: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """The same pairs row by row; the same errors."""
     info = folder / _INFO_FILE
     try:
         lengths = json.loads(info.read_bytes())["splits"][0]["shardLengths"]

@@ -86,6 +86,7 @@ class Scored(NamedTuple):
     # (prompt id, candidate) of those that a scorer could not ask all of their questions
     unanswered: frozenset[tuple[str, int]] = frozenset()
     num_questions: Mapping[str, int] = {}  # that each prompt was asked
+    num_images: int | None = None  # in the shard of candidates, also those without scores
 
 
 class Choice(NamedTuple):

@@ -12,6 +12,7 @@ KINDS = {
     "bad_questions": ("questions", "that are empty or expect an answer that is no choice"),
     "unanswered": ("answers", "that could not be given"),
 }
+OF_IMAGES = [kind for kind, (unit, _) in KINDS.items() if unit == "images"]
 _NAMED = 5  # of each kind
 
 
@@ -43,7 +44,7 @@ class Problems:
                 raise ValueError(
                     f"{self._told(kind, count)} are {count / max(total, 1):.1%}, more than"
                     f" {self._setting}={self._limit:g} allows:{named}\n"
-                    "What is done is kept. Mend them, or raise that limit, and go on."
+                    "What is done is kept. Mend them and go on with --repair, or raise that limit."
                 )
 
     def counts(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,16 +41,39 @@ CANDIDATE_FEATURES: Features = {
 }
 
 
+# What a file lies in, or is itself -> the verb that makes it anew.
+_MADE_BY = {
+    "candidates": "sample",
+    "scores": "score",
+    "pairs": "pair",
+    "evals": "evaluate",
+    "prompts.jsonl": "prompts",
+    "questions.jsonl": "questions",
+}
+
+
 class RecordError(ValueError):
-    """A damaged file, with its `path` and the byte `offset` of the record (None: not known)."""
+    """A damaged file, with its `path` and the byte `offset` of the record (None: not known).
+
+    Where it lies in a workdir, the message names the verb that makes it anew.
+    """
 
     def __init__(self, path: str | Path, offset: int | None, problem: str):
         self.path, self.offset = to_path(path), offset
         where = "" if offset is None else f" at byte {offset}"
-        super().__init__(
-            f"{path} is damaged{where}: {problem}. "
-            "Give the command again with --repair to drop this file and make it anew."
-        )
+        super().__init__(f"{path} is damaged{where}: {problem}. {_how_to_mend(self.path)}")
+
+
+def _how_to_mend(path: Path) -> str:
+    round_dir = next((each for each in path.parents if re.fullmatch(r"round_\d+", each.name)), None)
+    inside = path.relative_to(round_dir).parts if round_dir else ()
+    verb = next((_MADE_BY[each] for each in inside if each in _MADE_BY), None)
+    if verb is None:
+        return "Give the command that made it again, with --repair, to drop it and make it anew."
+    flags = f"--config=... --workdir={round_dir.parent}"
+    if index := int(round_dir.name.removeprefix("round_")):
+        flags += f" --round={index}"
+    return f"Make it anew with `agfsync {verb} {flags} --repair`, then give this command again."
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -180,10 +204,18 @@ def read_shard(
         raise RecordError(path, size, f"the file has {count} rows, expected {num_rows}")
 
 
-def repair_shard(path: str | Path) -> bool:
-    """Drops one file (.tfrecord, .parquet, .jsonl) if it is damaged; whether it was."""
+def repair_shard(path: str | Path, num_rows: int | None = None) -> bool:
+    """Drops one file (.tfrecord, .parquet, .jsonl) if it is damaged; whether it was.
+
+    `num_rows` is how many a .tfrecord must have, if known.
+    """
     path = to_path(path)
-    readers = {".tfrecord": _check_shard, ".parquet": read_table, ".jsonl": read_jsonl}
+
+    def check_shard(path: Path) -> None:
+        for _ in read_shard(path, {}, num_rows=num_rows):
+            pass
+
+    readers = {".tfrecord": check_shard, ".parquet": read_table, ".jsonl": read_jsonl}
     if path.suffix not in readers:
         raise ValueError(f"Cannot check {path}: expected one of {', '.join(readers)}.")
     try:
@@ -192,11 +224,6 @@ def repair_shard(path: str | Path) -> bool:
         path.unlink()
         return True
     return False
-
-
-def _check_shard(path: Path) -> None:
-    for _ in read_shard(path, {}):
-        pass
 
 
 def _mask(data: bytes) -> int:

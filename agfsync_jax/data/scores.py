@@ -5,6 +5,7 @@ problems-NAME.jsonl says what was left out; the last two are there if there is s
 They are read column by column, as a round has millions of answers.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS
 from agfsync_jax.data.preferences import Scored
+from agfsync_jax.data.problems import OF_IMAGES
 from agfsync_jax.data.shards import shard_paths
 from agfsync_jax.utils.statistics import tifa
 
@@ -46,25 +48,46 @@ def write_scores(
     records.write_parquet(path, rows)
 
 
-def repair_scores(images: Path, scores: Path) -> bool:
+def repair_images(images: Path, scores: Path, num_images: int) -> bool:
+    """Drops a shard of images that is damaged, or has some that could not be decoded when it was
+    scored; whether it was dropped."""
+    dropped = images.exists() and records.repair_shard(images, num_images)
+    with contextlib.suppress(FileNotFoundError, records.RecordError):
+        if any(row["kind"] == "undecodable" for row in records.read_jsonl(problems_path(scores))):
+            images.unlink(missing_ok=True)
+            return True
+    return dropped
+
+
+def repair_scores(images: Path, scores: Path, num_images: int) -> bool:
     """Drops what is damaged of a shard of images and its tables; whether the images were.
 
     Scores go too where their answers are damaged, or where something was left out, which may have
-    been mended; and images of which some could not be decoded.
+    been mended.
     """
-    answers, problems = answers_path(scores), problems_path(scores)
-    dropped = images.exists() and records.repair_shard(images)
-    if problems.exists() and not records.repair_shard(problems):
-        scores.unlink(missing_ok=True)
-        if any(row["kind"] == "undecodable" for row in records.read_jsonl(problems)):
-            images.unlink(missing_ok=True)
-            dropped = True
-        problems.unlink()
+    dropped, answers = repair_images(images, scores, num_images), answers_path(scores)
+    drop_incomplete(scores)
     if answers.exists() and records.repair_shard(answers):
         scores.unlink(missing_ok=True)
     if scores.exists():
         records.repair_shard(scores)
     return dropped
+
+
+def drop_incomplete(scores: Path) -> None:
+    """Removes the scores of a shard of which something was left out, so that they are made anew."""
+    if problems_path(scores).exists():
+        scores.unlink(missing_ok=True)
+        problems_path(scores).unlink(missing_ok=True)
+
+
+def num_images(scores: Path) -> int:
+    """How many images a scored shard must have: those in the table, and those left out of it."""
+    count = records.read_table(scores, KEYS).num_rows
+    if problems_path(scores).exists():
+        for row in records.read_jsonl(problems_path(scores)):
+            count += row["count"] * (row["kind"] in OF_IMAGES)
+    return count
 
 
 def read_scores(folder: Path, settings) -> dict[str, Scored]:
@@ -107,7 +130,8 @@ def _read_shard(path: Path, asking: Collection[str]) -> Scored:
         kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
         if field.name not in KEYS and any(kind(field.type) for kind in kinds):
             columns[field.name] = table[field.name].cast(pa.float64()).to_numpy()  # null is NaN
-    scores = Scored(*(table[name].to_pylist() for name in KEYS), columns)
+    keys = (table[name].to_pylist() for name in KEYS)
+    scores = Scored(*keys, columns, num_images=num_images(path))
     answers = answers_path(path)
     if not answers.exists():
         return scores

@@ -1,8 +1,9 @@
 """What a verb needs of the verbs before it: whole folders of shards, and files of rows."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from agfsync_jax.data.records import read_jsonl, shard_name
+from agfsync_jax.data.records import read_jsonl, repair_shard, shard_name
 from agfsync_jax.utils.files import to_path
 
 
@@ -16,6 +17,13 @@ def read_rows(path: Path, made_by: str) -> list[dict]:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}: run `agfsync {made_by}` first.")
     return read_jsonl(path)
+
+
+def repair_files(paths: Iterable[Path]) -> None:
+    """Drops those that are damaged."""
+    for path in paths:
+        if path.exists():
+            repair_shard(path)
 
 
 def shard_paths(folder: Path, ending: str, made_by: str) -> list[Path]:

@@ -44,7 +44,7 @@ def judge_shards(
     mesh = local_mesh(config.score.mesh)
     size = engine.batch_size(config, mesh, max(len(shard.rows) for shard in shards))
     scorers = engine.load_scorers(mesh, config.scorers.to_dict(), batch_size=size)
-    drawn = stage.items
+    drawn, counts = stage.items, {shard.path: len(shard.rows) for shard in shards}
     with stage.progress(sum(len(shard.rows) for shard in shards), "scores") as progress:
         for path, rows, answers, _ in engine.score_shards(
             scorers,
@@ -52,9 +52,12 @@ def judge_shards(
             prompts,
             questions,
             batch_size=size,
+            expected=counts.__getitem__,
             scored=progress.update,
         ):
-            fields = records.read_shard(path, records.CANDIDATE_FEATURES, ["image"])
+            fields = records.read_shard(
+                path, records.CANDIDATE_FEATURES, ["image"], num_rows=counts[path]
+            )
             images = decode_pngs([row["image"] for row in fields])
             judge(evaluators, images, rows, prompts, questions)
             write_scores(judged_path(path), rows, answers)

@@ -43,10 +43,11 @@ def pick_examples(report: Report, count: int, seed: int) -> dict[str, list[dict]
     }
     wanted = {key for picked in chosen.values() for key in picked}
     folders = {"base": last.base_evals / "base", "tuned": last.folder / "evals" / "tuned"}
-    images = {
-        name: read_images(sorted(folder.glob("*.tfrecord")), wanted)
-        for name, folder in folders.items()
-    }
+    images = {}
+    for name, folder in folders.items():
+        paths = sorted(folder.glob("*.tfrecord"))
+        judged = [path.with_suffix(".parquet") for path in paths]
+        images[name] = read_images(paths, judged, wanted)
     answers = defaultdict(list)
     for name, table in last.answers.items():
         for row in table:

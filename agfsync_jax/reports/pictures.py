@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from agfsync_jax.data import records
-from agfsync_jax.data.pairs import read_features
+from agfsync_jax.data.pairs import read_features, stream_pairs
+from agfsync_jax.data.scores import num_images, scores_path
 
 
 def distinct(keys: Iterable[tuple[str, Hashable]], count: int) -> list[tuple[str, Hashable]]:
@@ -19,12 +20,14 @@ def distinct(keys: Iterable[tuple[str, Hashable]], count: int) -> list[tuple[str
     return list(first.values())
 
 
-def read_images(paths: Sequence[Path], wanted: Collection) -> dict[tuple[str, int], bytes]:
-    """PNG bytes of the wanted (prompt_id, candidate) in shards of candidates."""
-    images = {}
-    for path in paths:
-        fields = ["prompt_id", "candidate", "image"]
-        for row in records.read_shard(path, records.CANDIDATE_FEATURES, fields):
+def read_images(
+    paths: Sequence[Path], scores: Sequence[Path], wanted: Collection
+) -> dict[tuple[str, int], bytes]:
+    """PNG bytes of the wanted (prompt_id, candidate) in shards of candidates, which have scores."""
+    images, fields = {}, ["prompt_id", "candidate", "image"]
+    for path, table in zip(paths, scores, strict=True):
+        size = num_images(table) if table.exists() else None
+        for row in records.read_shard(path, records.CANDIDATE_FEATURES, fields, num_rows=size):
             if (row["prompt_id"], row["candidate"]) in wanted:
                 images[row["prompt_id"], row["candidate"]] = row["image"]
     return images
@@ -38,13 +41,14 @@ def _read_stored(pairs: Path, wanted: Collection) -> dict[tuple[str, int], bytes
         ("rejected_image", "rejected_candidate"),
         ("images", "candidates"),
     ):
-        for path in sorted(pairs.glob("*.tfrecord-*")) if name in features else []:
-            for row in records.read_shard(path, features, ["pair_id", candidate, name]):
-                pngs = row[name] if name == "images" else [row[name]]
-                numbers = np.atleast_1d(row[candidate]).tolist()
-                for number, png in zip(numbers, pngs, strict=True):
-                    if (row["pair_id"], number) in wanted:
-                        images[row["pair_id"], number] = png
+        if name not in features:
+            continue
+        for row in stream_pairs(pairs, features, ["pair_id", candidate, name]):
+            pngs = row[name] if name == "images" else [row[name]]
+            numbers = np.atleast_1d(row[candidate]).tolist()
+            for number, png in zip(numbers, pngs, strict=True):
+                if (row["pair_id"], number) in wanted:
+                    images[row["pair_id"], number] = png
     return images
 
 
@@ -63,7 +67,8 @@ def find_images(
     names = sorted({shards[prompt] for _, prompt, _ in wanted if prompt in shards})
     paths = [folder / "candidates" / f"{name}.tfrecord" for name in names]
     keys = {(prompt, candidate) for _, prompt, candidate in wanted}
-    drawn = read_images([path for path in paths if path.exists()], keys)
+    paths = [path for path in paths if path.exists()]
+    drawn = read_images(paths, [scores_path(path) for path in paths], keys)
     images = {(pair, c): drawn[prompt, c] for pair, prompt, c in wanted if (prompt, c) in drawn}
     left = {(pair, c) for pair, _, c in wanted} - images.keys()
     return images | (_read_stored(folder / "pairs", left) if left else {})

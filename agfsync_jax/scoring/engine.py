@@ -94,8 +94,9 @@ def score_shards(
     questions: Mapping[str, Sequence[Mapping]],
     *,
     batch_size: int,
+    expected: Callable[[Path], int],
+    leave_out: bool = False,
     scored: Callable[[int], None] = lambda count: None,
-    expected: Callable[[Path], int] | None = None,
 ) -> Iterator[ScoredShard]:
     """Scores shards of candidates batch by batch, decoding the next ones meanwhile.
 
@@ -103,9 +104,9 @@ def score_shards(
         paths: TFRecord files of candidates.
         prompts, questions: of each prompt id; who is not in `questions` counts as having none.
         batch_size: images at a time; a batch lies in one shard.
+        expected: the number of images that a shard must have.
+        leave_out: what is damaged is left out and counted; else it raises.
         scored: called with the number of images after each batch.
-        expected: the number of images of a shard, with which damaged ones are left out and
-            counted; without it they raise.
 
     Yields:
         each shard, as soon as its last image is scored.
@@ -116,7 +117,9 @@ def score_shards(
     """
     records.example_class()
     scores, answers, problems = [], [], []
-    for path, rows, images, lost, is_last in _ahead(_decoded(paths, batch_size, expected)):
+    for path, rows, images, lost, is_last in _ahead(
+        _decoded(paths, batch_size, expected, leave_out)
+    ):
         for row in rows:
             if row["prompt_id"] not in prompts:
                 raise ValueError(f"{path} draws prompt {row['prompt_id']!r}, which is not listed.")
@@ -189,11 +192,12 @@ Batch = tuple[Path, list[dict], np.ndarray, list[dict], bool]
 
 
 def _decoded(
-    paths: Sequence[Path], batch_size: int, expected: Callable[[Path], int] | None
+    paths: Sequence[Path], batch_size: int, expected: Callable[[Path], int], leave_out: bool
 ) -> Iterator[Batch]:
     """(path, rows, images, what was left out, whether the shard ends here) of each batch."""
     for path in paths:
-        rows = records.read_shard(path, records.CANDIDATE_FEATURES, _FIELDS)
+        size = expected(path)
+        rows = records.read_shard(path, records.CANDIDATE_FEATURES, _FIELDS, num_rows=size)
         count, more = 0, True
         while more:
             batch, lost = [], []
@@ -202,9 +206,9 @@ def _decoded(
                     batch.append(row)
                 more = len(batch) == batch_size
             except records.RecordError as error:
-                if expected is None:
+                if not leave_out:
                     raise
-                lacking = max(expected(path) - count - len(batch), 1)
+                lacking = max(size - count - len(batch), 1)
                 lost.append(problem("damaged", f"shard {path.stem}", str(error), lacking))
                 more = False
             count += len(batch)
@@ -213,7 +217,7 @@ def _decoded(
             for row, image in zip(batch, images, strict=True):
                 if not isinstance(image, ValueError):
                     kept.append((row, image))
-                elif expected is None:
+                elif not leave_out:
                     raise records.RecordError(path, None, f"{_where(row)}: {image}")
                 else:
                     where = f"shard {path.stem}, {_where(row)}"

@@ -28,6 +28,7 @@ class Job:
     config: Any  #: the whole
     workdir: Path  #: a local folder, or one in a bucket
     round_index: int  #: from 0
+    repair: bool = False  #: whether damaged files are made anew
     plan: Any = None  #: what the step has made of its inputs and settings before it began
     files: Sequence[Path] = ()  #: what the processes share out among them, in order
     missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
@@ -71,7 +72,7 @@ class Step:
 
         Raises FileNotFoundError where an input is not there, and what the parts of the step raise.
         """
-        job = Job(config, to_path(workdir), round_index)
+        job = Job(config, to_path(workdir), round_index, repair)
         for name, verb in self.inputs.items():
             if not (job.folder / name).exists():
                 raise FileNotFoundError(f"{job.folder} has no {name}: run `agfsync {verb}` first.")

@@ -9,12 +9,13 @@ import contextlib
 import datetime
 import fnmatch
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ RUN_TIME = (
 
 _ALIVE_SECONDS = 20.0  # between two signs of life in a bucket
 _DEAD_SECONDS = 60.0  # without one, the holder is gone
+_COSINE = (
+    "\nMore steps go on with a training whose config.train.schedule is constant; a cosine that ends"
+    " later has another learning rate in every step."
+)
+EXTENDS = "train.num_steps"  # larger, it goes on with a training that has ended
 
 
 def is_run_time(key: str) -> bool:
@@ -67,19 +73,27 @@ def claim(
     text = json.dumps(public(config.to_dict()), indent=2)
     now = flatten(json.loads(text))  # tuples are lists in JSON
     before = flatten(json.loads(path.read_text())) if path.exists() else now
-    differ, stale = [], set()
+    differ, stale, hint = [], set(), ""
     for key in sorted(before.keys() | now.keys()):
         was, new = before.get(key), now.get(key)
-        if was != new and not is_run_time(key) and (made := _made_with(workdir, key, steps())):
+        if was == new or is_run_time(key):
+            continue
+        if key == EXTENDS and _goes_on(before, now):
+            made = _made_of_trained(workdir, steps())
+        else:
+            made = _made_with(workdir, key, steps())
+            hint = _COSINE if key == EXTENDS and new > (was or 0) else hint
+        if made:
             stale |= set(made)
             differ.append(f"  {key}: {json.dumps(was)} there, {json.dumps(new)} now")
     if differ:
         outputs = [output for step in steps() for output in step.outputs if output in stale]
+        outputs += sorted(stale - set(outputs))
         raise ValueError(
             f"{workdir} was made by another config:\n"
             + "\n".join(differ)
             + "\nTake another --workdir, set these keys back, or remove from its rounds:"
-            f" {', '.join(outputs)}"
+            f" {', '.join(outputs)}{hint}"
         )
     if write:
         files.write_text(path, text + "\n")
@@ -163,6 +177,22 @@ def _held_in_bucket(holder: Path, who: dict[str, Any]) -> Iterator[None]:
         stopped.set()
         thread.join()
         holder.unlink(missing_ok=True)
+
+
+def _goes_on(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the longer training is the shorter one and more steps: its learning rate is another
+    from the first step where a cosine ends later."""
+    longer = now[EXTENDS] > before.get(EXTENDS, math.inf)
+    return longer and before.get("train.schedule") == "constant"
+
+
+def _made_of_trained(workdir: Path, steps: Sequence[Step]) -> list[str]:
+    """What is there that was made from the end of a training: evaluations, and later rounds."""
+    first = next(i for i, step in enumerate(steps) if "train" in step.settings)
+    outputs = [output for step in steps[first + 1 :] for output in step.outputs]
+    made = [each for each in outputs if any(map(_is_something, workdir.glob(f"round_*/{each}")))]
+    later = (path for path in workdir.glob("round_[0-9]*") if path.name != "round_000")
+    return made + [path.name for path in later if _is_something(path)]
 
 
 def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:

@@ -6,6 +6,7 @@ the array, so that what made the tree (nnx, optax) may change and a part of it c
 
 import contextlib
 import errno
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from agfsync_jax.utils.files import absolute, to_path
+from agfsync_jax.utils.files import absolute, is_url, to_path
+from agfsync_jax.utils.signals import unhurried
 
 PyTree = Any
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -37,6 +40,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder: Path, keep: int = 2, best: str = ""):
         self.folder = absolute(to_path(folder))
+        self._needed = 0  # bytes of what was saved last
         policies = [managers.LatestN(keep)]
         if best:
             policies.append(
@@ -57,7 +61,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def __exit__(self, *_) -> None:
-        with self._no_space():
+        with self._writing():
             self._manager.close()
 
     def latest_step(self) -> int | None:
@@ -72,8 +76,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         `metrics` are what `best` looks at; without them a checkpoint is never the best.
         """
         if step not in self._manager.all_steps():
-            with self._no_space():
-                args = ocp.args.PyTreeSave(_flatten(state))
+            leaves = _flatten(state)
+            self._needed = sum(leaf.nbytes for leaf in leaves.values() if hasattr(leaf, "nbytes"))
+            with self._writing():
+                args = ocp.args.PyTreeSave(leaves)
                 self._manager.save(step, args=args, metrics=metrics or None)
             if wait:
                 self.wait()
@@ -106,22 +112,34 @@ class Checkpoints(contextlib.AbstractContextManager):
         structure = jax.tree.structure(abstract_state)
         return jax.tree.unflatten(structure, [restored[name] for name in abstract])
 
+    def leaves(self, step: int) -> set[str]:
+        """The names of what is stored at a step."""
+        return set(self._manager.item_metadata(step))
+
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
-        with self._no_space():
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
-    def _no_space(self) -> Iterator[None]:
-        """Orbax tells of a full disk by a ValueError of many lines."""
+    def _writing(self) -> Iterator[None]:
+        """Is not cut off by a signal; "no space left", however Orbax tells it, is one line."""
         try:
-            yield
-        except ValueError as error:
-            if f"os_error_code='{errno.ENOSPC}'" not in str(error):
+            with unhurried():
+                yield
+        except Exception as error:
+            if not _is_full(error):
                 raise
-            message = "no space left for a checkpoint: free some, and the same command goes on"
-            raise OSError(errno.ENOSPC, message, str(self.folder)) from error
+            free = ""
+            if not is_url(self.folder):
+                free = f", {shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free"
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left to write a checkpoint to {self.folder}:"
+                f" {self._needed / 1e6:.1f} MB are needed{free}. The checkpoints before it are"
+                " kept: make room, and the same command goes on from the last of them",
+            ) from error
 
     def _check(self, step: int, abstract: dict[str, Any]) -> None:
         found = self._manager.item_metadata(step)
@@ -165,6 +183,18 @@ def restore_end(folder: Path, abstract: dict[str, PyTree], num_steps: int) -> di
                 " run `agfsync train` to the end first"
             )
         return checkpoints.restore(step, abstract)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is that of a full disk; TensorStore's have no errno."""
+    if error is None:
+        return False
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    if any(f"os_error_code='{code}'" in str(error) for code in _FULL):
+        return True
+    behind = (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
+    return any(map(_is_full, behind))
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

@@ -58,15 +58,35 @@ class Training:
         return jax.jit(lora.merge)(self.frozen["base"], state.averaged)
 
     def result(self, state: TrainState) -> Any:
-        """What the last checkpoint holds: other verbs read a whole denoiser, named "params"."""
+        """What the last checkpoint holds: other verbs read a whole denoiser, named "params".
+
+        `restore_state` goes on from it.
+        """
         if self.spec.lora_rank:
-            return {"params": self.denoiser(state), "adapters": state.averaged}
-        return state._replace(params=state.averaged, ema=None)
+            made = {"params": self.denoiser(state), "adapters": state.averaged}
+        elif state.ema is None:
+            return state
+        else:
+            made = {"params": state.ema}
+        return made | {"state": state._replace(ema=None)}
 
     def step_flops(self) -> int:
         """FLOP of a step by formula, on all devices."""
         denoiser = jax.eval_shape(self.denoiser, self.state)
         return program.step_flops(self.spec, denoiser, self.batch(0), self.frozen["text"])
+
+
+def restore_state(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
+    """The state at a step, also where a training with fewer steps has ended: see `result`."""
+    leaves = checkpoints.leaves(step)
+    if "state.step" not in leaves:
+        return checkpoints.restore(step, abstract)
+    tree = {"state": abstract._replace(ema=None)}
+    if abstract.ema is not None:
+        made = "adapters" if any(name.startswith("adapters.") for name in leaves) else "params"
+        tree[made] = abstract.ema
+    found = checkpoints.restore(step, tree)
+    return found.pop("state")._replace(ema=next(iter(found.values()), None))
 
 
 def fit(spec: Any, training: Training, start: int, stage: Stage, checkpoints: Checkpoints) -> None:

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import jax
@@ -56,8 +56,10 @@ class Stage:
     def __exit__(self, kind, *_) -> None:
         self._stop()
         # A run that found everything done leaves the figures of the run that did it.
-        if self.items or self.verb not in read_stages(self.path):
-            self._write()
+        # After an error, a full disk for one, that one is told, and none that follows from it.
+        with suppress(OSError) if kind else nullcontext():
+            if self.items or self.verb not in read_stages(self.path):
+                self._write()
         if kind is None and self.items:
             rate = self.items / max(self._seconds, 1e-9)
             self.print(f"{self.items} {self.unit} in {duration(self._seconds)} ({rate:.4g}/s)")

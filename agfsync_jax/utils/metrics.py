@@ -93,13 +93,15 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._board.flush()
             copy_tree(self._local_events, self._events)
 
-    def __exit__(self, *_) -> None:
-        if self._board:
-            self._board.close()  # only now all events lie in the file
-        self.flush()
-        self._folders.close()
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, kind, *_) -> None:
+        # After an error, a full disk for one, that one is told, and none that follows from it.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            if self._board:
+                self._board.close()  # only now all events lie in the file
+            self.flush()
+            self._folders.close()
+            if self._file is not None:
+                self._file.close()
         if self._run:
             self._run.finish()
 

@@ -34,26 +34,46 @@ def damage(path):
 
 def test_whole_tables_stay(shard):
     scores.problems_path(shard[1]).unlink()
-    assert not scores.repair_scores(*shard) and there(shard) == [True, True, True, False]
+    assert not scores.repair_scores(*shard, 1) and there(shard) == [True, True, True, False]
 
 
 def test_what_was_left_out_is_tried_again(shard):
-    assert not scores.repair_scores(*shard) and there(shard) == [True, False, True, False]
+    assert not scores.repair_scores(*shard, 1) and there(shard) == [True, False, True, False]
 
 
 def test_images_that_cannot_be_decoded_go(shard):
     records.write_jsonl(scores.problems_path(shard[1]), [problem("undecodable", "p", "no PNG")])
-    assert scores.repair_scores(*shard) and there(shard) == [False, False, True, False]
+    assert scores.repair_scores(*shard, 1) and there(shard) == [False, False, True, False]
 
 
 def test_scores_go_with_their_answers(shard):
     scores.problems_path(shard[1]).unlink()
     damage(scores.answers_path(shard[1]))
-    assert not scores.repair_scores(*shard) and there(shard) == [True, False, False, False]
+    assert not scores.repair_scores(*shard, 1) and there(shard) == [True, False, False, False]
 
 
 def test_damaged_images_and_scores_go(shard):
     scores.problems_path(shard[1]).unlink()
     for path in shard:
         damage(path)
-    assert scores.repair_scores(*shard) and there(shard) == [False, False, True, False]
+    assert scores.repair_scores(*shard, 1) and there(shard) == [False, False, True, False]
+
+
+def test_images_cut_between_two_go(shard):
+    """Well-formed, but there should be two."""
+    assert scores.repair_scores(*shard, 2) and there(shard) == [False, False, True, False]
+
+
+def test_damaged_problems_take_the_scores_with_them(shard):
+    """What was left out is not known then."""
+    damage(scores.problems_path(shard[1]))
+    assert not scores.repair_scores(*shard, 1) and there(shard) == [True, False, True, False]
+
+
+def test_the_images_of_a_shard_are_counted(shard):
+    """Those with scores, and those without."""
+    assert scores.num_images(shard[1]) == 1
+    found = [problem("damaged", "shard 0", "cut", 3), problem("undecodable", "p", "no PNG")]
+    found.append(problem("nonfinite", "p", "clip is nan"))
+    records.write_jsonl(scores.problems_path(shard[1]), found)
+    assert scores.num_images(shard[1]) == 5

@@ -22,7 +22,7 @@ def test_tfds_is_imported_before_the_thread_starts():
     code = (
         "import sys\n"
         "from agfsync_jax.scoring import engine\n"
-        "shards = engine.score_shards({}, [], {}, {}, batch_size=1)\n"
+        "shards = engine.score_shards({}, [], {}, {}, batch_size=1, expected=len)\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
         "assert list(shards) == []\n"
         "assert 'tensorflow_datasets' in sys.modules\n"

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -68,6 +69,38 @@ def test_later_outputs_hold_a_key_too(tmp_path):
     with pytest.raises(ValueError, match="pair.min_margin: 0.25 there, 0.5 now"):
         _claim(tmp_path, **{"pair.min_margin": "0.5"})
     _claim(tmp_path, **{"pair.min_margin": "0.25", "evaluate.num_seeds": "5"})
+
+
+def test_more_steps_go_on_with_a_training(tmp_path):
+    """With a constant learning rate; what was made from the end of the shorter one is stale."""
+    few, many, fewer = ({"train.num_steps": str(count)} for count in (100, 150, 50))
+    make(tmp_path / "round_000" / "pairs")
+    make(tmp_path / "round_000" / "checkpoints")
+    _claim(tmp_path, **few)
+    _claim(tmp_path, **many)
+    with pytest.raises(
+        ValueError, match=r"(?s)num_steps: 150 there, 50 now.*remove .*: checkpoints$"
+    ):
+        _claim(tmp_path, **fewer)
+    make(tmp_path / "round_000" / "evals")
+    make(tmp_path / "round_001" / "candidates")
+    with pytest.raises(ValueError, match="remove from its rounds: evals, round_001$"):
+        _claim(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["num_steps"] == 150
+    shutil.rmtree(tmp_path / "round_000" / "evals")
+    shutil.rmtree(tmp_path / "round_001")
+    _claim(tmp_path)
+    with pytest.raises(ValueError, match="train.learning_rate"):
+        _claim(tmp_path, **{"train.num_steps": "300", "train.learning_rate": "1.0"})
+
+
+def test_a_cosine_cannot_be_extended(tmp_path):
+    cosine = {"train.schedule": "cosine"}
+    make(tmp_path / "round_000" / "checkpoints")
+    _claim(tmp_path, **cosine)
+    message = "remove from its rounds: checkpoints\nMore steps go on with .*constant; a cosine"
+    with pytest.raises(ValueError, match=message):
+        _claim(tmp_path, **cosine, **{"train.num_steps": "300"})
 
 
 def test_secrets_stay_out(tmp_path):

@@ -1,3 +1,5 @@
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,15 +126,44 @@ def test_no_checkpoint_says_what_to_run(tmp_path):
         checkpoints.restore(5, {})
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
-    told = "RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"
+TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(TENSORSTORE),
+        FULL,
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        ExceptionGroup("of threads", [KeyError("a"), ExceptionGroup("more", [FULL])]),
+    ],
+    ids=["tensorstore", "python", "quota", "group"],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, error, wrapped):
     def fail(*_, **__):
-        raise ValueError(told)
+        if wrapped:
+            raise RuntimeError("a thread failed") from error
+        raise error
 
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
-        with pytest.raises(OSError, match="no space left for a checkpoint") as error:
-            checkpoints.save(1, {"params": jnp.zeros(4)}, wait=True)
-        assert error.value.errno == 28 and str(tmp_path) in str(error.value)
+        with pytest.raises(OSError, match="No space left to write a checkpoint") as told:
+            checkpoints.save(1, {"params": jnp.zeros(500_000)}, wait=True)
+        assert told.value.errno == errno.ENOSPC
+        for part in (str(tmp_path), "2.0 MB are needed", "MB are free", "are kept", "goes on"):
+            assert part in str(told.value)
+        assert "\n" not in str(told.value)
+        monkeypatch.undo()
+
+
+def test_another_error_of_a_save_stays_what_it_is(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no disk has to do with this")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(RuntimeError, match="no disk"):
+            checkpoints.wait()
         monkeypatch.undo()
