@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import prompt_sources
 from agfsync_jax.data.imports import PreferenceSet
+from agfsync_jax.data.pairs import is_pairs
 from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
@@ -21,7 +22,7 @@ from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
 from agfsync_jax.utils import configs, modules
-from agfsync_jax.utils.files import Unreachable, is_url, to_path
+from agfsync_jax.utils.files import Unreachable, check_reachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
 
 DRAWS = ("run", "sample", "evaluate")
@@ -175,8 +176,15 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
             yield from _told(
                 lambda p=path, v=variant: resolve_path(p, variant=v), f"config.{key}: "
             )
-    if verb in ("run", "pair") and config.pair.path and not downloads:
-        yield from _told(lambda: PreferenceSet(config.pair))
+    pairs = config.pair.path
+    if verb in ("run", "pair") and pairs and not downloads:
+
+        def look() -> None:
+            check_reachable(to_path(pairs))
+            if not is_pairs(pairs):
+                PreferenceSet(config.pair)
+
+        yield from _told(look)
 
 
 def memory(config: ConfigDict, verb: str) -> Iterator[str]:

@@ -277,7 +277,14 @@ def test_peoples_pairs_need_no_prompts(files, tmp_path):
     assert "nothing: no such file or folder" in line
 
 
-def test_peoples_pairs_in_a_bucket_are_refused():
+def test_another_workdirs_pairs_are_no_peoples(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    check("run", pair__path=tmp_path)
+
+
+def test_peoples_pairs_in_a_bucket_are_refused(monkeypatch):
+    monkeypatch.setattr(checks, "check_reachable", lambda path: None)
+    monkeypatch.setattr(checks, "is_pairs", lambda path: False)
     with pytest.raises(ValueError, match="copy them here first"):
         check("pair", pair__path="gs://bucket/pairs")
 

@@ -275,7 +275,7 @@ def _code(value: Any) -> str:
 
 def is_pairs(folder: str | Path) -> bool:
     """Whether `write_pairs` made a folder, rather than `datasets.save_to_disk`, say."""
-    folder = to_path(folder)
+    folder = to_path(folder).expanduser()
     return (folder / _INFO_FILE).is_file() and not (folder / "state.json").exists()
 
 
