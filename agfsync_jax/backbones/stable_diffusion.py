@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class StableDiffusion:
     negative_conditioning: dict[str, float] = {}
     heeds_force_upcast = False  # diffusers' pipelines of SD 1 and 2 do not either
     optional: tuple[str, ...] = ()  # networks that a checkpoint may lack
+    # What diffusers' pipelines of SD 1 and 2 take whatever scheduler_config.json says: files of
+    # 2022 may lack both.
+    scheduler_fields: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
         self,
@@ -157,7 +160,8 @@ class StableDiffusion:
 
     @classmethod
     def read_schedule(cls, files: PipelineFiles) -> Schedule:
-        return read_schedule(read_json(files.folder / "scheduler/scheduler_config.json"))
+        config = read_json(files.folder / "scheduler/scheduler_config.json")
+        return read_schedule(config | cls.scheduler_fields)
 
     @classmethod
     def _config(cls, files: PipelineFiles, name: str) -> Any:
