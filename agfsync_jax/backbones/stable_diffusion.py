@@ -176,7 +176,14 @@ class StableDiffusion:
     def _encoders(cls, files: PipelineFiles) -> list[str]:
         return [name for name in cls._parts(files) if name.startswith("text_encoder")]
 
-    def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
+    def save(
+        self,
+        path: str | Path,
+        params: dict[str, Any],
+        *,
+        dtype: Any = np.float32,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
         path, folder, index = Path(path), self._files.folder, dict(self._files.index)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: give a new folder to save to.")
@@ -189,6 +196,10 @@ class StableDiffusion:
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             if (folder / name).is_dir():
                 shutil.copytree(folder / name, path / name)
+        if scheduler:
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            text = json.dumps(dict(scheduler), indent=2)
+            (path / "scheduler/scheduler_config.json").write_text(text + "\n")
         left_out = index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}
         index |= dict.fromkeys(left_out, [None, None])
         if "safety_checker" in index:
