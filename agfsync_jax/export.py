@@ -1,23 +1,28 @@
 """Export: a round's tuned model -> a folder that diffusers loads, or a LoRA file.
 
 The folder is a whole pipeline: config.json files, safetensors (with an index above 10 GB),
-scheduler and tokenizers. `--config.export.lora=diffusers` (or kohya, or peft) writes the adapters
-of a training with config.train.lora_rank alone, in that layout. With --verify, diffusers and this
-package each draw one image from what was written, from the same noise; both are kept beside it in
-verify.png, and an image that differs by more than 2 of 255 gray levels on average is an error.
+scheduler and tokenizers. LoRA files of config.backbone.lora are part of its weights, and where
+config.sample.sampler names a sampler, the scheduler is that one. `--config.export.lora=diffusers`
+(or kohya, or peft) writes the adapters of a training with config.train.lora_rank alone, in that
+layout. With --verify, diffusers and this package each draw one image from what was written, from
+the same noise; both are kept beside it in verify.png, and an image that differs by more than 2 of
+255 gray levels on average is an error.
 """
 
 import importlib.util
+import itertools
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from agfsync_jax import backbones
+from agfsync_jax import backbones, samplers
 from agfsync_jax.data import records
 from agfsync_jax.data.images import encode_png
 from agfsync_jax.diffusion.denoising import guide
@@ -70,11 +75,6 @@ def main(
             raise ValueError(
                 "--verify draws with diffusers: pip install 'agfsync_jax[torch]', or leave it out"
             )
-        if (sampler := backbones.sampler(config)).draws_noise:
-            raise ValueError(
-                f"--verify compares images that depend on the first noise alone, which those of "
-                f"{sampler.scheduler} do not: add --config.sample.sampler=ddim to this command"
-            )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
     multihost.barrier("export plan")  # every process has looked before the main one writes
@@ -102,7 +102,14 @@ def _write_pipeline(config: Any, checkpoints: Path, output: Path) -> None:
     backbone = backbones.load(config, create_mesh(config.mesh))
     name = backbone.denoiser_name
     tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
-    backbone.save(output, backbone.params | {name: tuned}, dtype=jnp.dtype(config.export.dtype))
+    params, dtype = backbone.params | {name: tuned}, jnp.dtype(config.export.dtype)
+    backbone.save(output, params, dtype=dtype, scheduler=_scheduler(config, backbone))
+
+
+def _scheduler(config: Any, backbone: backbones.Backbone) -> dict[str, Any] | None:
+    """The file of the sampler that the config names; None where it names none."""
+    name = config.sample.sampler
+    return samplers.find(name, backbone.schedule).file(backbone.schedule) if name else None
 
 
 def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
@@ -127,7 +134,7 @@ def _verify(config: Any, prompt: str, output: Path) -> tuple[float, bytes]:
         if config.export.lora:  # beside the model that it adapts
             folder, file = Path(aside) / "base", output
             base = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
-            base.save(folder, base.params)
+            base.save(folder, base.params, scheduler=_scheduler(config, base))
         ours, noise = _draw(config, prompt, folder, file)
         theirs = _draw_diffusers(config, prompt, noise, folder, file)
     difference = float(np.abs(ours.astype(np.float64) - theirs).mean())
@@ -150,12 +157,19 @@ def _draw(
         denoise = guide(
             lambda *args: backbone.denoise(params, *args), given, unguided, sample.guidance_scale
         )
-        latents = sampler(denoise, backbone.schedule, noise, sample.num_inference_steps)
+        latents = sampler(
+            denoise, backbone.schedule, noise, sample.num_inference_steps, keys=_keys(config)
+        )
         return backbone.decode_latents(params, latents)
 
     tokens, negative = (backbone.tokenize([text]) for text in (prompt, sample.negative_prompt))
     with jax.default_matmul_precision("highest"):
         return np.asarray(program(backbone.params, tokens, negative, noise))[0], noise
+
+
+def _keys(config: Any) -> jax.Array:
+    """Of the one image, for samplers that draw noise."""
+    return jax.random.key(config.seed)[None]
 
 
 def _draw_diffusers(
@@ -164,6 +178,14 @@ def _draw_diffusers(
     import diffusers
     import torch
     import transformers
+
+    fresh = itertools.count()
+
+    def step_noise(shape: Any, **kwargs: Any) -> Any:
+        """What our sampler draws in this step."""
+        b, c, h, w = shape
+        drawn = jax.random.normal(jax.random.fold_in(_keys(config)[0], next(fresh)), (h, w, c))
+        return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(kwargs["dtype"])
 
     for library in (diffusers, transformers):  # what they say is not of this check
         library.utils.logging.disable_progress_bar()
@@ -176,15 +198,14 @@ def _draw_diffusers(
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, file).merge_and_unload()
     elif file:
         pipeline.load_lora_weights(file)
-    sampler = backbones.sampler(config)
-    scheduler = getattr(diffusers, sampler.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **sampler.variant)
-    images = pipeline(
-        prompt,
-        negative_prompt=sample.negative_prompt or None,
-        latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
-        output_type="np",
-        **{key: sample[key] for key in _DRAWING},
-    ).images
+    module = sys.modules[type(pipeline.scheduler).__module__]
+    with mock.patch.object(module, "randn_tensor", step_noise, create=True):
+        images = pipeline(
+            prompt,
+            negative_prompt=sample.negative_prompt or None,
+            latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+            output_type="np",
+            **{key: sample[key] for key in _DRAWING},
+        ).images
     return np.round(images[0] * 255).astype(np.uint8)

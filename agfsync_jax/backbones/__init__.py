@@ -116,10 +116,21 @@ class Backbone(Protocol):
     def plain(self) -> Self:
         """The same with plain attention, all of whose FLOP can be counted."""
 
-    def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
+    def save(
+        self,
+        path: str | Path,
+        params: dict[str, Any],
+        *,
+        dtype: Any = np.float32,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes a folder that diffusers' `from_pretrained` loads, without a safety checker.
 
         Every process calls it, the main one writes.
+
+        Args:
+            dtype: of the files.
+            scheduler: its scheduler_config.json, instead of the checkpoint's own.
 
         Raises:
             FileExistsError: the folder is there and holds something.

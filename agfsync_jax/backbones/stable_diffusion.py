@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class StableDiffusion:
     negative_conditioning: dict[str, float] = {}
     heeds_force_upcast = False  # diffusers' pipelines of SD 1 and 2 do not either
     optional: tuple[str, ...] = ()  # networks that a checkpoint may lack
+    # What diffusers' pipelines of SD 1 and 2 take whatever scheduler_config.json says: files of
+    # 2022 may lack both.
+    scheduler_fields: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
         self,
@@ -157,7 +160,8 @@ class StableDiffusion:
 
     @classmethod
     def read_schedule(cls, files: PipelineFiles) -> Schedule:
-        return read_schedule(read_json(files.folder / "scheduler/scheduler_config.json"))
+        config = read_json(files.folder / "scheduler/scheduler_config.json")
+        return read_schedule(config | cls.scheduler_fields)
 
     @classmethod
     def _config(cls, files: PipelineFiles, name: str) -> Any:
@@ -172,7 +176,14 @@ class StableDiffusion:
     def _encoders(cls, files: PipelineFiles) -> list[str]:
         return [name for name in cls._parts(files) if name.startswith("text_encoder")]
 
-    def save(self, path: str | Path, params: dict[str, Any], *, dtype: Any = np.float32) -> None:
+    def save(
+        self,
+        path: str | Path,
+        params: dict[str, Any],
+        *,
+        dtype: Any = np.float32,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
         path, folder, index = Path(path), self._files.folder, dict(self._files.index)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: give a new folder to save to.")
@@ -185,6 +196,10 @@ class StableDiffusion:
         for name in ("tokenizer", "tokenizer_2", "scheduler"):
             if (folder / name).is_dir():
                 shutil.copytree(folder / name, path / name)
+        if scheduler:
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            text = json.dumps(dict(scheduler), indent=2)
+            (path / "scheduler/scheduler_config.json").write_text(text + "\n")
         left_out = index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}
         index |= dict.fromkeys(left_out, [None, None])
         if "safety_checker" in index:

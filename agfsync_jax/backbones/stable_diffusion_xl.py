@@ -3,6 +3,7 @@
 `params` is {"unet", "vae", "text_encoder", "text_encoder_2"}; the refiner has no "text_encoder".
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     networks = StableDiffusion.networks | {"text_encoder_2": CLIPTextModelWithProjection}
     heeds_force_upcast = True
+    scheduler_fields: Mapping[str, Any] = {}
     optional = ("text_encoder", "text_encoder_2")
 
     def __init__(self, files: PipelineFiles, graphs: dict[str, Any], params: dict, **kwargs: Any):

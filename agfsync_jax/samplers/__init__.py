@@ -230,6 +230,15 @@ class Sampler:
         used = {n: value for n, value in fields.items() if n not in NO_EFFECT | self.no_effect}
         return Fields(alphas_cumprod=alphas_cumprod(fields), **used)
 
+    def file(self, schedule: Schedule) -> dict[str, Any]:
+        """The scheduler_config.json with which diffusers draws as this sampler does.
+
+        As diffusers' `from_config` of the schedule's file would save it: fields of other classes
+        stay, so that the sampler can be exchanged again.
+        """
+        config = {**self.defaults, **schedule.config, **self.variant}
+        return config | {"_class_name": self.scheduler}
+
     def is_of(self, schedule: Schedule) -> bool:
         """Whether the schedule's file means this sampler."""
         has = schedule.config.get

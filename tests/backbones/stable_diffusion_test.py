@@ -1,7 +1,10 @@
 """The backbone against diffusers' StableDiffusionPipeline, there and back."""
 
+import functools
+import json
 import math
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec
 
+from agfsync_jax import samplers
 from agfsync_jax.backbones.stable_diffusion import Backbone
 from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.diffusion.generation import Generator
@@ -58,9 +62,11 @@ def draw_diffusers(pipeline, noise, num_steps, guidance_scale):
     latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
     kwargs = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
     kwargs |= {"prompt": PROMPTS, "height": 32, "width": 32, "latents": latents}
-    final = pipeline(**kwargs, output_type="latent").images.permute(0, 2, 3, 1).numpy()
-    images = pipeline(**kwargs, output_type="np").images
-    return final, (images * 255).round().astype(np.uint8)
+    final = pipeline(**kwargs, output_type="latent").images
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample
+    images = pipeline.image_processor.postprocess(pixels, output_type="np")
+    return final.permute(0, 2, 3, 1).numpy(), (images * 255).round().astype(np.uint8)
 
 
 def test_images_equal_diffusers(pipeline, backbone):
@@ -70,6 +76,90 @@ def test_images_equal_diffusers(pipeline, backbone):
     assert np.abs(ours - theirs).max() <= 1e-3
     assert np.abs(our_images.astype(float) - their_images).mean() <= 2
     assert our_images.std() > 1
+
+
+# Stable Diffusion 1.4's scheduler_config.json, and an earlier one.
+PUBLISHED = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+EARLIER = {
+    name: PUBLISHED[name] for name in PUBLISHED if name not in ("steps_offset", "clip_sample")
+}
+EARLIER["_diffusers_version"] = "0.2.2"
+
+
+@pytest.fixture(scope="module")
+def parts(backbone):
+    """The conditioning, and the denoiser and decoder as programs that all samplers share."""
+    tokens, negative = (backbone.tokenize(texts) for texts in (PROMPTS, [""] * len(PROMPTS)))
+    given, unguided = (
+        jax.jit(backbone.encode_prompt)(backbone.params, ids) for ids in (tokens, negative)
+    )
+
+    @jax.jit
+    def denoise(params, latents, timesteps):
+        return guide(lambda *args: backbone.denoise(params, *args), given, unguided, 4.5)(
+            latents, timesteps
+        )
+
+    return functools.partial(denoise, backbone.params), jax.jit(backbone.decode_latents)
+
+
+def loop(body, state, rows):
+    """jax.lax.scan, whose body is not compiled."""
+    for index in range(len(rows["timestep"])):
+        state, _ = body(state, {name: row[index] for name, row in rows.items()})
+    return state, None
+
+
+@pytest.mark.parametrize("sampler", ["", "ddim", "euler", "dpmsolver_multistep"])
+@pytest.mark.parametrize("file", [PUBLISHED, EARLIER], ids=["published", "earlier"])
+def test_files_of_2022_draw_as_in_diffusers(
+    file, sampler, folder, pipeline, backbone, parts, tmp_path, monkeypatch
+):
+    """diffusers' pipeline takes steps_offset 1 and clip_sample False where a file has neither."""
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(file))
+    for part in folder.iterdir():
+        if part.name != "scheduler":
+            (tmp_path / part.name).symlink_to(part)
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").unlink()
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    schedule = Backbone.read_schedule(Backbone.open(tmp_path))
+    found = samplers.find(sampler, schedule)
+
+    kind = type(pipeline)
+    if sampler:
+        scheduler = getattr(diffusers, found.scheduler).from_config(file, **found.variant)
+        networks = {**pipeline.components, "scheduler": scheduler}
+        theirs = kind(**networks, requires_safety_checker=False)
+    else:
+        theirs = kind.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+    their_latents, their_images = draw_diffusers(theirs, noise, 6, 4.5)
+
+    denoise, decode = parts
+    monkeypatch.setattr(jax.lax, "scan", loop)
+    latents = found(denoise, schedule, noise, 6)
+    monkeypatch.undo()
+    assert np.abs(latents - their_latents).max() <= 1e-3
+    images = np.asarray(decode(backbone.params, latents)).astype(int)
+    assert np.abs(images - their_images).max() <= 2
+    assert images.std() > 1
 
 
 def test_tokens_and_hidden_states_equal_transformers(pipeline, backbone):
