@@ -234,6 +234,18 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
     c.train.schedule = "constant"
 
 
+def small(c: ConfigDict) -> None:
+    """Fits one GPU of 24 GB: a smaller BLIP-2, few images and pairs at once, half of the moments.
+
+    FLAN-T5-XL answers instead of FLAN-T5-XXL, as exact a VQA no longer.
+    """
+    c.scorers.vqa.path = "Salesforce/blip2-flan-t5-xl"
+    c.sample.device_batch_size = 2
+    c.score.device_batch_size = 4
+    c.train.device_batch_size = 1
+    c.train.momentum_dtype = "bfloat16"
+
+
 def training_seeds() -> Iterator[dict[str, int]]:
     """A sweep: overrides for three training seeds."""
     for seed in range(3):
