@@ -12,7 +12,7 @@ says where the numbers come from. At best, by `agfsync plan`, training takes 0.4
 0.22 on v6e:4x4 and 0.15 on v5p:2x2x4, and `:lora` 0.57 on v5e:2x2. At the 52 pairs a second that
 v5e:4x4 may reach, `:dpo` would take 22.
 `:small` is for one GPU of 24 GB: it trains adapters, BLIP-2 FLAN-T5-XL answers, few images and
-pairs are taken at once. Weights and moments of its training take 9.7 GiB, those of scoring 7.3;
+pairs are taken at once. Weights and moments of its training take 9.8 GiB, those of scoring 7.3;
 `agfsync plan` tells the rest, and `agfsync run --rehearse` measures it.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sdxl.py --verb=all --topology=v5e:4x4` says whether it fits, and the

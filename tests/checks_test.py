@@ -308,8 +308,8 @@ def test_weights_that_do_not_fit_are_told(monkeypatch):
         "the scorers",
         "what is trained, with moments and gradients,",
     ]
-    # FLAN-T5-XXL and EVA-g in bfloat16; four copies of 3.44 GB, and a base of half
-    assert "22.78 GiB" in lines[0] and "14.41 GiB" in lines[1] and "lora_rank=8" in lines[1]
+    # FLAN-T5-XXL and EVA-g in bfloat16; five copies of 3.44 GB, and a base of half
+    assert "22.78 GiB" in lines[0] and "17.61 GiB" in lines[1] and "lora_rank=8" in lines[1]
     assert list(checks.memory(config, "sample")) == []
     room(monkeypatch, memory=30 * 10**9)
     assert list(checks.memory(config, "run")) == []

@@ -42,7 +42,8 @@ def training_bytes(config: Any, devices: list[jax.Device]) -> tuple[int, int]:
     step = program.step_spec(config, mesh, backbone=backbone)
     base = backbone.params[backbone.denoiser_name]
     state = jax.eval_shape(program.init_program(base, step, mesh, config.sharding), base)
-    held = param_bytes(state) + param_bytes(state.params)
+    # the gradient, and where a batch is taken in parts the sum of theirs
+    held = param_bytes(state) + param_bytes(state.params) * (1 + (step.accumulate > 1))
     if step.needs_base:
         held += param_bytes(jax.eval_shape(program.freeze_program(base, step), base))
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
