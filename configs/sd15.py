@@ -10,6 +10,9 @@ Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO d
 2,048 pairs), `:lora` adapters of rank 8 (10,000 steps of 32 pairs); configs/common.py says where
 the numbers come from. At the 116 pairs a second that v5e:2x2 may reach by `agfsync plan`, training
 would take 9 minutes; at the 465 of v5e:4x4 `:dpo` would take 2.4 hours.
+`:small` is for one GPU of 24 GB: by `agfsync plan` on a CPU drawing takes at most 5.8 GiB and
+scoring 16.7; training holds 12.8 and takes 28.9 there, of which float32 copies of bfloat16 are most
+of the difference (common.small). Variants combine: `:small,lcm`.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sd15.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.
@@ -21,7 +24,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False)
+    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False, small=False)
     c = common.agfsync()
     c.backbone.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.backbone.kind = "stable-diffusion-v1-5"  # for plan, which needs no weights
@@ -32,6 +35,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         common.diffusion_dpo(c, beta=2000.0, optimizer="adamw", warmup_steps=500)
     if arg.lora:
         common.lora(c, batch_size=32, num_steps=10_000)
+    if arg.small:
+        common.small(c)
     return c
 
 

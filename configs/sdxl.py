@@ -11,6 +11,9 @@ Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO d
 says where the numbers come from. At best, by `agfsync plan`, training takes 0.44 hours on v5e:4x4,
 0.22 on v6e:4x4 and 0.15 on v5p:2x2x4, and `:lora` 0.57 on v5e:2x2. At the 52 pairs a second that
 v5e:4x4 may reach, `:dpo` would take 22.
+`:small` is for one GPU of 24 GB, and trains as `:lora`: by `agfsync plan` on a CPU drawing takes at
+most 16.8 GiB and scoring as much; training holds 9.7, besides activations (common.small). Variants
+combine: `:small,lcm`.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sdxl.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.
@@ -22,7 +25,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False)
+    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False, small=False)
     c = common.agfsync()
     c.backbone.name = "stable_diffusion_xl"
     c.backbone.path = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -36,8 +39,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")
     if arg.dpo:
         common.diffusion_dpo(c, beta=5000.0, optimizer="adafactor", warmup_steps=200)
-    if arg.lora:
+    if arg.lora or arg.small:
         common.lora(c, batch_size=16, num_steps=2000)
+    if arg.small:
+        common.small(c)
     return c
 
 

@@ -1,22 +1,15 @@
 """What is wrong with a config is told before any work, all at once."""
 
 import json
-import re
 
 import pytest
 from ml_collections import ConfigDict
 
 from agfsync_jax import checks, cli
 from agfsync_jax.utils import configs, modules
+from tests.variants import RELEASED
 
 MICRO = "configs/micro.py:tiny"
-VARIANTS = {"sd14": ["lcm"], "sd15": ["lcm", "dpo", "lora"], "sd21": []}
-VARIANTS["sdxl"] = VARIANTS["sd15"]
-RELEASED = [
-    f"configs/{name}.py{variant}"
-    for name, variants in VARIANTS.items()
-    for variant in ("", *(f":{each}" for each in variants))
-]
 
 
 def check(verb, spec=MICRO, num_devices=8, **overrides):
@@ -208,13 +201,6 @@ def test_a_released_config_starts_on_any_number_of_devices(spec, num_devices, fi
     if spec.endswith(":lcm"):
         files = files | {"backbone.lora": "()"}
     assert told_of(spec, num_devices, files) == []
-
-
-def test_no_released_config_is_left_out():
-    for path in (configs.BESIDE_PACKAGE / "configs").glob("s*.py"):
-        if path.stem != "schema":
-            (taken,) = re.findall(r"parse_arg\(arg(.*)\)", path.read_text())
-            assert re.findall(r"(\w+)=False", taken) == VARIANTS[path.stem]
 
 
 def test_a_file_for_one_purpose_is_whole(files):

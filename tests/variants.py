@@ -1,0 +1,16 @@
+"""The released configs and their variants; tests/released_configs_test.py runs each of them.
+
+tests/contracts_test.py compares this table with the configs themselves.
+"""
+
+VARIANTS = {
+    "sd14": ("lcm", "small"),
+    "sd15": ("lcm", "dpo", "lora", "small"),
+    "sd21": ("small",),
+    "sdxl": ("lcm", "dpo", "lora", "small"),
+}
+RELEASED = [
+    f"configs/{name}.py{variant}"
+    for name, variants in VARIANTS.items()
+    for variant in ("", *(f":{each}" for each in variants))
+]
