@@ -6,6 +6,7 @@ also run, with the weights that ship.
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import jax
@@ -26,8 +27,10 @@ from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.prompt_sources import PROMPT_FIELDS, PromptSource
 from agfsync_jax.reports import pages, panels
 from agfsync_jax.scorers import Scorer
-from agfsync_jax.utils import modules
+from agfsync_jax.utils import configs, modules
 from configs import micro
+from tests import released_configs_test
+from tests.variants import RELEASED, VARIANTS
 
 PACKAGE = Path(agfsync_jax.__file__).parent
 CONFIG = micro.get_config("tiny")
@@ -314,3 +317,23 @@ def test_plan_signature(module):
     assert positional(module.work) == ["config", "devices", "name"]
     block, key = module.BATCH.split(".")
     assert CONFIG[block][key] > 0
+
+
+def released_configs():
+    """{file: its switches} of the configs that load released weights, as the files have them."""
+    found = {}
+    for path in sorted((configs.BESIDE_PACKAGE / "configs").glob("*.py")):
+        if "def get_config(arg" in path.read_text():
+            if not configs.load(str(path), {}).backbone.path.startswith("micro:"):
+                with pytest.raises(ValueError, match=r"known: (.*)") as told:
+                    configs.load(f"{path}:none", {})
+                found[path.stem] = re.search(r"known: (.*)", str(told.value))[1].split(", ")
+    return found
+
+
+def test_every_released_config_and_variant_runs_in_a_test():
+    """That of all verbs walks the table, and the table has what the configs have."""
+    assert {name: list(each) for name, each in VARIANTS.items()} == released_configs()
+    (mark,) = released_configs_test.test_all_verbs_of.pytestmark
+    assert set(RELEASED) < {each.values[0] for each in mark.args[1]}
+    assert {spec.partition(":")[0] for spec in RELEASED} == {f"configs/{n}.py" for n in VARIANTS}
