@@ -235,9 +235,10 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
 
 
 def small(c: ConfigDict) -> None:
-    """Fits one GPU of 24 GB: a smaller BLIP-2, few images and pairs at once, half of the moments.
+    """For one GPU of 24 GB: BLIP-2 FLAN-T5-XL, few images and pairs at once, a moment halved.
 
-    FLAN-T5-XL answers instead of FLAN-T5-XXL, as exact a VQA no longer.
+    JAX takes three quarters of a GPU unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is in the environment.
     """
     c.scorers.vqa.path = "Salesforce/blip2-flan-t5-xl"
     c.sample.device_batch_size = 2

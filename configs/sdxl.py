@@ -13,7 +13,8 @@ says where the numbers come from. At best, by `agfsync plan`, training takes 0.4
 v5e:4x4 may reach, `:dpo` would take 22.
 `:small` is for one GPU of 24 GB: it trains adapters, BLIP-2 FLAN-T5-XL answers, few images and
 pairs are taken at once. Weights and moments of its training take 9.8 GiB, those of scoring 7.3;
-`agfsync plan` tells the rest, and `agfsync run --rehearse` measures it.
+`agfsync plan` tells the rest, and `agfsync run --rehearse` measures it. Variants combine:
+`:small,lcm`.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sdxl.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.

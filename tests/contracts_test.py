@@ -339,4 +339,4 @@ def test_every_released_config_and_variant_runs_in_a_test():
     every = {f"configs/{name}.py" for name in VARIANTS}
     assert {spec.partition(":")[0] for spec in RELEASED} == every
     always = {spec.partition(" ")[0].partition(":")[0] for spec in released_configs_test.SOON}
-    assert always == every  # the others by hand, as all of them take a quarter of an hour
+    assert every <= always  # the others by hand, as all of them take a quarter of an hour
