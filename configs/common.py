@@ -235,16 +235,17 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
 
 
 def small(c: ConfigDict) -> None:
-    """For one GPU of 24 GB: BLIP-2 FLAN-T5-XL, few images and pairs at once, a moment halved.
+    """For one GPU of 24 GB: BLIP-2 FLAN-T5-XL, few images and pairs at once, Adafactor.
 
-    JAX takes three quarters of a GPU unless
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is in the environment.
+    JAX takes three quarters of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is in the
+    environment.
     """
     c.scorers.vqa.path = "Salesforce/blip2-flan-t5-xl"
     c.sample.device_batch_size = 2
     c.score.device_batch_size = 4
     c.train.device_batch_size = 1
-    c.train.momentum_dtype = "bfloat16"
+    if not c.train.lora_rank:  # AdamW's moments take 6.4 GiB, and with them little is left
+        c.train.optimizer = "adafactor"
 
 
 def training_seeds() -> Iterator[dict[str, int]]:

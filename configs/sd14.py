@@ -6,9 +6,10 @@
 
 Eight candidates a prompt at 512x512, 15 steps of the checkpoint's own sampler, guidance 4.5;
 `configs/sd14.py:lcm` takes 5 steps of the latent consistency LoRA without guidance instead.
-`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, few images and pairs are taken at
-once. Weights and moments of its training take 16.0 GiB, those of scoring 7.3; `agfsync plan` tells
-the rest, and `agfsync run --rehearse` measures it. Variants combine: `:small,lcm`.
+`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, Adafactor trains, few images and pairs
+are taken at once. Weights and gradients of its training take 11.2 GiB, the weights of scoring 7.3;
+`agfsync plan` tells the rest, and `agfsync run --rehearse` measures it. Variants combine:
+`:small,lcm`.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sd14.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.

@@ -10,9 +10,10 @@ Training is AGFSync's: 1,000 steps of 64 pairs. `:dpo` trains as Diffusion-DPO d
 2,048 pairs), `:lora` adapters of rank 8 (10,000 steps of 32 pairs); configs/common.py says where
 the numbers come from. At the 116 pairs a second that v5e:2x2 may reach by `agfsync plan`, training
 would take 9 minutes; at the 465 of v5e:4x4 `:dpo` would take 2.4 hours.
-`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, few images and pairs are taken at
-once. Weights and moments of its training take 16.0 GiB, those of scoring 7.3; `agfsync plan` tells
-the rest, and `agfsync run --rehearse` measures it. Variants combine: `:small,lcm`.
+`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, Adafactor trains, few images and pairs
+are taken at once. Weights and gradients of its training take 11.2 GiB, the weights of scoring 7.3;
+`agfsync plan` tells the rest, and `agfsync run --rehearse` measures it. Variants combine:
+`:small,lcm`.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sd15.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.

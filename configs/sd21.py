@@ -5,9 +5,9 @@
         --config.evaluate.path=heldout.jsonl
 
 Eight candidates a prompt at 768x768, 15 steps of the checkpoint's own sampler, guidance 4.5.
-`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, few images and pairs are taken at
-once. Weights and moments of its training take 16.1 GiB, those of scoring 7.3; `agfsync plan` tells
-the rest, and `agfsync run --rehearse` measures it.
+`:small` is for one GPU of 24 GB: BLIP-2 FLAN-T5-XL answers, Adafactor trains, few images and pairs
+are taken at once. Weights and gradients of its training take 11.3 GiB, the weights of scoring 7.3;
+`agfsync plan` tells the rest, and `agfsync run --rehearse` measures it.
 Prompts and questions are files of yours; agfsync_jax/prompt_sources/jsonl.py says how they look.
 `agfsync plan --config=configs/sd21.py --verb=all --topology=v5e:4x4` says whether it fits, and the
 hours.
