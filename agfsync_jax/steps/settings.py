@@ -39,6 +39,7 @@ _COSINE = (
     "\nMore steps go on with a training whose config.train.schedule is constant; a cosine that ends"
     " later has another learning rate in every step."
 )
+_LOGS = ("metrics.jsonl", "tensorboard", "wandb")  # beside checkpoints
 EXTENDS = "train.num_steps"  # larger, it goes on with a training that has ended
 
 
@@ -206,5 +207,6 @@ def _made_with(workdir: Path, key: str, steps: Sequence[Step]) -> list[str]:
 
 
 def _is_something(path: Path) -> bool:
-    """A file, or a folder that holds one: what stopped before it made anything leaves it empty."""
-    return any(path.iterdir()) if path.is_dir() else True
+    """A file, or a folder that holds one: what stopped before it made anything leaves it empty, or,
+    a training, with logs alone."""
+    return any(each.name not in _LOGS for each in path.iterdir()) if path.is_dir() else True

@@ -32,9 +32,10 @@ def make(folder):
 
 
 def test_what_holds_nothing_holds_no_key(tmp_path):
-    """Training that is stopped before its first checkpoint leaves an empty folder."""
+    """Training that is stopped before its first checkpoint leaves an empty folder, or logs."""
     _claim(tmp_path)
-    (tmp_path / "round_000" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "round_000" / "checkpoints" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "round_000" / "checkpoints" / "metrics.jsonl").touch()
     _claim(tmp_path, **{"train.batch_size": "16"})
     (tmp_path / "round_000" / "checkpoints" / "2").mkdir()
     with pytest.raises(ValueError, match="train.batch_size: 16 there, 32 now"):
