@@ -190,16 +190,19 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
 def memory(config: ConfigDict, verb: str) -> Iterator[str]:
     """Weights that the devices cannot hold, whatever the batch."""
     devices = jax.devices()
-    limit = _holdings.memory(devices[0])
+    limit = _holdings.memory(jax.local_devices()[0])
     wanted: list[tuple[str, int, str]] = []
-    with contextlib.suppress(FileNotFoundError):  # sizes that nothing here tells
-        if verb in DRAWS:
+    unknown = contextlib.suppress(FileNotFoundError)  # sizes that nothing here tells
+    if verb in DRAWS:
+        with unknown:
             held = _holdings.drawing_bytes(config, devices)
             wanted.append(("the model that draws", held, "config.sample.param_dtype=bfloat16"))
-        if verb in ("run", "score", "evaluate"):
+    if verb in ("run", "score", "evaluate"):
+        with unknown:
             held = _holdings.scoring_bytes(config, jax.local_devices())
             wanted.append(("the scorers", held, "a smaller BLIP-2, a scorer's dtype=bfloat16"))
-        if verb in TRAINS:
+    if verb in TRAINS:
+        with unknown:
             held, _ = _holdings.training_bytes(config, devices)
             helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
             wanted.append(("what is trained, with moments and gradients,", held, helps))

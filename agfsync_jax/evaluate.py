@@ -17,7 +17,6 @@ import jax
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard, largest_batch
-from agfsync_jax.data.records import RecordError
 from agfsync_jax.data.scores import repair_scores
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
@@ -62,7 +61,7 @@ def plan(job: Job) -> Plan:
     for folder in dict.fromkeys(_folders(job).values()):
         try:
             check_frozen(folder, prompts, questions)
-        except RecordError:
+        except records.RecordError:
             if not job.repair:
                 raise
     shards = {

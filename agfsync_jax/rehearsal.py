@@ -8,6 +8,7 @@ WORKDIR/rehearsal, which the next rehearsal makes anew.
 import gc
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,11 @@ _UNITS = {
     **dict.fromkeys(("prompts", "questions"), "prompts"),
     **dict.fromkeys(("sample", "score", "pair", "evaluate"), "images"),
     "train": "steps",
+}
+_HELD_OUT = 300  # prompts, where no file says how many
+_STAND_INS = {
+    block: f"  config.{block}: the micro world's, as no file is named"
+    for block in ("prompts", "questions", "evaluate")
 }
 _STARTING = (READ_EVENT, "/jax/core/compile/")  # events whose time is not an item's
 
@@ -78,11 +84,18 @@ def main(config: ConfigDict, workdir: Path, *, random_weights: bool) -> None:
     if multihost.is_main() and folder.exists():
         remove_tree(folder)
     multihost.barrier("rehearsal begins")
-    notes = []
-    if random_weights:
-        config, notes = invent(config, folder / "weights")
+    with tempfile.TemporaryDirectory(prefix="agfsync-") as weights:  # of each process its own
+        notes: list[str] = []
+        if random_weights:
+            config, notes = invent(config, Path(weights))
+        _rehearse(config, folder, notes)
+
+
+def _rehearse(config: ConfigDict, folder: Path, notes: Sequence[str]) -> None:
     small = shrink(config)
-    for each in (config, small):
+    # of prompts that are stand-ins there are not as many as the run will have
+    whole = [] if _STAND_INS["prompts"] in notes else [config]
+    for each in (*whole, small):
         checks.check(each, "run", num_devices=jax.device_count(), workdir=folder)
     if multihost.is_main():
         write_text(folder / "config.json", json.dumps(public(small.to_dict()), indent=2) + "\n")
@@ -129,7 +142,8 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
         ValueError: networks of sizes that are not known; all are listed.
     """
     c = config.copy_and_resolve_references().unlock()
-    made, notes, problems = multihost.is_main(), [], []
+    notes: list[str] = []
+    problems: list[str] = []
 
     def note(key: str, old: str, new: str) -> None:
         notes.append(f"  config.{key}: {new} in place of {old}")
@@ -139,7 +153,7 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
         place = folder / "backbone"
         if not spec.kind:
             problems.append("config.backbone.kind is empty: it says the sizes of random weights.")
-        elif made:
+        else:
             networks = backbones.backbone_class(c).networks
             random_weights.write_pipeline(spec.kind, place, networks)
         note("backbone.path", spec.path, f"random numbers in a {spec.kind}")
@@ -149,9 +163,8 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
         spec.lora = tuple(each for each in spec.lora if each[0] not in away)
     if c.sample.refiner and not is_local(c.sample.refiner):
         place = folder / "refiner"
-        if made:
-            networks = backbones.backbone_class(c).networks
-            random_weights.write_pipeline("stable-diffusion-xl-refiner", place, networks)
+        networks = backbones.backbone_class(c).networks
+        random_weights.write_pipeline("stable-diffusion-xl-refiner", place, networks)
         note("sample.refiner", c.sample.refiner, "random numbers in SDXL's refiner")
         c.sample.refiner = str(place)
     for block, scorer in c.scorers.items():
@@ -164,28 +177,25 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
                     f"config.scorers.{block}.path={scorer.path}: --random_weights knows the sizes"
                     f" of {known}; give a local folder of this one."
                 )
-            elif made:
+            else:
                 random_weights.write_model(name, place)
             note(f"scorers.{block}.path", scorer.path, f"random numbers in a {name}")
             scorer.path = str(place)
         if scorer.get("head") and not is_local(scorer.head):
-            path = folder / "head" / f"model{random_weights.SHAPES}"
-            if made:
-                random_weights.write_head(path.parent)
             note(f"scorers.{block}.head", scorer.head.partition("#")[0], "random numbers")
-            scorer.head = str(path)
-    for block in ("prompts", "questions", "evaluate"):
+            scorer.head = str(random_weights.write_head(folder / "head"))
+    for block, told in _STAND_INS.items():
         if c[block].source == "jsonl" and not c[block].path:
             if block == "questions":
                 c[block] = ConfigDict({"source": "micro"})
             else:
                 c[block].source = "micro"
                 c[block].split = "train" if block == "prompts" else "heldout"
+                c[block].num_prompts = c[block].num_prompts or _HELD_OUT
                 del c[block]["path"]
-            notes.append(f"  config.{block}: the micro world's, as no file is named")
+            notes.append(told)
     if problems:
         raise ValueError("\n".join(problems))
-    multihost.barrier("random weights")
     return c.lock(), notes
 
 

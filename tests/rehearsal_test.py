@@ -68,8 +68,7 @@ def test_a_released_config_without_weights(tiny, tmp_path, capsys):
     args = ["run", "--rehearse", "--random_weights", "--config=configs/sd15.py"]
     args += [f"--workdir={tmp_path}", "--config.sample.height=8", "--config.sample.width=8"]
     args += ["--config.sample.num_inference_steps=2", "--config.sample.device_batch_size=1"]
-    args += ["--config.score.device_batch_size=1", "--config.prompts.num_prompts=800"]
-    args += ["--config.evaluate.num_prompts=100", "--config.train.batch_size=8"]
+    args += ["--config.score.device_batch_size=1", "--config.train.batch_size=8"]
     args += ["--config.sample.num_candidates=4", "--config.rounds=2"]
     assert cli.main(args) == 0
     out, err = capsys.readouterr()
