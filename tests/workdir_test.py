@@ -124,7 +124,7 @@ class Backbone(evaluate_test.Backbone):
     def count_truncated(self, texts):
         return 0
 
-    def save(self, folder, params, *, dtype):
+    def save(self, folder, params, *, dtype, scheduler):
         for name in ("model_index.json", "unet/big.safetensors"):
             records.write_file(folder / name, [str(params["unet"]["weight"]).encode()])
 
