@@ -55,7 +55,8 @@ def check(
     if not problems:
         problems += files(config, verb, downloads=True)
     if not problems and workdir:
-        problems += [*memory(config, verb), *disk(config, verb, workdir)]
+        on_device, on_disk = trained_bytes(config, verb)
+        problems += [*memory(config, verb, on_device), *disk(config, verb, workdir, on_disk)]
     problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
         raise ValueError(problems[0])
@@ -187,12 +188,25 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
         yield from _told(look)
 
 
-def memory(config: ConfigDict, verb: str) -> Iterator[str]:
-    """Weights that the devices cannot hold, whatever the batch."""
+def trained_bytes(config: ConfigDict, verb: str) -> tuple[int, int]:
+    """What a training keeps on a device, and in a checkpoint; zeros where there is none."""
+    if verb in TRAINS:
+        with contextlib.suppress(FileNotFoundError):  # sizes that nothing here tells
+            return _holdings.training_bytes(config, jax.devices())
+    return 0, 0
+
+
+def memory(config: ConfigDict, verb: str, trained: int) -> Iterator[str]:
+    """Weights that the devices cannot hold, whatever the batch.
+
+    Args:
+        trained: bytes that a training keeps on a device.
+    """
     devices = jax.devices()
     limit = _holdings.memory(jax.local_devices()[0])
-    wanted: list[tuple[str, int, str]] = []
-    unknown = contextlib.suppress(FileNotFoundError)  # sizes that nothing here tells
+    helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
+    wanted = [("what is trained, with moments and gradients,", trained, helps)]
+    unknown = contextlib.suppress(FileNotFoundError)
     if verb in DRAWS:
         with unknown:
             held = _holdings.drawing_bytes(config, devices)
@@ -201,11 +215,6 @@ def memory(config: ConfigDict, verb: str) -> Iterator[str]:
         with unknown:
             held = _holdings.scoring_bytes(config, jax.local_devices())
             wanted.append(("the scorers", held, "a smaller BLIP-2, a scorer's dtype=bfloat16"))
-    if verb in TRAINS:
-        with unknown:
-            held, _ = _holdings.training_bytes(config, devices)
-            helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
-            wanted.append(("what is trained, with moments and gradients,", held, helps))
     for what, held, helps in wanted:
         if limit is not None and held > limit:
             yield (
@@ -215,8 +224,12 @@ def memory(config: ConfigDict, verb: str) -> Iterator[str]:
             )
 
 
-def disk(config: ConfigDict, verb: str, workdir: Path) -> Iterator[str]:
-    """Files that have no room where the workdir is."""
+def disk(config: ConfigDict, verb: str, workdir: Path, checkpoint: int) -> Iterator[str]:
+    """Files that have no room where the workdir is.
+
+    Args:
+        checkpoint: bytes of one of a training.
+    """
     workdir = to_path(workdir)
     if is_url(workdir):
         return
@@ -224,11 +237,8 @@ def disk(config: ConfigDict, verb: str, workdir: Path) -> Iterator[str]:
     if verb in ("run", "sample") and not config.pair.path:
         wanted["candidates"] = _holdings.drawn_bytes(config)
     if verb in TRAINS:
-        with contextlib.suppress(FileNotFoundError):
-            _, each = _holdings.training_bytes(config, jax.devices())
-            wanted["checkpoints"] = each * min(
-                config.train.keep + 1, max(1, config.train.num_steps // config.train.save_every)
-            )
+        saves = max(1, config.train.num_steps // config.train.save_every)
+        wanted["checkpoints"] = checkpoint * min(config.train.keep + 1, saves)
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     rounds = config.rounds if verb == "run" else 1

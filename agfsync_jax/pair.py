@@ -28,7 +28,7 @@ from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel.mesh import local_mesh
 from agfsync_jax.parallel.sharding import batch_shards, round_up
 from agfsync_jax.steps.runner import Job, Step
-from agfsync_jax.utils.files import to_path
+from agfsync_jax.utils.files import read_json, to_path
 
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
@@ -71,7 +71,7 @@ def make_pairs(job: Job) -> None:
     folder, summary = job.folder / "pairs", job.folder / "pair.json"
     whole = folder / "dataset_info.json"  # a stopped removal may leave the folder
     if whole.exists() and summary.exists():
-        if json.loads(summary.read_text())["made_from"] == made_from:
+        if read_json(summary).get("made_from") == made_from:
             stage.skipped(1, 1, "sets of pairs")
             return
     texts, encode = _load_encoders(config)

@@ -9,7 +9,6 @@ not done again: the same command continues a run that was stopped.
 """
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import evaluate, pair, prompts, questions, sample, score, train
-from agfsync_jax.utils.files import to_path
+from agfsync_jax.utils.files import read_json, to_path
 from agfsync_jax.utils.statistics import digits, format_interval
 
 SCORED = (prompts, questions, sample, score)  # what pairs of people's choices need not
@@ -58,7 +57,7 @@ def main(
         from agfsync_jax import report  # and with it what draws charts, which no round needs
 
         report.main(config, workdir)  # prints where it is
-        print(table(json.loads((to_path(workdir) / "summary.json").read_text())))
+        print(table(read_json(to_path(workdir) / "summary.json")))
 
 
 def table(summary: dict[str, Any]) -> str:

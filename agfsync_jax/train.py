@@ -31,7 +31,7 @@ from agfsync_jax.training.loop import Training, fit, restore_state
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path, write_text
+from agfsync_jax.utils.files import read_json, to_path, write_text
 
 
 def train(job: Job) -> None:
@@ -91,16 +91,15 @@ def pin_pairs(job: Job, start: int) -> None:
     digests = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in told if path.exists()
     }
-    if start and note.exists() and json.loads(note.read_text())["sha256"] != digests:
+    if start and read_json(note).get("sha256", digests) != digests:
         raise ValueError(
             f"{pairs} are other pairs than this training has begun with: put the former ones back,"
             f" or remove {job.folder / 'checkpoints'} to begin anew."
         )
     job.stage.print(f"pairs of {pairs}")
-    if told[1].exists():
-        made = json.loads(told[1].read_text())["settings"].get("backbone")
-        if made not in (None, job.config.backbone.path):
-            job.stage.print(f"they were made with config.backbone.path={made}: it must fit")
+    made = read_json(told[1]).get("settings", {}).get("backbone")
+    if made not in (None, job.config.backbone.path):
+        job.stage.print(f"they were made with config.backbone.path={made}: it must fit")
     if multihost.is_main():
         write_text(note, json.dumps({"path": str(pairs), "sha256": digests}, indent=2) + "\n")
 
@@ -118,9 +117,9 @@ def tell_repeats(stage: Stage, loader: PairLoader) -> None:
 def check_pairs(folder: Path, config: Any) -> None:
     """Raises ValueError for pairs that other settings of `config.pair` made."""
     path = folder / "pair.json"
-    if not path.exists() or pairs_folder(config, folder).parent != folder:
+    if pairs_folder(config, folder).parent != folder:
         return
-    made, now = json.loads(path.read_text())["settings"], json.loads(config.pair.to_json())
+    made, now = read_json(path).get("settings", {}), json.loads(config.pair.to_json())
     differ = [key for key in now if key != "max_bad" and made.get(key, now[key]) != now[key]]
     if differ:
         raise ValueError(

@@ -299,50 +299,58 @@ def released(spec, **changes):
     return configs.load(spec, {key.replace("__", "."): value for key, value in changes.items()})
 
 
+def told_of_memory(config, verb):
+    return list(checks.memory(config, verb, checks.trained_bytes(config, verb)[0]))
+
+
+def told_of_disk(config, verb, workdir):
+    return list(checks.disk(config, verb, workdir, checks.trained_bytes(config, verb)[1]))
+
+
 def test_weights_that_do_not_fit_are_told(monkeypatch):
     room(monkeypatch, memory=12 * 10**9)
     config = released("configs/sd15.py", mesh__fsdp="1", mesh__data="-1", score__mesh__fsdp="1")
     config.unlock().score.mesh.data = -1
-    lines = list(checks.memory(config, "run"))
+    lines = told_of_memory(config, "run")
     assert [line.split(" takes ")[0] for line in lines] == [
         "the scorers",
         "what is trained, with moments and gradients,",
     ]
     # FLAN-T5-XXL and EVA-g in bfloat16; five copies of 3.44 GB, and a base of half
     assert "22.78 GiB" in lines[0] and "17.61 GiB" in lines[1] and "lora_rank=8" in lines[1]
-    assert list(checks.memory(config, "sample")) == []
+    assert told_of_memory(config, "sample") == []
     room(monkeypatch, memory=30 * 10**9)
-    assert list(checks.memory(config, "run")) == []
+    assert told_of_memory(config, "run") == []
 
 
 def test_weights_that_devices_share_fit(monkeypatch):
     room(monkeypatch, memory=12 * 10**9)
-    assert list(checks.memory(released("configs/sd15.py"), "run")) == []  # over 8 devices
+    assert told_of_memory(released("configs/sd15.py"), "run") == []  # over 8 devices
 
 
 def test_a_disk_that_is_too_small_is_told(monkeypatch, tmp_path):
     config = released("configs/sd15.py")
     room(monkeypatch, free=20 * 2**30)
-    (line,) = checks.disk(config, "run", tmp_path / "not" / "there")
+    (line,) = told_of_disk(config, "run", tmp_path / "not" / "there")
     assert "candidates 100.63 GiB a round, checkpoints 28.82 GiB a round" in line
     assert "20.00 GiB are free" in line
-    assert list(checks.disk(config, "score", tmp_path)) == []
-    (line,) = checks.disk(config, "train", tmp_path)
+    assert told_of_disk(config, "score", tmp_path) == []
+    (line,) = told_of_disk(config, "train", tmp_path)
     assert "candidates 1" not in line
     room(monkeypatch, free=130 * 2**30)
-    assert list(checks.disk(config, "run", tmp_path)) == []
+    assert told_of_disk(config, "run", tmp_path) == []
 
 
 def test_what_is_there_needs_no_room(monkeypatch, tmp_path):
     config = configs.load("configs/micro.py", {})
     needed = _holdings.drawn_bytes(config)
     room(monkeypatch, free=needed - 1000)
-    (line,) = checks.disk(config, "sample", tmp_path)
+    (line,) = told_of_disk(config, "sample", tmp_path)
     assert "13.50 MiB" in line
     folder = tmp_path / "round_000" / "candidates"
     folder.mkdir(parents=True)
     (folder / "00000-of-00012.tfrecord").write_bytes(bytes(1000))
-    assert list(checks.disk(config, "sample", tmp_path)) == []
+    assert told_of_disk(config, "sample", tmp_path) == []
 
 
 def test_the_command_line_looks_at_memory_and_disk(monkeypatch, tmp_path, capsys):

@@ -44,7 +44,7 @@ def config():
     config.pair.weights = {"vqa": 1.0}
     config.prompts.num_prompts = config.evaluate.num_prompts = 4
     config.evaluate.update({"num_seeds": 2, "evaluators": ()})
-    config.sample.update({"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 8})
+    config.sample.update({"num_inference_steps": 1, "guidance_scale": 1.0})
     config.sample.update({"num_candidates": 3, "prompts_per_shard": 2})
     config.train.num_steps = 1
     return config
@@ -221,3 +221,29 @@ def test_the_round_is_named(tmp_path):
     error = records.RecordError(path, 7, "cut")
     command = f"`agfsync sample --config=... --workdir={tmp_path} --round=3 --repair`"
     assert command in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "verb"),
+    [
+        ("config.json", report.main, None),
+        ("round_000/inputs.json", sample.main, sample.main),
+        ("round_000/stages.json", report.main, None),
+        ("round_000/score.json", gallery, score.main),
+        ("round_000/pair.json", pair.main, pair.main),
+        ("round_000/pair.json", train.main, pair.main),
+        ("round_000/evals/base.json", report.main, evaluate.main),
+        ("round_000/evals/comparison.json", report.main, evaluate.main),
+    ],
+)
+def test_what_a_verb_tells(config, workdir, name, reader, verb):
+    path = workdir / name
+    shutil.rmtree(workdir / "round_000/checkpoints", ignore_errors=reader is train.main)
+    damaged = f"{re.escape(str(path))} is damaged .*: remove it"
+    cut(path)
+    with pytest.raises(ValueError, match=damaged):
+        reader(config, workdir)
+    path.unlink()
+    if verb:
+        verb(config, workdir)
+    reader(config, workdir)

@@ -419,3 +419,19 @@ def test_a_picture_can_be_enlarged(workdir, tmp_path, width):
     middle = np.asarray(picture)[500 - third : 500 + third, width // 2 - third : width // 2 + third]
     away = np.abs(middle - np.asarray(picture)[2, 2].astype(int)).max(-1)
     assert (away > 10).mean() > 0.9
+
+
+def test_a_round_that_begins_with_pairs_misses_nothing_of_its_own(tmp_path):
+    config = get_config()
+    config.pair.path = "people.parquet"
+    (tmp_path / "round_000").mkdir()
+
+    def parts():
+        (tmp_path / "config.json").write_text(config.to_json())
+        report.main(config, tmp_path)
+        return re.findall(r"\(agfsync (\w+)\)", (tmp_path / "report.html").read_text())
+
+    assert parts() == ["pair", "train", "evaluate"]
+    make_training(tmp_path / "other")
+    config.pair.path = str(tmp_path / "other" / "pairs")
+    assert parts() == ["train", "evaluate"]

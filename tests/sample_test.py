@@ -36,7 +36,7 @@ def config(folder):
     config = micro.get_config("tiny")
     config.backbone.path = str(folder)
     config.sample.update({"height": 32, "width": 32, "num_inference_steps": 2})
-    config.sample.update({"num_candidates": 3, "prompts_per_shard": 2, "batch_size": 8})
+    config.sample.update({"num_candidates": 3, "prompts_per_shard": 2})
     return config
 
 

@@ -15,7 +15,8 @@ from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.reports import tallies
 from agfsync_jax.reports.formats import describe
 from agfsync_jax.reports.pictures import distinct, find_images
-from agfsync_jax.reports.rounds import label_of, parsed
+from agfsync_jax.reports.rounds import label_of
+from agfsync_jax.utils.files import read_json
 
 _ANSWERS = "prompt_id candidate scorer index question element_type expected answer correct".split()
 
@@ -111,7 +112,7 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
     """
     is_ranked = "candidates" in read_features(folder / "pairs")
     found = _read_pairs(folder / "pairs", is_ranked)
-    scored, counts = _read_scored(folder, columns), parsed(folder / "pair.json")
+    scored, counts = _read_scored(folder, columns), read_json(folder / "pair.json")
     settings, _ = counts.pop("settings", {}), counts.pop("made_from", "")
     names = without_parts(scored.scores)
     names += [n for n in settings.get("weights", {}) if n in scored.scores and n not in names]
@@ -127,7 +128,7 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
         label=label_of(folder),
         counts=counts,
         settings=settings,
-        scoring=parsed(folder / "score.json"),
+        scoring=read_json(folder / "score.json"),
         is_ranked=is_ranked,
         is_import=bool(settings.get("path")),
         pairs=pairs,

@@ -9,9 +9,10 @@ from typing import Any
 
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS, Column
+from agfsync_jax.data.pairs import is_pairs
 from agfsync_jax.reports.formats import describe, with_digits
 from agfsync_jax.utils.clock import read_stages
-from agfsync_jax.utils.files import absolute, date_of
+from agfsync_jax.utils.files import absolute, date_of, read_json
 from agfsync_jax.utils.metrics import read_metrics
 
 # What a round leaves, and the verb that makes it.
@@ -119,29 +120,31 @@ def read_report(
     folders = sorted(workdir.glob("round_[0-9][0-9][0-9]"))
     if not folders:
         raise FileNotFoundError(f"no round_000 in {workdir}; `agfsync run` or a verb makes it")
-    rounds = [_read_round(folder, folders[0] / "evals", columns) for folder in folders]
+    settings = read_json(workdir / "config.json")  # has no secrets
+    pairs = settings.get("pair", {}).get("path", "")
+    rounds = [_read_round(folder, folders[0] / "evals", columns, pairs) for folder in folders]
     found = describe({name for each in rounds for name in each.delta}, columns)
     for each in rounds:
         found |= {name: with_digits(found[name], delta) for name, delta in each.delta.items()}
-    settings = workdir / "config.json"  # has no secrets
     return Report(
         name=absolute(workdir).name,
         rounds=rounds,
         columns=found,
         judges=[name for name in judges if name in found],
-        settings=settings.read_text() if settings.exists() else "",
+        settings=json.dumps(settings, indent=2) if settings else "",
         **environment,
     )
 
 
-def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -> Round:
+def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column], pairs: str) -> Round:
     def rows(name: str) -> list[dict]:
         path = folder / "evals" / name
         read = records.read_jsonl if path.suffix == ".jsonl" else records.read_parquet
         return read(path) if path.exists() else []
 
-    means = {name: parsed(folder / "evals" / f"{name}.json") for name in ("base", "tuned")}
-    intervals = {"delta": {}, "win_rate": {}} | means | parsed(folder / "evals" / "comparison.json")
+    means = {name: read_json(folder / "evals" / f"{name}.json") for name in ("base", "tuned")}
+    compared = read_json(folder / "evals" / "comparison.json")
+    intervals = {"delta": {}, "win_rate": {}} | means | compared
     found = {
         part: {name: intervals[part][name] for name in describe(intervals[part], columns)}
         for part in ("base", "tuned", "delta", "win_rate")
@@ -151,7 +154,7 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -
         label=label_of(folder),
         base_evals=base_evals,
         stages=read_stages(folder / "stages.json"),
-        counts=parsed(folder / "pair.json"),
+        counts=read_json(folder / "pair.json"),
         has_pairs=(folder / "pairs" / "dataset_info.json").exists(),
         draws=(folder / "prompts.jsonl").exists(),
         curve=read_metrics(folder / "checkpoints" / "metrics.jsonl"),
@@ -159,15 +162,18 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column]) -
         **found,
         rows={name: rows(f"{name}-rows.parquet") for name in means},
         answers={name: rows(f"{name}-answers.parquet") for name in means},
-        missing=[f"{p} (agfsync {v})" for p, v in PARTS.items() if not (folder / p).exists()],
+        missing=[f"{p} (agfsync {v})" for p, v in _parts(pairs) if not (folder / p).exists()],
     )
+
+
+def _parts(pairs: str) -> list[tuple[str, str]]:
+    """Parts that a round has, and their verbs; with a `config.pair.path` it begins with pairs."""
+    others = {"prompts.jsonl", "candidates", "scores"} if pairs else set()
+    if pairs and is_pairs(pairs):  # read where they lie
+        others.add("pairs")
+    return [(part, verb) for part, verb in PARTS.items() if part not in others]
 
 
 def label_of(folder: Path) -> str:
     """ "round 0"."""
     return f"round {int(folder.name.removeprefix('round_'))}"
-
-
-def parsed(path: Path) -> dict:
-    """A JSON file; {} where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}

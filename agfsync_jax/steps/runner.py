@@ -16,7 +16,7 @@ from typing import Any
 
 from agfsync_jax.parallel import multihost
 from agfsync_jax.utils.clock import Stage
-from agfsync_jax.utils.files import to_path, write_text
+from agfsync_jax.utils.files import read_json, to_path, write_text
 
 INPUTS = "inputs.json"  # of a round: the digests of what each step reads there, when it began
 
@@ -110,7 +110,7 @@ class Step:
         Raises ValueError where an input is another one than what is there was made from.
         """
         path = job.folder / INPUTS
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path)
         inputs = [job.folder / name for name in (*self.inputs, *self.optional_inputs)]
         now = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()

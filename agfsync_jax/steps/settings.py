@@ -73,7 +73,7 @@ def claim(
     path = workdir / "config.json"
     text = json.dumps(public(config.to_dict()), indent=2)
     now = flatten(json.loads(text))  # tuples are lists in JSON
-    before = flatten(json.loads(path.read_text())) if path.exists() else now
+    before = flatten(files.read_json(path)) or now
     differ, stale, hint = [], set(), ""
     for key in sorted(before.keys() | now.keys()):
         was, new = before.get(key), now.get(key)
@@ -121,7 +121,7 @@ def held(workdir: Path) -> Iterator[None]:
         with hold(holder, who):
             yield
     except filelock.Timeout:
-        who = json.loads(holder.read_text()) if holder.exists() else {}
+        who = files.read_json(holder)
         who.pop("alive", None)
         told = ", ".join(f"{key} {value}" for key, value in who.items()) or "just started"
         raise ValueError(
@@ -145,7 +145,7 @@ def _lives(holder: Path) -> bool:
     """Whether the holder gives another sign of life; one that was killed could not say so."""
 
     def last() -> float:
-        return json.loads(holder.read_text())["alive"] if holder.exists() else 0.0
+        return files.read_json(holder).get("alive", 0.0)
 
     seen = last()
     if time.time() < seen + _DEAD_SECONDS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from agfsync_jax.utils.files import to_path, write_text
+from agfsync_jax.utils.files import read_json, to_path, write_text
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal
 COMPILING_LINE_SECONDS = 15.0  # until the first items are there
@@ -185,8 +185,7 @@ class Progress:
 
 def read_stages(path: Path) -> dict[str, dict[str, float]]:
     """The contents of a stages.json; {} when there is none."""
-    path = to_path(path)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(to_path(path))
 
 
 def duration(seconds: float) -> str:

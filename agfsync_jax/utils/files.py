@@ -7,12 +7,14 @@ folder is no more than names that begin alike.
 import contextlib
 import datetime
 import importlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -91,6 +93,25 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.tmp")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a workdir; {} where there is no file.
+
+    Raises ValueError for a damaged one.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+        told = f"a {type(found).__name__}, no object"
+    except ValueError as error:
+        told = str(error)
+    raise ValueError(
+        f"{path} is damaged ({told}): remove it, and run the verb that writes it once more."
+    )
 
 
 def size_of(path: Path) -> int:
