@@ -142,6 +142,7 @@ def test_a_side_that_fails_says_why(config, tmp_path, monkeypatch):
     assert not (tmp_path / "bench" / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_both_sides_score(tmp_path, capsys):
     """The shipped models, beside transformers with the same weights: the same answers."""
     config = micro.get_config()
@@ -171,9 +172,8 @@ def test_other_scorers_are_not_measured(tmp_path):
     assert set(score.TASKS) == {"vqa", "clip, aesthetic"}
 
 
-@pytest.mark.parametrize(
-    "model, lora_rank", [("tiny", 0), pytest.param("tiny-xl", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model, lora_rank", [("tiny", 0), ("tiny-xl", 2)])
+@pytest.mark.slow
 def test_both_sides_train(config, tmp_path, capsys, model, lora_rank):
     config.bench.model, config.bench.num_train_steps = model, 2
     config.train.lora_rank, config.train.warmup_steps = lora_rank, 0

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's would take the cores from other tests
 # The compiler takes most of the tests' time: half of it goes into code that runs once.
 for _flag in (
     "--xla_force_host_platform_device_count=8",

@@ -21,8 +21,8 @@ from tests.twins import blip2_folder
 from tests.variants import RELEASED, VARIANTS
 
 PEOPLE = [f"{spec} and people" for spec in RELEASED if spec.endswith(":dpo")]
-# Each takes half a minute of a core, of which most is tracing: these are in every run.
-SOON = ("configs/sd14.py:lcm", "configs/sd21.py", "configs/sdxl.py:lora", PEOPLE[0], "sd15")
+# Each takes a minute of a core, of which most is tracing: these are in every run.
+SOON = ("configs/sdxl.py:lora", PEOPLE[0])
 SCHEDULERS = {"sd14": "PNDMScheduler", "sd15": "PNDMScheduler", "sd21": "DDIMScheduler"}
 SCHEDULERS["sdxl"] = "EulerDiscreteScheduler"
 

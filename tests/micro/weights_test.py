@@ -115,6 +115,7 @@ def test_transformers_sees_the_clip_logits_that_we_see():
     assert np.abs(np.asarray(logits) - expected).max() <= 1e-3
 
 
+@pytest.mark.slow  # scorers/vqa_test.py has fewer of them
 def test_transformers_gives_the_answers_that_we_give():
     scenes, images, captions = held_out(20, 3)
     asked = [fixed_questions(scene)[:10] for scene in scenes]
@@ -153,7 +154,7 @@ def test_scorers_meet_their_floors_on_clean_renders():
     assert (own > clip(images, changed, asked)["clip"]).mean() >= 0.85
 
 
-@pytest.mark.parametrize("count", [96])
+@pytest.mark.parametrize("count", [32])
 def test_the_base_model_draws_recognizable_imperfect_scenes(count):
     scenes = sample_scenes(np.random.default_rng(5), count, "heldout", unique=True)
     backbone = StableDiffusion.load("micro:stable-diffusion")

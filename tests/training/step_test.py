@@ -69,7 +69,9 @@ TORCH_STEPS = {
 }
 
 
-@pytest.mark.parametrize("model", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.parametrize(
+    "model", ["sd1", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sd2", "sdxl"))]
+)
 def test_steps_equal_a_torch_reference(tmp_path, model):
     """Diffusion-DPO with AdamW on a UNet, as its script does it, with the same noise."""
     import torch
