@@ -85,6 +85,7 @@ def make_pairs(job: Job) -> None:
             if name != "token_ids"
         },
         images=spec.images,
+        flips=spec.flips,
     )
     card, counts = _card(config), source.counts
 
@@ -128,6 +129,7 @@ def _of_scores(job: Job) -> _Source:
             *(folder / "candidates", choices, prompts, scores, texts),
             ranked=spec.strategy == "ranked",
             with_images=spec.images,
+            flip=encode,
         ):
             yield row
             done(1)
@@ -152,6 +154,7 @@ def _of_people(job: Job) -> _Source:
             *(found.read(height, width, done), encode, texts),
             with_images=spec.images,
             is_swapped=is_swapped,
+            with_flips=spec.flips,
         ):
             counts["pairs"] += 1
             yield row
@@ -183,21 +186,22 @@ def _card(config) -> dict[str, Any]:
 
 
 def _load_encoders(config) -> tuple[Texts, BatchEncoder | None]:
-    """What makes the fields of texts, and latents of images where there are some to import.
+    """What makes the fields of texts, and latents of images where some are to be encoded.
 
     The backbone's frozen networks do it, on this process's own devices.
     """
     spec, mesh = config.pair, local_mesh()
     shards = batch_shards(mesh)
     tokenize, prompts, images = backbones.tokenizer(config), None, None
-    if spec.embeddings or spec.path:
+    encodes = bool(spec.path) or spec.flips
+    if spec.embeddings or encodes:
         cls = backbones.backbone_class(config)
         frozen = [name for name in cls.networks if name != cls.denoiser_name]
         backbone = backbones.load(config, mesh, only=frozen)
         encoder = functools.partial(BatchEncoder, params=backbone.params, mesh=mesh)
     if spec.embeddings:
         prompts = encoder(backbone.encode_prompt, batch_size=round_up(_PROMPTS, shards))
-    if spec.path:
+    if encodes:
         height, width = config.sample.height, config.sample.width
         backbone.latent_shape(height, width)  # raises for a size that does not fit
         most = shards * max(1, _PIXELS // (height * width))

@@ -350,6 +350,42 @@ def test_embeddings_are_stored(micro_config, workdir):
     assert read_features(workdir / "round_000/pairs")[name] == ("float16", wanted.shape[1:])
 
 
+@pytest.mark.parametrize("ranked", [False, True])
+def test_latents_of_mirrored_images_are_stored(micro_config, workdir, ranked):
+    """Those that the model's encoder makes of them, for each candidate its own."""
+
+    def drawn(row):
+        return row | {
+            "image": images.encode_png(square(int(row["prompt_id"][1:]) * 3 + row["candidate"]))
+        }
+
+    for path in (workdir / "round_000/candidates").iterdir():
+        rows = [drawn(row) for row in records.read_shard(path, records.CANDIDATE_FEATURES)]
+        records.write_shard(path, rows, records.CANDIDATE_FEATURES)
+    micro_config.pair.flips, micro_config.pair.images = True, False
+    micro_config.pair.strategy = "ranked" if ranked else "best_worst"
+    pair.main(micro_config, workdir)
+    backbone = StableDiffusion.load("micro:stable-diffusion")
+    every = np.stack([square(n) for n in range(15)])
+    wanted = np.asarray(jax.jit(backbone.encode_image)(backbone.params, every[:, :, ::-1]))
+    found = read(workdir)
+    assert found
+    for row in found:
+        first = int(row["prompt_id"][1:]) * 3
+        sides = (
+            [("chosen", row["chosen_candidate"]), ("rejected", row["rejected_candidate"])]
+            if not ranked
+            else []
+        )
+        for side, candidate in sides:
+            latents = row[f"{side}_latents_flipped"]
+            assert latents.dtype == np.float16
+            np.testing.assert_allclose(latents, wanted[first + candidate], rtol=2e-3, atol=2e-3)
+        if ranked:
+            for candidate, latents in zip(row["candidates"], row["latents_flipped"], strict=True):
+                np.testing.assert_allclose(latents, wanted[first + candidate], rtol=2e-3, atol=2e-3)
+
+
 def preference_table(count):
     rows = {name: [] for name in ("caption", "jpg_0", "jpg_1", "label_0")}
     for n in range(count):
@@ -367,13 +403,15 @@ def square(seed):
 def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
     pq.write_table(preference_table(9), tmp_path / "human.parquet")
     config, workdir = micro_config, tmp_path / "work"
-    config.pair.update(path=str(tmp_path / "human.parquet"), weights={})
+    config.pair.update(path=str(tmp_path / "human.parquet"), weights={}, flips=True)
     pair.main(config, workdir)
     rows = read(workdir)
     backbone = StableDiffusion.load("micro:stable-diffusion")
     encode = jax.jit(backbone.encode_image)
     wanted = encode(backbone.params, np.stack([square(n) for n in range(18)]))
     wanted = np.asarray(wanted, np.float16)
+    mirrored = np.stack([square(n)[:, ::-1] for n in range(18)])
+    mirrored = np.asarray(encode(backbone.params, mirrored), np.float16)
     assert [int(row["pair_id"].split("-")[1]) for row in rows] == [0, 1, 3, 4, 6, 7]
     for row in rows:
         number = int(row["pair_id"].split("-")[1])
@@ -384,6 +422,8 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
             latent = row[f"{side}_latents"]
             assert latent.dtype == np.float16
             np.testing.assert_allclose(latent, wanted[2 * number + i], rtol=2e-3, atol=2e-3)
+            latent = row[f"{side}_latents_flipped"]
+            np.testing.assert_allclose(latent, mirrored[2 * number + i], rtol=2e-3, atol=2e-3)
             np.testing.assert_array_equal(
                 images.decode_png(row[f"{side}_image"]), square(2 * number + i)
             )
@@ -398,8 +438,8 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
     assert "skipped 1 of 1" in capsys.readouterr().err
 
     monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
-    config.train.update(num_steps=2, batch_size=8, warmup_steps=0)
-    training = train.prepare(config, [workdir / "round_000"], None, 0)
+    config.train.update(num_steps=2, batch_size=8, warmup_steps=0, flip=True)
+    training = train.prepare(config, workdir / "round_000", [], None, 0)
     state, losses = training.state, []
     for index in range(2):
         state, metrics = training.step(state, index)

@@ -66,6 +66,18 @@ class TinyBackbone:
             self.params = jax.device_put(self.params, infer_shardings(self.params, mesh, rules))
         return self
 
+    @classmethod
+    def open(cls, path, **settings):
+        return path
+
+    @classmethod
+    def read_schedule(cls, files):
+        return cls.schedule
+
+    @classmethod
+    def tokenizer(cls, files):
+        return lambda texts: np.array([[len(text) % 10, 1, 2] for text in texts], np.int32)
+
     def plain(self):
         return self
 

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 
 # What a batch holds, of pairs and of rankings.
 FIELDS = ("chosen_latents", "rejected_latents", "latents", "scores", "mask", "token_ids")
+_FLIPPED = "_flipped"  # of a field: the latents of the mirrored images
 
 
 class PairLoader:
@@ -29,13 +31,25 @@ class PairLoader:
       seed: of the order.
       mesh: batches are split over its data and fsdp axes.
       parts: that a step takes a batch in, each of which the mesh must divide.
+      empty: the token ids of the empty prompt.
+      empty_prompts: the share of examples that have it instead of their own prompt.
+      flip: half of the images are mirrored, each by itself; the pairs hold their latents too.
 
     Raises:
       ValueError: a batch that the mesh does not divide.
     """
 
     def __init__(
-        self, pairs: Mapping[str, Any], batch_size: int, seed: int, mesh: Mesh, *, parts: int = 1
+        self,
+        pairs: Mapping[str, Any],
+        batch_size: int,
+        seed: int,
+        mesh: Mesh,
+        *,
+        parts: int = 1,
+        empty: Int[np.ndarray, " n"] | None = None,
+        empty_prompts: float = 0.0,
+        flip: bool = False,
     ):
         if batch_size < 1 or batch_size % (batch_shards(mesh) * parts):
             taken = f" in {parts} parts" if parts > 1 else ""
@@ -49,7 +63,13 @@ class PairLoader:
         self._sharding = batch_sharding(mesh)
         self._arrays = {name: np.asarray(pairs[name]) for name in FIELDS if name in pairs}
         self._arrays["example"] = example_ids(pairs["pair_id"])
-        self.token_ids = self._arrays["token_ids"]
+        self._flipped = {
+            name: np.asarray(pairs[name + _FLIPPED]) for name in FIELDS if name + _FLIPPED in pairs
+        }
+        self.empty_prompts, self.flip = empty_prompts, flip
+        self.token_ids = self._arrays.pop("token_ids")  # of each pair, then of the empty prompt
+        if empty_prompts:
+            self.token_ids = np.concatenate([self.token_ids, empty[None]])
         self.stored_embeddings = {
             name.removeprefix("embeddings/"): values
             for name, values in pairs.items()
@@ -65,6 +85,12 @@ class PairLoader:
         drawn = zip(map(self._permutation, epochs.tolist()), positions, strict=True)
         return np.array([order[position] for order, position in drawn])
 
+    def prompt_rows(self, step: int) -> np.ndarray:
+        """Which of `token_ids` the global batch of a step has, int64 [batch_size]."""
+        rows = self.rows(step)
+        left_out = self._generator(step, 1).random(len(rows)) < self.empty_prompts
+        return np.where(left_out, self.num_pairs, rows)
+
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The global batch of a step.
 
@@ -73,22 +99,48 @@ class PairLoader:
           int32 [b], a number that belongs to the pair wherever it turns up (for noise keys).
         """
         rows = self.rows(step)
-        return {name: put_rows(each, rows, self._sharding) for name, each in self._arrays.items()}
+        mirrors, batch = self._generator(step, 2), {}
+        for name, each in self._arrays.items():
+            flipped = None
+            if self.flip and name in self._flipped:
+                images = (len(rows), *each.shape[1:-3])  # of a ranking, each candidate's
+                flipped = self._flipped[name], mirrors.random(images) < 0.5
+            batch[name] = put_rows(each, rows, self._sharding, flipped)
+        batch["token_ids"] = put_rows(self.token_ids, self.prompt_rows(step), self._sharding)
+        return batch
+
+    def _generator(self, step: int, use: int) -> np.random.Generator:
+        """Of what is drawn for a step; the order of an epoch is use 0."""
+        return np.random.default_rng((self.seed, step, use))
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
 
 
-def put_rows(array: np.ndarray, rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def put_rows(
+    array: np.ndarray,
+    rows: np.ndarray,
+    sharding: NamedSharding,
+    instead: tuple[np.ndarray, np.ndarray] | None = None,
+) -> jax.Array:
     """The rows of an array as a batch; each process fills only its own devices.
 
     float16 becomes float32, which is exact: a denoiser casts to what it computes in.
+
+    Args:
+      instead: another array, and where in the batch its rows are taken, bool [b] or [b, k].
     """
     dtype = np.float32 if array.dtype == np.float16 else array.dtype
-    # Asked once per device of this process, for that device's rows only.
-    return jax.make_array_from_callback(
-        (len(rows), *array.shape[1:]), sharding, lambda part: array[rows[part[0]]].astype(dtype)
-    )
+
+    def fill(part):  # asked once per device of this process, for that device's rows only
+        own = rows[part[0]]
+        found = array[own].astype(dtype)
+        if instead:
+            other, where = instead[0], instead[1][part[0]]
+            found[where] = other[own][where]
+        return found
+
+    return jax.make_array_from_callback((len(rows), *array.shape[1:]), sharding, fill)
 
 
 def example_ids(pair_ids: Sequence[str]) -> np.ndarray:

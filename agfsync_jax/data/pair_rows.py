@@ -5,7 +5,7 @@ What they hold is the table of `pairs.pair_features`.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from agfsync_jax.data import records
 from agfsync_jax.data.embeddings import BatchEncoder, to_half
-from agfsync_jax.data.images import encode_pngs
+from agfsync_jax.data.images import decode_pngs, encode_pngs
 from agfsync_jax.data.imports import Preference
 from agfsync_jax.data.preferences import Choice, Scored
 
@@ -52,6 +52,7 @@ def pair_rows(
     *,
     ranked: bool,
     with_images: bool,
+    flip: BatchEncoder | None = None,
 ) -> Iterator[Row]:
     """Rows of what the scores prefer; one shard of candidates is in memory at a time.
 
@@ -63,13 +64,15 @@ def pair_rows(
         texts: `text_fields` of texts alone.
         ranked: rankings instead of pairs.
         with_images: whether PNGs are stored.
+        flip: images uint8 [n, h, w, 3] -> latents, where those of mirrored images are stored too.
 
     Raises:
         RecordError: a damaged shard of candidates.
-        ValueError: a shard of candidates lacks an image that has a score.
+        ValueError: a shard of candidates lacks an image that has a score; latents that do not fit
+            float16.
     """
     stored = {"latents": "latents"} | ({"images": "image"} if with_images else {})
-    fields = ["prompt_id", "candidate", *stored.values()]
+    fields = {"prompt_id", "candidate", *stored.values()} | ({"image"} if flip else set())
     for shard, group in itertools.groupby(choices, key=lambda choice: choice.shard):
         group = list(group)
         wanted = {(choice.prompt_id, each) for choice in group for each in choice.candidates}
@@ -86,6 +89,10 @@ def pair_rows(
                 f"{path} lacks {len(missing)} images that have scores, such as {min(missing)}:"
                 " remove its scores and run `agfsync score` again."
             )
+        if flip:
+            for row, latents in zip(drawn.values(), _flipped(drawn.values(), flip), strict=True):
+                row["latents_flipped"] = latents
+            stored["latents_flipped"] = "latents_flipped"
         keys = zip(scored.prompt_ids, scored.candidates, strict=True)
         place = {key: row for row, key in enumerate(keys)}
         ids = list(dict.fromkeys(choice.prompt_id for choice in group))
@@ -106,6 +113,18 @@ def pair_rows(
             }
 
 
+def _flipped(rows: Collection[Row], encode: BatchEncoder) -> Iterator[np.ndarray]:
+    """The latents of the mirrored images of rows, one by one."""
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, encode.batch_size)):
+        pictures = decode_pngs([row["image"] for row in chunk])
+        yield from _half_latents(encode(pictures[:, :, ::-1]))
+
+
+def _half_latents(latents: Any) -> np.ndarray:
+    return to_half(latents, "latents of images", "set config.backbone.dtype=float32")
+
+
 def imported_rows(
     preferences: Iterable[Preference],
     encode: BatchEncoder,
@@ -113,6 +132,7 @@ def imported_rows(
     *,
     with_images: bool,
     is_swapped: Callable[[str], bool],
+    with_flips: bool = False,
 ) -> Iterator[Row]:
     """Rows of what people prefer; the next images are prepared while the device encodes some.
 
@@ -122,6 +142,7 @@ def imported_rows(
         encode: images uint8 [n, h, w, 3] -> latents.
         texts, with_images: see `pair_rows`.
         is_swapped: pair_id -> whether chosen and rejected change places (a control).
+        with_flips: whether latents of the mirrored images are stored too.
 
     Raises:
         ValueError: latents that do not fit float16.
@@ -131,12 +152,16 @@ def imported_rows(
     def started():
         while chunk := list(itertools.islice(preferences, encode.batch_size // 2)):
             pictures = np.stack([image for each in chunk for image in each.images])
-            yield chunk, encode.start(pictures), encode_pngs(pictures) if with_images else None
+            latents = [encode.start(pictures)]
+            if with_flips:
+                latents.append(encode.start(pictures[:, :, ::-1]))
+            yield chunk, latents, encode_pngs(pictures) if with_images else None
 
     # A chunk is waited for when the next one is on its way.
     for (chunk, latents, pngs), _ in itertools.pairwise(itertools.chain(started(), [None])):
-        latents = np.asarray(jax.device_get(latents))[: 2 * len(chunk)]
-        latents = to_half(latents, "latents of images", "set config.backbone.dtype=float32")
+        made = dict(zip(("latents", "latents_flipped"), jax.device_get(latents), strict=False))
+        made = {name: _half_latents(each[: 2 * len(chunk)]) for name, each in made.items()}
+        made |= {"images": pngs} if with_images else {}
         fields = texts([each.caption for each in chunk])
         for index, (each, row) in enumerate(zip(chunk, fields, strict=True)):
             prompt_id = hashlib.sha256(each.caption.encode()).hexdigest()[:16]
@@ -145,9 +170,7 @@ def imported_rows(
             if is_swapped(pair_id):
                 order, scores = order[::-1], scores[::-1]
             values = {"candidates": order, "scores": scores}
-            for name, made in (("latents", latents), ("images", pngs)):
-                if made is not None:
-                    values[name] = [made[2 * index + i] for i in order]
+            values |= {name: [each[2 * index + i] for i in order] for name, each in made.items()}
             yield {
                 "pair_id": pair_id,
                 "prompt_id": prompt_id,

@@ -52,6 +52,9 @@ RANKING_FEATURES: Features = _IDS | {
 # What stores a field that a dataset may lack, by how its name begins; the first that fits.
 _STORED_BY = {
     ("embeddings/",): "config.pair.embeddings=True stores",
+    ("chosen_latents_flipped", "rejected_latents_flipped", "latents_flipped"): (
+        "config.pair.flips=True stores"
+    ),
     ("chosen_image", "rejected_image"): "config.pair.images=True stores",
     ("images",): "config.pair.images=True and config.pair.strategy='ranked' store",
     ("candidates", "latents", "scores"): "config.pair.strategy='ranked' stores",
@@ -72,16 +75,20 @@ def pair_features(
     columns: Iterable[str] = (),
     embeddings: Mapping[str, tuple[int, ...]] | None = None,
     images: bool = True,
+    flips: bool = False,
 ) -> Features:
     """The table of a dataset's fields: of rankings if `ranked`, with PNGs if `images`.
 
     Args:
       columns: of scores, stored for both sides of a pair, or for each candidate.
       embeddings: name -> shape of what the prompt is encoded to.
+      flips: latents of the mirrored images, too.
     """
     table = RANKING_FEATURES if ranked else PAIR_FEATURES
     table = {name: entry for name, entry in table.items() if images or entry[0] != "png"}
     groups = ("columns",) if ranked else ("chosen_scores", "rejected_scores")
+    if flips:
+        table |= {f"{n}_flipped": entry for n, entry in table.items() if n.endswith("latents")}
     entry = ("float32", (None,) if ranked else ())
     table |= {f"{group}/{name}": entry for name in columns for group in groups}
     for name, shape in (embeddings or {}).items():
@@ -363,7 +370,12 @@ def _lacks(folder: Path, name: str, features: Features) -> str:
 
 def _stack(name: str, values: list[Any], features: Features) -> Any:
     dtype, _ = features[name]
-    per_candidate = name in ("candidates", "latents", "scores") or name.startswith("columns/")
+    per_candidate = name in (
+        "candidates",
+        "latents",
+        "latents_flipped",
+        "scores",
+    ) or name.startswith("columns/")
     if dtype in ("str", "png") or per_candidate:
         return values
     shapes = {np.shape(value) for value in values}

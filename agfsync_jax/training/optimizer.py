@@ -27,13 +27,12 @@ def make_optimizer(
         warmup_steps: see `learning_rate`.
         schedule: constant | cosine, after the warm-up.
         weight_decay: decoupled, on all parameters, in units of the learning rate.
-        max_grad_norm: gradients of a larger global norm are scaled down to it.
+        max_grad_norm: gradients of a larger global norm are scaled down to it; 0: none are.
         momentum_dtype: of the first moment. bfloat16 saves 2 bytes a parameter; the second moment
             is float32 always, as its steps of a thousandth would be lost in bfloat16.
 
     Raises:
-        ValueError: an unknown name, a warm-up as long as the cosine schedule, a norm that leaves
-            nothing of the gradients.
+        ValueError: an unknown name, a warm-up as long as the cosine schedule, a negative norm.
     """
     for key, value, known in (
         ("optimizer", optimizer, ("adamw", "adafactor", "lion")),
@@ -42,8 +41,8 @@ def make_optimizer(
     ):
         if value not in known:
             raise ValueError(f"train.{key}={value!r}: expected {' | '.join(known)}.")
-    if max_grad_norm <= 0:
-        raise ValueError(f"train.max_grad_norm={max_grad_norm}: expected a positive number.")
+    if max_grad_norm < 0:
+        raise ValueError(f"train.max_grad_norm={max_grad_norm}: expected 0 or a positive number.")
     start = learning_rate / (warmup_steps + 1)
     if schedule == "constant":
         rate = optax.warmup_constant_schedule(start, learning_rate, warmup_steps)
@@ -65,4 +64,6 @@ def make_optimizer(
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(rate),
         )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), update), rate
+    if max_grad_norm:
+        update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+    return update, rate

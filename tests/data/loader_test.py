@@ -6,6 +6,8 @@ from jax.sharding import PartitionSpec
 from agfsync_jax.data.loader import PairLoader, example_ids
 from agfsync_jax.parallel.mesh import create_mesh
 
+SIDES = ("chosen_latents", "rejected_latents")
+
 
 def pairs(n):
     """Latents that say which pair they are."""
@@ -81,3 +83,49 @@ def test_example_follows_its_pair():
 def test_errors(mesh):
     with pytest.raises(ValueError, match="batch of 12 cannot be split over 8 devices"):
         PairLoader(pairs(20), 12, seed=0, mesh=mesh)
+
+
+def test_a_share_of_examples_has_the_empty_prompt(mesh):
+    empty = np.array([77, 78], np.int32)
+    loader = PairLoader(pairs(20), 8, seed=5, mesh=mesh, empty=empty, empty_prompts=0.25)
+    again = PairLoader(pairs(20), 8, seed=5, mesh=mesh, empty=empty, empty_prompts=0.25)
+    dropped = []
+    for step in range(100):
+        rows, batch = loader.rows(step), loader.batch(step)
+        without = np.array(batch["token_ids"])[:, 0] == 77
+        wanted = np.where(without[:, None], empty, np.stack([rows, rows + 1], axis=1))
+        np.testing.assert_array_equal(batch["token_ids"], wanted)
+        np.testing.assert_array_equal(again.prompt_rows(step), loader.prompt_rows(step))
+        np.testing.assert_array_equal(batch["chosen_latents"][:, 0, 0, 0], rows)
+        dropped.append(without)
+    dropped = np.array(dropped)
+    assert abs(dropped.mean() - 0.25) < 0.05
+    assert dropped.any(axis=0).all() and not dropped.all(axis=0).any()  # whatever the place
+
+
+def test_half_of_the_images_are_mirrored_each_by_itself(mesh):
+    rows = pairs(20)
+    for name in ("chosen_latents", "rejected_latents"):
+        rows[f"{name}_flipped"] = rows[name] + np.float16(0.5)
+    plain = PairLoader(rows, 8, seed=5, mesh=mesh)
+    flips = PairLoader(rows, 8, seed=5, mesh=mesh, flip=True)
+    sides = []
+    for step in range(60):
+        before, batch = plain.batch(step), flips.batch(step)
+        moved = [np.array(batch[name] - before[name])[:, 0, 0, 0] for name in SIDES]
+        assert set(np.unique(moved)) <= {0.0, 0.5}
+        sides.append(np.array(moved) == 0.5)
+    sides = np.stack(sides)
+    assert abs(sides.mean() - 0.5) < 0.06
+    assert abs((sides[:, 0] == sides[:, 1]).mean() - 0.5) < 0.1
+
+
+def test_candidates_of_a_ranking_are_mirrored_each_by_itself(mesh):
+    latents = np.zeros((20, 3, 2, 2, 4), np.float16)
+    rows = {"pair_id": [str(i) for i in range(20)], "token_ids": np.zeros((20, 2), np.int32)}
+    rows |= {"latents": latents, "latents_flipped": latents + 1}
+    batch = PairLoader(rows, 16, seed=0, mesh=mesh, flip=True).batch(0)
+    flipped = np.array(batch["latents"])[..., 0, 0, 0]
+    assert flipped.shape == (16, 3) and 0.2 < flipped.mean() < 0.8
+    assert 0 < flipped.sum(axis=1).min() or flipped.std(axis=1).max() > 0
+    assert len(np.unique(flipped, axis=0)) > 3
