@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import inspect
 import math
 import shutil
@@ -20,7 +21,8 @@ from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
-from agfsync_jax.scoring.columns import asks_questions, check_weights, scorer_class
+from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
+from agfsync_jax.training.objective import load_loss
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import Unreachable, check_reachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
@@ -69,12 +71,11 @@ def keys(config: ConfigDict) -> Iterator[str]:
     schema = configs.schema()
     flat = configs.flatten(config)
     for key, value in flat.items():
-        rule = schema.KEYS.get(key)
-        if rule is None and key.startswith("pair.weights."):
-            rule = schema.KEYS["pair.weights"]
+        rule, block = schema.rule(key), key.partition(".")[0]
+        is_open = block in schema.OPEN and not key.startswith("evaluate.sample.")
         if rule is not None and not rule.holds(value):
             yield f"config.{key}={value!r}: expected {rule.allowed}."
-        if rule is None and not any(key.startswith(f"{block}.") for block in schema.OPEN):
+        if rule is None and not is_open:
             yield f"config.{key} is no key of the config{_close(key, schema.KEYS)}"
     for key in schema.KEYS.keys() - flat.keys() - {"pair.weights"}:
         yield f"config.{key} is missing: start from get_config() of configs/common.py."
@@ -91,6 +92,16 @@ def names(config: ConfigDict) -> Iterator[str]:
         rooms.append(("samplers", "sample.sampler", config.sample.sampler))
     for room, key, name in rooms:
         yield from _told(lambda room=room, name=name: modules.check(room, name), f"config.{key}: ")
+    for name, settings in config.loss.items():
+        if name != "name" and not isinstance(settings, ConfigDict):
+            used = config.loss.name
+            yield (
+                f"config.loss.{name}: a setting belongs to a loss: c.loss.{used} ="
+                f" ConfigDict(dict({name}=...)), or --config.loss.{name}=... on the command line."
+            )
+        elif name != "name":
+            with_its = functools.partial(load_loss, name, settings.to_dict())
+            yield from _told(with_its)
     if config.backbone.attention not in ("auto", *KERNELS):
         known = ", ".join(("auto", *KERNELS))
         yield f"config.backbone.attention={config.backbone.attention!r}: expected one of {known}."
@@ -142,6 +153,12 @@ def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
                 lambda: mesh_shape(config.mesh, num_devices, spec.batch_size),
                 "config.train.batch_size: ",
             )
+    if verb == "run" and spec.flip and not config.pair.flips:
+        if not (config.pair.path and is_pairs(config.pair.path)):
+            yield (
+                "config.train.flip=True wants pairs with latents of mirrored images: set"
+                " config.pair.flips=True."
+            )
     if verb in (*TRAINS, "plan"):
         if spec.schedule == "cosine" and spec.warmup_steps >= spec.num_steps:
             yield (
@@ -153,6 +170,25 @@ def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
                 f"config.train.best={spec.best!r} needs config.train.validate_every: only a"
                 " validation says which checkpoint is the best."
             )
+        if spec.patience and not spec.best:
+            yield (
+                f"config.train.patience={spec.patience} needs config.train.best: the metric that no"
+                " longer gets better."
+            )
+        if spec.best and spec.best not in (known := validated(config)):
+            has = ", ".join(known) or "none"
+            yield (
+                f"config.train.best={spec.best!r} is no metric of a validation: config.scorers make"
+                f" {has}{_close(spec.best, known)}"
+            )
+
+
+def validated(config: ConfigDict) -> list[str]:
+    """The metrics of a validation: the columns of the scorers."""
+    found: list[str] = []
+    for block, spec in config.scorers.items():
+        found += named(block, scorer_class(block, spec).columns)
+    return found
 
 
 def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
@@ -165,6 +201,8 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
     if verb in (*DRAWS, *TRAINS, "pair", "export"):
         wanted.append(("backbone.path", config.backbone.path, config.backbone.variant))
         wanted += [("backbone.lora", path, "") for path, _ in config.backbone.lora]
+    if verb in ("run", "sample"):
+        wanted += [("sample.lora", path, "") for path, _ in config.sample.lora]
     if verb in DRAWS and config.sample.refiner:
         wanted.append(("sample.refiner", config.sample.refiner, config.backbone.variant))
     if verb in ("run", "score", "evaluate"):
@@ -204,8 +242,7 @@ def memory(config: ConfigDict, verb: str, trained: int) -> Iterator[str]:
     """
     devices = jax.devices()
     limit = _holdings.memory(jax.local_devices()[0])
-    helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
-    wanted = [("what is trained, with moments and gradients,", trained, helps)]
+    wanted: list[tuple[str, int, str]] = []
     unknown = contextlib.suppress(FileNotFoundError)
     if verb in DRAWS:
         with unknown:
@@ -215,6 +252,8 @@ def memory(config: ConfigDict, verb: str, trained: int) -> Iterator[str]:
         with unknown:
             held = _holdings.scoring_bytes(config, jax.local_devices())
             wanted.append(("the scorers", held, "a smaller BLIP-2, a scorer's dtype=bfloat16"))
+    helps = "config.train.lora_rank=8, config.train.optimizer=adafactor"
+    wanted.append(("what is trained, with moments and gradients,", trained, helps))
     for what, held, helps in wanted:
         if limit is not None and held > limit:
             yield (

@@ -42,6 +42,11 @@ COMMON = {
     "repair": _flag("make damaged shards anew"),
     "round": _flag("of the loop, from 0", type=int, default=0, metavar="N"),
 }
+_STEP = _flag(
+    "of the training that is read: last, best (by config.train.best) or a number",
+    default="last",
+    metavar="STEP",
+)
 _JSON = _flag("the last line of the output is one JSON object")
 # Flags that only one verb knows.
 FLAGS = {
@@ -50,8 +55,15 @@ FLAGS = {
             "measure a round with the least work in WORKDIR/rehearsal, and tell hours"
         ),
         "random_weights": _flag("rehearse without weights: their sizes with random numbers"),
+        "step": _STEP,
     },
-    "export": {"verify": _flag("let diffusers draw an image from the files, and compare")},
+    "sample": {"step": _STEP},
+    "train": {"step": _STEP},
+    "evaluate": {"step": _STEP},
+    "export": {
+        "verify": _flag("compare with the checkpoint, and let diffusers draw an image, too"),
+        "step": _STEP,
+    },
     "report": {
         "stage": _flag(
             "a gallery of that stage's outcome, of --round, instead of the report",
@@ -254,6 +266,9 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         raise ValueError(
             "--random_weights is of a rehearsal: agfsync run --rehearse --random_weights"
         )
+    step = getattr(args, "step", "last")
+    if step not in ("last", "best") and not re.fullmatch("[1-9][0-9]*", step):
+        raise ValueError(f"--step={step}: expected last, best or the number of a step")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
     return verb, args, overrides

@@ -25,15 +25,17 @@ from agfsync_jax.evaluation.prompts import check_apart, check_frozen, freeze, he
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
-from agfsync_jax.training.checkpoints import restore_denoiser
+from agfsync_jax.training.checkpoints import as_read, restore_denoiser, trained_rounds
 
 
 class Plan(NamedTuple):
-    """What is drawn and judged: rows of prompts and of questions by prompt id, shards by model."""
+    """What is drawn and judged: rows of prompts and of questions by prompt id, shards by model; and
+    what the tuned one is, see `restore_denoiser`."""
 
     prompts: dict[str, dict]
     questions: dict[str, list[dict]]
     shards: dict[str, list[Shard]]
+    trained: list[tuple[Path, int]]
 
     @property
     def texts(self) -> dict[str, str]:
@@ -68,7 +70,9 @@ def plan(job: Job) -> Plan:
         model: plan_images(job.config, list(prompts), evals / model)
         for model, evals in _folders(job).items()
     }
-    return Plan(prompts, questions, shards)
+    trained = trained_rounds(job.workdir, job.round_index, job.config.train, job.step)
+    job.reads = as_read(trained)
+    return Plan(prompts, questions, shards, trained)
 
 
 def evaluate(job: Job) -> None:
@@ -92,12 +96,11 @@ def evaluate(job: Job) -> None:
 
 def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
     """Draws what is missing; the two models share all networks but the denoiser."""
-    config = job.config
+    config = backbones.as_judged(job.config)
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
     name = backbone.denoiser_name
-    checkpoints = job.folder / "checkpoints"
-    tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
+    tuned = restore_denoiser(job.plan.trained, backbone.params[name])
     params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
     num_images = largest_batch(job.plan.shards["base"], jax.process_count())
     draw_images(

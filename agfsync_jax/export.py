@@ -1,18 +1,20 @@
 """Export: a round's tuned model -> a folder that diffusers loads, or a LoRA file.
 
 The folder is a whole pipeline: config.json files, safetensors (with an index above 10 GB),
-scheduler and tokenizers. LoRA files of config.backbone.lora are part of its weights, and where
-config.sample.sampler names a sampler, the scheduler is that one. `--config.export.lora=diffusers`
-(or kohya, or peft) writes the adapters of a training with config.train.lora_rank alone, in that
-layout. With --verify, diffusers and this package each draw one image from what was written, from
-the same noise; both are kept beside it in verify.png, and an image that differs by more than 2 of
-255 gray levels on average is an error.
+scheduler and tokenizers. LoRA files of config.backbone.lora are part of its weights, and the
+scheduler is that of the sampler which draws where models are judged. `--config.export.lora` with
+diffusers, kohya or peft writes the adapters of trainings with config.train.lora_rank alone, in that
+layout: those of all rounds, whose ranks add up. With --verify, what was written is compared with
+the checkpoint, and diffusers and this package each draw one image from it, from the same noise;
+both are kept beside it in verify.png, and an image that differs by more than 2 of 255 gray levels
+on average is an error.
 """
 
 import importlib.util
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +22,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from agfsync_jax import backbones, samplers
@@ -29,11 +32,13 @@ from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.training.checkpoints import restore_denoiser, restore_end
+from agfsync_jax.training.checkpoints import restore_adapters, restore_denoiser, trained_rounds
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import copy_tree, local_folder, to_path
 from agfsync_jax.weights.lora_files import LAYOUTS, write_lora
 from agfsync_jax.weights.tensor_files import FLOATING
+
+Trained = Sequence[tuple[Path, int]]  # see `trained_rounds`
 
 _PROMPT = "a photograph of an astronaut riding a horse"
 _DRAWING = ("height", "width", "num_inference_steps", "guidance_scale")
@@ -47,6 +52,7 @@ def main(
     round_index: int = 0,
     repair: bool = False,
     verify: bool = False,
+    step: str = "last",
 ) -> None:
     """Writes `config.export.output`, or round_NNN/export/.
 
@@ -55,9 +61,10 @@ def main(
     Raises:
         FileNotFoundError: the round has no checkpoint.
         FileExistsError: the output is there already.
-        ValueError: settings that cannot be; with `verify`, images that differ.
+        ValueError: settings that cannot be; with `verify`, weights or images that differ.
         OSError: no space left.
     """
+    config = backbones.as_judged(config)
     spec = config.export
     round_dir = to_path(workdir) / f"round_{round_index:03d}"
     output = to_path(spec.output).expanduser() if spec.output else round_dir / "export"
@@ -77,10 +84,11 @@ def main(
             )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
+    trained = trained_rounds(workdir, round_index, config.train, step)
     multihost.barrier("export plan")  # every process has looked before the main one writes
     with Stage(round_dir, "export", unit="files") as stage, local_folder(output) as folder:
         write = _write_lora if spec.lora else _write_pipeline
-        write(config, round_dir / "checkpoints", folder)
+        write(config, trained, folder)
         files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         copy_tree(folder, output, last="model_index.json")
@@ -88,7 +96,7 @@ def main(
         if verify and multihost.is_main():
             prompts = round_dir / "prompts.jsonl"
             prompt = records.read_jsonl(prompts)[0]["prompt"] if prompts.exists() else _PROMPT
-            difference, picture = _verify(config, prompt, folder)
+            difference, picture = _verify(config, prompt, folder, trained)
             records.write_file(output / "verify.png", [picture])
             told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
             place = f"see {output}/verify.png"
@@ -98,10 +106,10 @@ def main(
     multihost.barrier("export")
 
 
-def _write_pipeline(config: Any, checkpoints: Path, output: Path) -> None:
+def _write_pipeline(config: Any, trained: Trained, output: Path) -> None:
     backbone = backbones.load(config, create_mesh(config.mesh))
     name = backbone.denoiser_name
-    tuned = restore_denoiser(checkpoints, backbone.params[name], config.train.num_steps)
+    tuned = restore_denoiser(trained, backbone.params[name])
     params, dtype = backbone.params | {name: tuned}, jnp.dtype(config.export.dtype)
     backbone.save(output, params, dtype=dtype, scheduler=_scheduler(config, backbone))
 
@@ -112,41 +120,75 @@ def _scheduler(config: Any, backbone: backbones.Backbone) -> dict[str, Any] | No
     return samplers.find(name, backbone.schedule).file(backbone.schedule) if name else None
 
 
-def _write_lora(config: Any, checkpoints: Path, output: Path) -> None:
-    """Needs the shapes of the denoiser alone, not its weights."""
+def _write_lora(config: Any, trained: Trained, output: Path) -> None:
+    """The adapters of all rounds, whose products add up."""
     name = backbones.backbone_class(config).denoiser_name
-    fitted = backbones.inspect(config)
-    adapters = jax.eval_shape(
-        lambda params: lora.init_adapters(jax.random.key(0), params, rank=config.train.lora_rank),
-        fitted[name].abstract,
-    )
-    end = restore_end(checkpoints, {"adapters": adapters}, config.train.num_steps)
+    found = [restore_adapters(*each) for each in trained]
     if multihost.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        spec = config.export
-        write_lora(output, {name: end["adapters"]}, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
+        spec, made = config.export, lora.concatenate(found)
+        write_lora(output, {name: made}, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
 
 
-def _verify(config: Any, prompt: str, output: Path) -> tuple[float, bytes]:
-    """Draws one image with each; their mean difference in gray levels, and both side by side."""
+def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[float, bytes]:
+    """Compares what was written with the checkpoint, then draws one image with each library; their
+    mean difference in gray levels, and both side by side."""
     with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
-        folder, file = output, None
+        folder, file, base = output, None, None
         if config.export.lora:  # beside the model that it adapts
             folder, file = Path(aside) / "base", output
-            base = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
-            base.save(folder, base.params, scheduler=_scheduler(config, base))
-        ours, noise = _draw(config, prompt, folder, file)
+            whole = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
+            whole.save(folder, whole.params, scheduler=_scheduler(config, whole))
+            base = whole.params[whole.denoiser_name]
+        backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
+        written = backbone.params[backbone.denoiser_name]
+        tuned = restore_denoiser(trained, written if base is None else base)
+        _check_weights(written, tuned, base, config.export.dtype, output)
+        del written, tuned, base
+        ours, noise = _draw(config, prompt, backbone)
         theirs = _draw_diffusers(config, prompt, noise, folder, file)
     difference = float(np.abs(ours.astype(np.float64) - theirs).mean())
     return difference, encode_png(np.concatenate([ours, theirs], axis=1))
 
 
-def _draw(
-    config: Any, prompt: str, folder: Path, file: Path | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _check_weights(written: Any, tuned: Any, base: Any, dtype: str, output: Path) -> None:
+    """Raises ValueError where what was written is not what the checkpoint holds.
+
+    A whole model must be the checkpoint's, cast to the files' dtype. Of a LoRA, what is missing of
+    the way from `base` to `tuned` may be what roundings leave out of it.
+    """
+    if base is None:
+        same = jax.tree.map(
+            lambda a, b: bool((a == b.astype(dtype).astype(a.dtype)).all()), written, tuned
+        )
+        wrong = [path for path, equal in jax.tree.leaves_with_path(same) if not equal]
+        if wrong:
+            first = jax.tree_util.keystr(wrong[0], simple=True, separator=".")
+            raise ValueError(
+                f"{output} does not hold the checkpoint's model: {len(wrong)} tensors differ, the"
+                f" first is {first}. Remove it, and export once more."
+            )
+        return
+    missing, way, size = (
+        float(optax.global_norm(tree))
+        for tree in (
+            jax.tree.map(jnp.subtract, written, tuned),
+            jax.tree.map(jnp.subtract, tuned, base),
+            tuned,
+        )
+    )
+    rounding = float(jnp.finfo(dtype).eps) * way + float(jnp.finfo(jnp.float32).eps) * size
+    if not missing <= 4 * rounding:
+        raise ValueError(
+            f"{output} lacks {missing / way:.2%} of what was trained (the norm of what is missing"
+            f" is {missing:.3g}, of all that was trained {way:.3g}). Remove it, and export once"
+            " more; if it stays so, export the whole pipeline: leave config.export.lora empty."
+        )
+
+
+def _draw(config: Any, prompt: str, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
     """Our image, uint8 [H, W, 3], and the noise it is from."""
     sample = config.sample
-    backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
     sampler = backbones.sampler(config)
     shape = (1, *backbone.latent_shape(sample.height, sample.width))
     noise = np.random.default_rng(config.seed).standard_normal(shape, np.float32)

@@ -158,9 +158,10 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
             random_weights.write_pipeline(spec.kind, place, networks)
         note("backbone.path", spec.path, f"random numbers in a {spec.kind}")
         spec.path, spec.variant = str(place), ""
-    if away := [path for path, _ in spec.lora if not is_local(path)]:
-        note("backbone.lora", ", ".join(away), "nothing")
-        spec.lora = tuple(each for each in spec.lora if each[0] not in away)
+    for block in ("backbone", "sample"):
+        if away := [path for path, _ in c[block].lora if not is_local(path)]:
+            note(f"{block}.lora", ", ".join(away), "nothing")
+            c[block].lora = tuple(each for each in c[block].lora if each[0] not in away)
     if c.sample.refiner and not is_local(c.sample.refiner):
         place = folder / "refiner"
         networks = backbones.backbone_class(c).networks

@@ -36,12 +36,14 @@ def main(
     repair: bool = False,
     rehearse: bool = False,
     random_weights: bool = False,
+    step: str = "last",
 ) -> None:
     """Runs rounds `round_index` to `config.rounds` - 1 and prints what came out.
 
     Args:
         rehearse: measure a round with the least work instead; see rehearsal.py.
         random_weights: of a rehearsal.
+        step: of a training, that evaluations and later rounds take: last, best or a number.
     """
     if rehearse:
         from agfsync_jax import rehearsal
@@ -50,7 +52,7 @@ def main(
         return
     for index in range(round_index, config.rounds):
         for verb in verbs(config):
-            verb.main(config, workdir, round_index=index, repair=repair)
+            verb.main(config, workdir, round_index=index, repair=repair, step=step)
             jax.clear_caches()  # the programs of one verb are of no use to the next
             gc.collect()
     if jax.process_index() == 0:

@@ -2,7 +2,8 @@
 
 Candidate 0 is drawn as it is; the others have Gaussian noise on their text embedding
 (`config.sample.conditioning_noise`), so that they differ in what they show. Job 0 draws with
-`config.backbone`, a later round with the denoiser that the round before trained.
+`config.backbone`, a later round with the denoiser that the round before trained. LoRA files of
+`config.sample.lora` are added to what draws here, and to nothing that is trained or judged.
 
 A candidate depends on (config.seed, job, prompt id, candidate index) alone, not on batches or
 devices. Shards of `config.sample.prompts_per_shard` prompts are whole or absent; those that are
@@ -10,6 +11,7 @@ there are not drawn again, and the others are the same bytes as if the run had n
 """
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,14 +23,16 @@ from agfsync_jax.data.scores import drop_incomplete, repair_images, scores_path
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
-from agfsync_jax.training.checkpoints import restore_denoiser
+from agfsync_jax.training.checkpoints import as_read, restore_denoiser, trained_rounds
 
 
 class Plan(NamedTuple):
-    """What a round draws: {prompt id: text}, and all its shards."""
+    """What a round draws: {prompt id: text}, and all its shards; and what draws it, see
+    `restore_denoiser`: nothing in round 0."""
 
     prompts: dict[str, str]
     shards: list[Shard]
+    trained: list[tuple[Path, int]]
 
 
 def plan(job: Job) -> Plan:
@@ -49,7 +53,11 @@ def plan(job: Job) -> Plan:
         num_candidates=count,
         seed_of=functools.partial(row_seed, config.seed, job.round_index),
     )
-    return Plan(prompts, shards)
+    trained = []
+    if job.round_index:
+        trained = trained_rounds(job.workdir, job.round_index - 1, config.train, job.step)
+        job.reads = as_read(trained)
+    return Plan(prompts, shards, trained)
 
 
 def draw(job: Job) -> None:
@@ -67,14 +75,14 @@ def draw(job: Job) -> None:
     num_images = largest_batch(job.plan.shards, jax.process_count())
     generator = backbones.generator(config, mesh, backbone, num_images=num_images)
     params = backbone.params
-    if job.round_index:
+    if job.plan.trained:
         name = backbone.denoiser_name
-        checkpoints = job.folder_of(job.round_index - 1) / "checkpoints"
-        tuned = restore_denoiser(checkpoints, params[name], config.train.num_steps)
-        params = params | {name: tuned}
+        params = params | {name: restore_denoiser(job.plan.trained, params[name])}
+    if config.sample.lora:
+        backbone.params = params = backbone.add_lora(params, config.sample.lora)
     for line in backbone.describe():
         job.stage.print(line)
-    prompts, shards = job.plan
+    prompts, shards, _ = job.plan
     if cut := backbone.count_truncated(list(prompts.values())):
         job.stage.print(
             f"{cut} of {len(prompts)} prompts are too long for the text encoder: cut off"

@@ -13,21 +13,25 @@ never stopped.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from agfsync_jax import backbones
-from agfsync_jax.data.embeddings import PromptEmbeddings
+from agfsync_jax.data.embeddings import BatchEncoder, PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import is_pairs, read_features, read_pairs, repair_pairs
 from agfsync_jax.parallel import multihost
+from agfsync_jax.scoring.columns import columns_of
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
-from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
+from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser, trained_rounds
 from agfsync_jax.training.loop import Training, fit, restore_state
+from agfsync_jax.training.objective import timesteps_of
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils.clock import Stage
@@ -44,14 +48,17 @@ def train(job: Job) -> None:
         ValueError: settings that do not fit each other, the mesh, the model or the pairs.
         FloatingPointError: a loss or gradient that is not finite; names the step.
     """
-    spec = job.config.train
-    folders = [job.folder_of(index) for index in range(job.round_index + 1)]
-    with Checkpoints(job.folder / "checkpoints", spec.keep, spec.best) as checkpoints:
+    spec, before = job.config.train, []
+    if job.round_index:
+        before = trained_rounds(job.workdir, job.round_index - 1, spec, job.step)
+    higher = is_higher_better(job.config)
+    with Checkpoints(job.folder / "checkpoints", spec.keep, spec.best, higher) as checkpoints:
         start = checkpoints.latest_step() or 0
         job.stage.skipped(start, spec.num_steps, "steps")
-        if start < spec.num_steps:
+        if not checkpoints.has_ended(spec.num_steps):
             pin_pairs(job, start)
-            training = prepare(job.config, folders, checkpoints, start)
+            pin_start(job, start, before)
+            training = prepare(job.config, job.folder, before, checkpoints, start)
             tell_repeats(job.stage, training.loader)
             fit(spec, training, start, job.stage, checkpoints)
 
@@ -104,6 +111,24 @@ def pin_pairs(job: Job, start: int) -> None:
         write_text(note, json.dumps({"path": str(pairs), "sha256": digests}, indent=2) + "\n")
 
 
+def pin_start(job: Job, start: int, before: Sequence[tuple[Path, int]]) -> None:
+    """Remembers in started_from.json at which steps of the rounds before a training has begun.
+
+    Raises ValueError where it goes on from step `start` and they are others now.
+    """
+    if not before:
+        return
+    note, now = job.folder / "started_from.json", {f.parent.name: step for f, step in before}
+    was = read_json(note)
+    if start and was and was != now:
+        raise ValueError(
+            f"{job.folder / 'checkpoints'} began where {was} ended, and --step={job.step} means"
+            f" {now}: give the former --step, or remove it to begin anew."
+        )
+    if multihost.is_main():
+        write_text(note, json.dumps(now) + "\n")
+
+
 def tell_repeats(stage: Stage, loader: PairLoader) -> None:
     """Says so where a batch holds pairs more than once."""
     if loader.batch_size > loader.num_pairs:
@@ -144,28 +169,52 @@ def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoa
             f" config.pair.strategy {strategy}, or set another loss."
         )
     stored = [name for name in features if name.startswith("embeddings/") and not spec.encode]
-    latents = ("latents", "scores") if ranked else ("chosen_latents", "rejected_latents")
-    pairs = read_pairs(folder, ("pair_id", "token_ids", *latents), once=stored)
+    latents = ("latents",) if ranked else ("chosen_latents", "rejected_latents")
+    flipped = [f"{name}_flipped" for name in latents if config.train.flip]
+    scores = ("scores",) if ranked else ()
+    names = ("pair_id", "token_ids", *latents, *flipped, *scores)
+    pairs = read_pairs(folder, names, once=stored)
     if ranked:
-        pairs |= pad_rankings(pairs.pop("latents"), pairs.pop("scores"))
-    return PairLoader(pairs, config.train.batch_size, spec.seed, mesh, parts=spec.accumulate)
+        padded = {n: pad_rankings(pairs.pop(n), pairs["scores"]) for n in (*flipped, *latents)}
+        pairs |= {name: found["latents"] for name, found in padded.items()}
+        pairs |= {name: padded["latents"][name] for name in ("scores", "mask")}
+    return PairLoader(
+        pairs,
+        config.train.batch_size,
+        spec.seed,
+        mesh,
+        parts=spec.accumulate,
+        empty=backbones.tokenizer(config)([""])[0] if config.train.empty_prompts else None,
+        empty_prompts=config.train.empty_prompts,
+        flip=config.train.flip,
+    )
 
 
-def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: int) -> Training:
-    """Everything that the last round of `folders` needs to go on from step `start`.
+def prepare(
+    config: Any,
+    round_dir: Path,
+    before: Sequence[tuple[Path, int]],
+    checkpoints: Checkpoints,
+    start: int,
+) -> Training:
+    """Everything that a round needs to go on from step `start`.
 
     What is no longer needed is let go of as soon as that is so, for the memory.
+
+    Args:
+        before: (folder of checkpoints, step) of the rounds before, see `restore_denoiser`.
     """
     mesh = program.create_train_mesh(config)
-    spec = program.step_spec(config, mesh, len(folders) - 1)
-    check_pairs(folders[-1], config)
-    loader = load_pairs(pairs_folder(config, folders[-1]), config, spec, mesh)
+    spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
+    if spec.timesteps:  # or raises
+        timesteps_of(spec.timesteps, backbones.schedule(config).num_train_timesteps)
+    check_pairs(round_dir, config)
+    loader = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     denoiser = backbone.params.pop(backbone.denoiser_name)
-    if len(folders) > 1:
-        before = folders[-2] / "checkpoints"
-        denoiser = restore_denoiser(before, denoiser, config.train.num_steps)
+    if before:
+        denoiser = restore_denoiser(before, denoiser)
     embeddings, text = None, {}
     if spec.encode:
         text = {name: p for name, p in backbone.params.items() if name.startswith("text_encoder")}
@@ -182,21 +231,38 @@ def prepare(config: Any, folders: list[Path], checkpoints: Checkpoints, start: i
     base = program.freeze_program(denoiser, spec)(denoiser) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     step = program.step_program(state, frozen, spec, mesh)
-    return Training(spec, state, frozen, step, loader, embeddings, validation)
+    higher = is_higher_better(config)
+    return Training(spec, state, frozen, step, loader, embeddings, validation, higher)
+
+
+def is_higher_better(config: Any) -> bool:
+    """Of the metric `config.train.best`."""
+    best = config.train.best
+    return not best or columns_of(config)[best].higher_is_better
 
 
 def load_backbone(config: Any, loader: PairLoader, mesh: Mesh) -> Any:
     """The backbone, or its denoiser alone where nothing is encoded and nothing drawn."""
-    if loader.stored_embeddings and not config.train.validate_every:
+    empty = bool(config.train.empty_prompts)  # which no pair has
+    if loader.stored_embeddings and not (config.train.validate_every or empty):
         return backbones.load(config, mesh, only=[backbones.backbone_class(config).denoiser_name])
     return backbones.load(config, mesh)
 
 
 def embed_prompts(config: Any, loader: PairLoader, backbone: Any, mesh: Mesh) -> PromptEmbeddings:
     """The embeddings that the pairs store; else what the text encoder makes of each prompt."""
-    if loader.stored_embeddings:
-        return PromptEmbeddings(loader.stored_embeddings, loader.prompt_row, mesh)
-    return PromptEmbeddings.encode(backbone, loader.token_ids, config.train.batch_size, mesh)
+    table, index, size = loader.stored_embeddings, loader.prompt_row, config.train.batch_size
+    if not table:
+        return PromptEmbeddings.encode(backbone, loader.token_ids, size, mesh)
+    if loader.empty_prompts:
+        encoder = BatchEncoder(backbone.encode_prompt, backbone.params, size, mesh)
+        empty = encoder(loader.token_ids[-1:])
+        index = np.append(index, len(next(iter(table.values()))))
+        table = {
+            name: np.concatenate([each, empty[name].astype(each.dtype)])
+            for name, each in table.items()
+        }
+    return PromptEmbeddings(table, index, mesh)
 
 
 main = Step(

@@ -1,6 +1,6 @@
 """What every experiment shares: one block a verb, each key with its meaning; and `parse_arg`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     c.sample.conditioning_noise = 0.1  # std of noise on the text embedding, candidates 1, 2, ...
     c.sample.negative_prompt = ""  # what guidance leads away from
     c.sample.prompts_per_shard = 32  # a shard is whole or absent
+    c.sample.lora = ()  # (path, scale) of LoRA files that draw candidates, and have no other part
     c.sample.param_dtype = "float32"  # bfloat16: parameters take half the memory while drawing
     c.sample.refiner = ""  # a second checkpoint of the same kind, for the end of the trajectory
     c.sample.refiner_start = 0.8  # the fraction of the trajectory where it takes over
@@ -63,6 +64,7 @@ def get_config() -> ConfigDict:
     c.pair.min_questions = 0  # prompts with fewer are dropped
     c.pair.shuffle_labels = False  # a control: which of a pair is chosen is left to chance
     c.pair.embeddings = False  # stored with the pairs, so that train runs no text encoder
+    c.pair.flips = False  # latents of the mirrored images are stored too, for config.train.flip
     c.pair.images = True  # stored as PNGs with the pairs; train does not read them
     c.pair.license = "other"  # of the pairs, as the Hugging Face Hub names it
     c.pair.path = ""  # people's, not scores': parquet, save_to_disk; or pairs/ of another workdir
@@ -76,8 +78,7 @@ def get_config() -> ConfigDict:
     c.pair.max_bad = 0.01  # share of rows without a caption, or whose images cannot be decoded
 
     c.loss = ConfigDict()
-    c.loss.name = "diffusion_dpo"  # a file of agfsync_jax/losses
-    c.loss.beta = 0.0  # 0: the loss's own, which its docstring tells
+    c.loss.name = "diffusion_dpo"  # a file of agfsync_jax/losses; its settings: config.loss.NAME
 
     c.train = ConfigDict()
     c.train.batch_size = 32  # pairs on all devices together
@@ -86,7 +87,10 @@ def get_config() -> ConfigDict:
     c.train.warmup_steps = 20  # in which the learning rate rises to it
     c.train.schedule = "constant"  # or cosine
     c.train.weight_decay = 0.01  # decoupled, as AdamW has it
-    c.train.max_grad_norm = 1.0  # longer gradients are scaled down to it
+    c.train.max_grad_norm = 1.0  # longer gradients are scaled down to it; 0: none are
+    c.train.empty_prompts = 0.0  # the share of examples that are learned without their prompt
+    c.train.flip = False  # half of the images are learned mirrored; wants config.pair.flips
+    c.train.timesteps = ""  # all; "0:200", those of a refiner; or a list, "249,499,749,999"
     c.train.optimizer = "adamw"  # or adafactor, lion
     c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
@@ -99,6 +103,7 @@ def get_config() -> ConfigDict:
     c.train.validate_every = 0  # steps; 0: never. Held-out prompts are drawn and scored
     c.train.num_validation_prompts = 16  # the first of the held-out ones
     c.train.best = ""  # a validation's metric, such as vqa: the best checkpoint by it stays too
+    c.train.patience = 0  # validations without a better one, after which training ends; 0: never
     c.train.tensorboard = True  # events in checkpoints/tensorboard
     c.train.wandb = ""  # a project of Weights & Biases, if wanted
     c.train.seed = 0  # of the order of pairs, noise and timesteps
@@ -109,6 +114,8 @@ def get_config() -> ConfigDict:
     c.evaluate.num_prompts = 300  # that base and tuned draw alike; 0: all of the source
     c.evaluate.num_seeds = 2  # images a prompt
     c.evaluate.evaluators = ()  # files of agfsync_jax/evaluators, which judge beside the scorers
+    c.evaluate.sample = ConfigDict()  # keys of config.sample with other values where models are
+    # judged and exported: sampler, num_inference_steps, guidance_scale and the like
 
     c.export = ConfigDict()
     c.export.output = ""  # a new folder; round_NNN/export in the workdir where it is empty
@@ -198,11 +205,20 @@ def agfsync() -> ConfigDict:
 
 
 def latent_consistency(c: ConfigDict, lora: str) -> None:
-    """Draws with a latent consistency LoRA (arXiv:2311.05556): 5 steps without guidance."""
-    c.backbone.lora = ((lora, 1.0),)
+    """Candidates are drawn with a latent consistency LoRA (arXiv:2311.05556): 5 steps without
+    guidance. As in AGFSync's code, the model that is trained and judged is the one without it."""
+    own = ("sampler", "num_inference_steps", "guidance_scale")
+    c.evaluate.sample = ConfigDict({key: c.sample[key] for key in own})
+    c.sample.lora = ((lora, 1.0),)
     c.sample.sampler = "lcm"
     c.sample.num_inference_steps = 5
     c.sample.guidance_scale = 1.0
+
+
+def beta_of_dpo(c: ConfigDict, beta: float) -> None:
+    """The beta of Diffusion-DPO and of the losses that take the same reward; others have theirs."""
+    for name in ("diffusion_dpo", "cdpo", "hinge", "ipo", "rankdpo"):
+        c.loss[name] = ConfigDict(dict(beta=beta))
 
 
 def diffusion_dpo(c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: int) -> None:
@@ -212,13 +228,17 @@ def diffusion_dpo(c: ConfigDict, *, beta: float, optimizer: str, warmup_steps: i
     times that, the released code that itself.) On 16 A100 its code took a day for Stable Diffusion
     1.5's 2,000 steps, and 30 hours for 200 of SDXL's.
     """
-    c.loss.beta = beta
+    beta_of_dpo(c, beta)
     c.train.batch_size = 2048
     c.train.num_steps = 2000
     c.train.learning_rate = 2048 * 1e-8
     c.train.optimizer = optimizer
     c.train.schedule = "constant"
     c.train.warmup_steps = warmup_steps
+    c.train.empty_prompts = 0.2
+    c.pair.flips = c.train.flip = True
+    if optimizer == "adafactor":  # its code clips the norm of AdamW's gradients alone
+        c.train.max_grad_norm = 0.0
 
 
 def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
@@ -226,7 +246,7 @@ def lora(c: ConfigDict, *, batch_size: int, num_steps: int) -> None:
 
     Its beta of 2500 stands where others have beta / 2: here that is 5000. One GPU is enough.
     """
-    c.loss.beta = 5000.0
+    beta_of_dpo(c, 5000.0)
     c.train.lora_rank = 8
     c.train.batch_size = batch_size
     c.train.num_steps = num_steps
@@ -254,15 +274,22 @@ def training_seeds() -> Iterator[dict[str, int]]:
         yield {"train.seed": seed}
 
 
-def parse_arg(arg: str | None, **known: bool | int | float | str) -> ConfigDict:
+def parse_arg(
+    arg: str | None,
+    *,
+    apart: Sequence[tuple[str, str]] = (),
+    **known: bool | int | float | str,
+) -> ConfigDict:
     """Reads the part after the colon of `--config=FILE:arg`, such as "tiny,rounds=3".
 
     Args:
         arg: comma-separated `key=value`, or `key` alone for a switch.
+        apart: switches that cannot be given together.
         **known: the keys that may be given, with their defaults, which fix the types.
 
     Raises:
-        ValueError: a key that is not known, or a value of another type.
+        ValueError: a key that is not known, a value of another type, or two that exclude each
+            other.
     """
     values = ConfigDict(known)
     for item in filter(None, (arg or "").split(",")):
@@ -280,4 +307,9 @@ def parse_arg(arg: str | None, **known: bool | int | float | str) -> ConfigDict:
         except ValueError:
             message = f"config argument {key}={text}: expected {kind.__name__}"
             raise ValueError(message) from None
+    for first, second in apart:
+        if values[first] and values[second]:
+            raise ValueError(
+                f"config argument {first},{second}: they are two ways of training, give one"
+            )
     return values

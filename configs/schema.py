@@ -5,10 +5,15 @@ keys too: those of the file that the block names, which checks them itself.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-OPEN = ("prompts", "questions", "evaluate", "scorers", "pair.weights")
+OPEN = ("prompts", "questions", "evaluate", "scorers", "loss")
+
+# Keys of config.sample that config.evaluate.sample may have, too.
+JUDGED = """num_inference_steps guidance_scale guidance_rescale sampler negative_prompt refiner
+    refiner_start""".split()
 
 
 class Rule(NamedTuple):
@@ -76,6 +81,10 @@ RULES = Rule(
     "(path regex, axes) rules, as in \"(('kernel$', 'fsdp'),)\"",
     lambda x: _is_pairs(x, (str, tuple, list)),
 )
+TIMESTEPS = Rule(
+    "FIRST:END, as in '0:200', or a list, as in '249,499,749,999'; '' for all",
+    lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\d+:\d+|\d+(,\d+)*)?", x)),
+)
 FLOATS = one_of("float32", "bfloat16", "float16")
 SPLIT = whole(1, also=-1)
 SHARE = number(0, 1)
@@ -109,6 +118,7 @@ KEYS = {
     "sample.conditioning_noise": number(0),
     "sample.negative_prompt": TEXT,
     "sample.prompts_per_shard": whole(1),
+    "sample.lora": LORAS,
     "sample.param_dtype": FLOATS,
     "sample.refiner": TEXT,
     "sample.refiner_start": SHARE,
@@ -127,6 +137,7 @@ KEYS = {
     "pair.shuffle_labels": FLAG,
     "pair.embeddings": FLAG,
     "pair.images": FLAG,
+    "pair.flips": FLAG,
     "pair.license": TEXT,
     "pair.path": TEXT,
     "pair.split": TEXT,
@@ -137,14 +148,16 @@ KEYS = {
     "pair.max_rows": whole(0),
     "pair.max_bad": SHARE,
     "loss.name": NAME,
-    "loss.beta": number(0),
     "train.batch_size": whole(1),
     "train.num_steps": whole(1),
     "train.learning_rate": number(above=0),
     "train.warmup_steps": whole(0),
     "train.schedule": one_of("constant", "cosine"),
     "train.weight_decay": number(0),
-    "train.max_grad_norm": number(above=0),
+    "train.max_grad_norm": number(0),
+    "train.empty_prompts": SHARE,
+    "train.flip": FLAG,
+    "train.timesteps": TIMESTEPS,
     "train.optimizer": one_of("adamw", "adafactor", "lion"),
     "train.momentum_dtype": one_of("float32", "bfloat16"),
     "train.lora_rank": whole(0),
@@ -157,6 +170,7 @@ KEYS = {
     "train.validate_every": whole(0),
     "train.num_validation_prompts": whole(1),
     "train.best": TEXT,
+    "train.patience": whole(0),
     "train.tensorboard": FLAG,
     "train.wandb": TEXT,
     "train.seed": whole(0),
@@ -186,3 +200,11 @@ KEYS = {
     "bench.num_questions": whole(1),
     "report.num_examples": whole(1),
 }
+
+
+def rule(key: str) -> Rule | None:
+    """What a key may be; None where nothing is said here."""
+    block, _, name = key.rpartition(".")
+    if block == "evaluate.sample":
+        return KEYS[f"sample.{name}"] if name in JUDGED else None
+    return KEYS["pair.weights"] if block == "pair.weights" else KEYS.get(key)

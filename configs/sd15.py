@@ -25,7 +25,9 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False, small=False)
+    arg = common.parse_arg(
+        arg, apart=(("dpo", "lora"),), lcm=False, dpo=False, lora=False, small=False
+    )
     c = common.agfsync()
     c.backbone.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.backbone.kind = "stable-diffusion-v1-5"  # for plan, which needs no weights

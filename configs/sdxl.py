@@ -26,7 +26,8 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, lcm=False, dpo=False, lora=False, small=False)
+    apart = (("dpo", "lora"), ("dpo", "small"))  # :small trains adapters
+    arg = common.parse_arg(arg, apart=apart, lcm=False, dpo=False, lora=False, small=False)
     c = common.agfsync()
     c.backbone.name = "stable_diffusion_xl"
     c.backbone.path = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -34,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.height = 1024
     c.sample.width = 1024
     c.sample.device_batch_size = 4
-    c.loss.beta = 5000.0
+    common.beta_of_dpo(c, 5000.0)
     c.train.device_batch_size = 1
     if arg.lcm:
         common.latent_consistency(c, "latent-consistency/lcm-lora-sdxl")

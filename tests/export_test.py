@@ -4,6 +4,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from agfsync_jax import backbones, export
 from agfsync_jax.diffusion.schedules import NOISE
 from agfsync_jax.models import lora
-from agfsync_jax.training.checkpoints import Checkpoints
+from agfsync_jax.training.checkpoints import Checkpoints, restore_adapters, restore_denoiser
 from agfsync_jax.weights.networks import read_json
 from configs import micro
 from tests.schedulers import SAMPLERS
@@ -94,6 +96,73 @@ def test_a_lora_draws_the_same_in_diffusers(config, adapted, layout, capsys):
     export.main(config, adapted, verify=True)
     assert "verified" in capsys.readouterr().err
     assert not list((adapted / "round_000" / "export").glob("*/"))  # no network of the base
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_lora_holds_all_rounds(config, adapted, layout, capsys):
+    """Round 1 begins where round 0 ended: base + file = what round 1 has made."""
+    config = config.copy_and_resolve_references()
+    config.train.lora_rank, config.export.lora = 4, layout
+    load = backbones.backbone_class(config).load
+    base = load(config.backbone.path).params["unet"]
+    first = restore_denoiser([(adapted / "round_000/checkpoints", 3)], base)
+    second = lora.init_adapters(jax.random.key(1), base, rank=4)
+    second = {name: pair | {"B": 0.1 * jnp.ones_like(pair["B"])} for name, pair in second.items()}
+    tuned = lora.merge(first, second)
+    with Checkpoints(adapted / "round_001" / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"params": tuned, "adapters": second})
+    export.main(config, adapted, round_index=1, verify=True)
+    assert "verified" in capsys.readouterr().err
+    file = adapted / "round_001/export"
+    ours = load(config.backbone.path, lora=[(file, 1.0)]).params["unet"]
+    assert distance(ours, tuned) < 1e-5 * distance(base, tuned)
+    assert distance(first, base) > 0.1 * distance(base, tuned)
+
+
+def distance(left, right):
+    return float(optax.global_norm(jax.tree.map(jnp.subtract, left, right)))
+
+
+def test_a_verification_fails_when_a_round_is_left_out(config, adapted, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.train.lora_rank, config.export.lora = 4, "kohya"
+    monkeypatch.setattr(
+        export,
+        "restore_adapters",
+        lambda *args: jax.tree.map(jnp.zeros_like, restore_adapters(*args)),
+    )
+    with pytest.raises(ValueError, match="lacks 100.00% of what was trained"):
+        export.main(config, adapted, verify=True)
+
+
+def test_a_verification_fails_when_the_base_is_written(config, trained, monkeypatch):
+    """diffusers and we would draw the same from it."""
+    config = config.copy_and_resolve_references()
+    seen = []
+
+    def restore(trained, params):
+        seen.append(1)
+        return params if len(seen) == 1 else restore_denoiser(trained, params)
+
+    monkeypatch.setattr(export, "restore_denoiser", restore)
+    with pytest.raises(ValueError, match="does not hold the checkpoint's model: .* tensors diff"):
+        export.main(config, trained, verify=True)
+
+
+def test_a_step_that_is_named_is_exported(config, trained):
+    params = backbones.backbone_class(config).load(config.backbone.path).params["unet"]
+    with Checkpoints(trained / "round_000/checkpoints", keep=3, best="vqa") as checkpoints:
+        for step, scale, vqa in ((4, 1.2, 0.9), (5, 1.3, 0.8)):
+            scaled = jax.tree.map(lambda leaf, by=scale: leaf * by, params)
+            checkpoints.save(step, {"params": scaled}, metrics={"vqa": vqa})
+    config = config.copy_and_resolve_references()
+    config.train.update(num_steps=5, best="vqa")
+    for step, scale in (("last", 1.3), ("best", 1.2), ("3", 1.1)):
+        config.export.output = str(trained / step)
+        export.main(config, trained, step=step)
+        file = trained / step / "unet/diffusion_pytorch_model.safetensors"
+        weight = load_file(file)["conv_in.bias"].numpy()
+        np.testing.assert_allclose(weight, scale * params["conv_in"]["bias"][...], rtol=1e-6)
 
 
 def test_a_verification_fails_when_the_images_differ(config, trained, monkeypatch):

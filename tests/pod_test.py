@@ -102,7 +102,7 @@ def test_two_processes_lose_one_and_make_what_one_makes(tmp_path):
     for name in fields:
         np.testing.assert_array_equal(pairs[0][name], pairs[1][name])
     base = StableDiffusion.load(tmp_path / "tiny", only=["unet"]).params["unet"]
-    tuned = [restore_denoiser(w / "round_000/checkpoints", base, STEPS) for w in (two, one)]
+    tuned = [restore_denoiser([(w / "round_000/checkpoints", STEPS)], base) for w in (two, one)]
 
     def difference(left, right):
         return max(jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), left, right)))

@@ -1,6 +1,7 @@
 """The sample verb, with a tiny random Stable Diffusion."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,12 @@ def test_a_later_round_draws_with_the_trained_denoiser(workdir, config, folder):
     (workdir / "round_001" / "candidates" / "00000-of-00003.tfrecord").unlink()
     with Checkpoints(workdir / "round_000" / "checkpoints") as checkpoints:
         checkpoints.save(5, {"params": unet}, wait=True)
+    with pytest.raises(ValueError, match=r"round_000/checkpoints \(step 4, now step 5\) changed"):
+        sample.main(config, workdir, round_index=1)  # candidates of two models would be mixed
+    sample.main(config, workdir, round_index=1, step="4")
+    for again, row in zip(read(workdir, 1)[1], second, strict=True):
+        np.testing.assert_array_equal(again["latents"], row["latents"])
+    shutil.rmtree(workdir / "round_001" / "candidates")
     sample.main(config, workdir, round_index=1)
     assert np.abs(read(workdir, 1)[1][0]["latents"] - second[0]["latents"]).max() > 0.01
 

@@ -11,16 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from agfsync_jax import backbones, pair, train
 from agfsync_jax import run as loop
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
 from agfsync_jax.data.pairs import pair_features, write_pairs
+from agfsync_jax.models import lora
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps import settings
-from agfsync_jax.training.checkpoints import restore_denoiser
+from agfsync_jax.training.checkpoints import (
+    Checkpoints,
+    find_step,
+    restore_adapters,
+    restore_denoiser,
+    trained_rounds,
+)
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from configs import common
@@ -45,7 +53,7 @@ def tiny_backbone():
 
 def make_config(**changes):
     config = common.get_config()
-    config.loss.beta = BETA
+    config.loss.diffusion_dpo = ConfigDict(dict(beta=BETA))
     config.train.batch_size = 8
     config.train.num_steps = 5
     config.train.save_every = 2
@@ -93,7 +101,8 @@ def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
 
 def tuned(workdir, round_index=0):
     base = TinyBackbone.load("").params["unet"]
-    return restore_denoiser(workdir / f"round_{round_index:03d}/checkpoints", base, num_steps=1)
+    folder = workdir / f"round_{round_index:03d}/checkpoints"
+    return restore_denoiser([(folder, find_step(folder, "last", num_steps=1))], base)
 
 
 def metrics(workdir, round_index=0):
@@ -115,7 +124,7 @@ def run(tmp_path_factory, tiny_backbone):
 def test_the_text_encoder_may_run_in_the_step(run, tmp_path):
     make_workdir(tmp_path)
     config = make_config(**{"train.embeddings": "step", "train.num_steps": 2})
-    training = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    training = train.prepare(config, tmp_path / "round_000", [], None, 0)
     state = training.state
     for index, want in enumerate(metrics(run)[:2]):
         state, got = training.step(state, index)
@@ -138,7 +147,7 @@ def test_the_moving_average_is_what_training_makes(run, tmp_path):
     """With diffusers' warm-up of the decay."""
     make_workdir(tmp_path)
     config = make_config(**{"train.ema_decay": 0.9})
-    training = train.prepare(config, [tmp_path / "round_000"], None, 0)
+    training = train.prepare(config, tmp_path / "round_000", [], None, 0)
     state = training.state
     average = jax.tree.map(np.array, state.params)
     for index in range(4):
@@ -207,7 +216,7 @@ def test_a_finished_run_is_skipped(run, capsys, monkeypatch):
 def test_stored_embeddings_need_no_text_encoder(run, tmp_path, monkeypatch):
     make_workdir(tmp_path, embeddings=True)
     monkeypatch.setattr(TinyBackbone, "encode_prompt", None)
-    training = train.prepare(make_config(), [tmp_path / "round_000"], None, 0)
+    training = train.prepare(make_config(), tmp_path / "round_000", [], None, 0)
     state = training.state
     for index, want in enumerate(metrics(run)[:2]):
         state, got = training.step(state, index)
@@ -216,6 +225,27 @@ def test_stored_embeddings_need_no_text_encoder(run, tmp_path, monkeypatch):
             # float16 has 11 binary digits
             assert got[name] == pytest.approx(want[name], rel=2**-10), name
         assert got["chosen_error"] != want["chosen_error"]
+
+
+@pytest.mark.parametrize("mode", ["cached", "stored", "step"])
+def test_a_share_of_examples_is_learned_without_its_prompt(tmp_path, mode):
+    """What they are conditioned on is what the text encoder makes of the empty prompt."""
+    make_workdir(tmp_path, embeddings=mode == "stored")
+    config = make_config(**{"train.empty_prompts": 0.5, "train.batch_size": 64})
+    config.train.embeddings = "step" if mode == "step" else "cached"
+    training = train.prepare(config, tmp_path / "round_000", [], None, 0)
+    backbone, batch = TinyBackbone.load(""), training.batch(0)
+    tokens = training.loader.token_ids[training.loader.prompt_rows(0)]
+    empty = (tokens == TinyBackbone.tokenizer("")([""])).all(axis=1)
+    assert 16 < empty.sum() < 48
+    if mode == "step":
+        np.testing.assert_array_equal(batch["token_ids"], tokens)
+    else:
+        wanted = backbone.encode_prompt(backbone.params, tokens)["encoder_hidden_states"]
+        given = batch["conditioning"]["encoder_hidden_states"]
+        np.testing.assert_allclose(given, wanted, rtol=1e-3 if mode == "stored" else 0)
+    _, metrics = training.step(training.state, 0)
+    assert metrics["loss"] == LN2
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(run, tmp_path, monkeypatch):
@@ -363,7 +393,9 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     monkeypatch.setattr(train, "Validation", FakeValidation)
     monkeypatch.setattr(FakeValidation, "steps", [2, 4, 5], raising=False)
     changes = {"train.validate_every": 2, "train.save_every": 1, "train.keep": 1}
-    train.main(make_config(**changes, **{"train.best": "vqa"}), tmp_path)
+    config = make_config(**changes, **{"train.best": "vqa"})
+    config.scorers.vqa = ConfigDict({"name": "vqa"})
+    train.main(config, tmp_path)
     rows, folder = metrics(tmp_path), tmp_path / "round_000/checkpoints"
     shown = {row["step"]: row["validation/vqa"] for row in rows if "validation/vqa" in row}
     assert shown == FakeValidation.scores
@@ -380,6 +412,65 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     for name in (b"rewards/margin", b"validation/vqa", b"learning_rate", b"error_by_time/"):
         assert name in data
     assert data.count(b"\x89PNG") == 3
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_training_ends_where_nothing_gets_better_and_its_best_step_is_read(
+    tmp_path, monkeypatch, capsys, rank
+):
+    """The best step is no multiple of save_every; the checkpoint that is read is what it drew."""
+    seen = {}
+
+    class Watched(FakeValidation):
+        scores = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.8}
+
+        def __call__(self, denoiser):
+            seen[self.steps[0]] = jax.tree.map(np.array, denoiser)
+            return super().__call__(denoiser)
+
+    make_workdir(tmp_path)
+    monkeypatch.setattr(train, "Validation", Watched)
+    monkeypatch.setattr(Watched, "steps", [2, 4, 6, 8], raising=False)
+    changes = {"train.validate_every": 2, "train.save_every": 5, "train.keep": 2}
+    changes |= {"train.num_steps": 20, "train.patience": 2, "train.lora_rank": rank}
+    changes |= {"train.ema_decay": 0.5}
+    config = make_config(**changes, **{"train.best": "vqa"})
+    config.scorers.vqa = ConfigDict({"name": "vqa"})
+    train.main(config, tmp_path)
+    said = capsys.readouterr().err
+    assert "ended at step 8 of 20: no better vqa than 0.9, that of step 4, in 2 valid" in said
+    base = TinyBackbone.load("").params["unet"]
+    for which, step in (("best", 4), ("last", 8)):
+        trained = trained_rounds(tmp_path, 0, config.train, which)
+        assert trained == [(tmp_path / "round_000/checkpoints", step)]
+        assert_equal(restore_denoiser(trained, base), seen[step])
+    train.main(config, tmp_path)  # it is over
+    assert len(metrics(tmp_path)) == 8
+    # A step that is neither: adapters alone, or a state with a moving average.
+    (step,) = {int(p.name) for p in (tmp_path / "round_000/checkpoints").glob("[0-9]*")} - {4, 8}
+    trained = trained_rounds(tmp_path, 0, config.train, str(step))
+    assert step == 5 and largest_difference(restore_denoiser(trained, base), seen[4]) < 0.1
+
+
+def test_a_round_begins_where_step_says(tmp_path, monkeypatch):
+    make_workdir(make_workdir(tmp_path), round_index=1)
+    config = make_config(**{"train.save_every": 1, "train.keep": 9})
+    train.main(config, tmp_path)
+    train.main(config, tmp_path, round_index=1, step="3")
+    assert metrics(tmp_path, 1)[0]["loss"] == LN2  # the reference is the same step's
+    with Checkpoints(tmp_path / "round_001/checkpoints") as checkpoints:
+        reference = train.prepare(
+            config,
+            tmp_path / "round_001",
+            trained_rounds(tmp_path, 0, config.train, "3"),
+            checkpoints,
+            start=0,
+        ).frozen["base"]
+    base = TinyBackbone.load("").params["unet"]
+    assert_equal(reference, restore_denoiser([(tmp_path / "round_000/checkpoints", 3)], base))
+    shutil.rmtree(tmp_path / "round_001/checkpoints/5")
+    with pytest.raises(ValueError, match="began where .'round_000': 3. ended, and --step=last"):
+        train.main(config, tmp_path, round_index=1)
 
 
 KILLED = """
@@ -583,6 +674,25 @@ def test_rounds_and_adapters(run, tmp_path):
     assert moved == {f"attn1.{name}.kernel" for name in ("to_q", "to_k", "to_v", "to_out.0")}
 
 
+def test_three_rounds_of_adapters_add_up(tmp_path):
+    """Each begins where the one before it ended; with a moving average, which is what is kept."""
+    changes = {"train.lora_rank": 2, "train.num_steps": 3, "train.ema_decay": 0.5}
+    config, ends = make_config(**changes), [TinyBackbone.load("").params["unet"]]
+    for index in range(3):
+        make_workdir(tmp_path, round_index=index)
+        train.main(config, tmp_path, round_index=index)
+        assert metrics(tmp_path, index)[0]["loss"] == LN2
+        ends.append(tuned(tmp_path, index))
+    trained = trained_rounds(tmp_path, 2, config.train)
+    assert [folder.parent.name for folder, _ in trained] == ["round_000", "round_001", "round_002"]
+    own = [restore_adapters(*each) for each in trained]
+    for start, end, adapters in zip(ends, ends[1:], own, strict=False):
+        assert largest_difference(lora.merge(start, adapters), end) < 1e-6
+        assert largest_difference(start, end) > 1e-4
+    whole = lora.merge(ends[0], lora.concatenate(own))
+    assert largest_difference(whole, ends[-1]) < 1e-6
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(
     tmp_path, monkeypatch
 ):
@@ -609,11 +719,11 @@ def test_bad_settings_are_told_before_any_work(tmp_path):
         train.main(make_config(), tmp_path, round_index=1)
     with pytest.raises(ValueError, match="batch of 12 cannot be split over data x fsdp = 8"):
         odd = make_config(**{"train.batch_size": 12, "mesh.data": 8})
-        train.main(odd, tmp_path, round_index=1)
+        train.main(odd, make_workdir(tmp_path))
     config = make_config()
-    config.loss.margin = 1.0
-    with pytest.raises(ValueError, match="config.loss has margin, which .*diffusion_dpo does not"):
-        train.main(config, tmp_path, round_index=1)
+    config.loss.diffusion_dpo.margin = 1.0
+    with pytest.raises(ValueError, match="config.loss has margin, which diffusion_dpo does not"):
+        train.main(config, tmp_path)
 
 
 def test_pairs_of_other_settings_are_refused(tmp_path):

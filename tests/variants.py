@@ -4,9 +4,9 @@ tests/contracts_test.py compares this table with the configs themselves.
 """
 
 VARIANTS = {
-    "sd14": ("lcm", "small"),
+    "sd14": ("lcm", "dpo", "lora", "small"),
     "sd15": ("lcm", "dpo", "lora", "small"),
-    "sd21": ("small",),
+    "sd21": ("dpo", "lora", "small"),
     "sdxl": ("lcm", "dpo", "lora", "small"),
 }
 RELEASED = [

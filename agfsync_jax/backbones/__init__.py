@@ -19,7 +19,7 @@ from agfsync_jax.weights.networks import Fitted
 from agfsync_jax.weights.pipeline_files import PipelineFiles
 
 # Keys of config.sample that are not the Generator's.
-_OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype", "device_batch_size")
+_OF_THE_VERB = ("num_candidates", "prompts_per_shard", "param_dtype", "device_batch_size", "lora")
 
 
 class Backbone(Protocol):
@@ -113,6 +113,10 @@ class Backbone(Protocol):
     def dtype_of(cls, name: str, config: Any, dtype: Any) -> np.dtype:
         """What a network, of which `config` says the sizes, computes in where `dtype` is wanted."""
 
+    def add_lora(self, params: dict[str, Any], lora: Sequence[tuple[str, float]]) -> dict[str, Any]:
+        """`params` with LoRA files added, as `load` adds them, in the memory of those that change;
+        raises as `load`."""
+
     def plain(self) -> Self:
         """The same with plain attention, all of whose FLOP can be counted."""
 
@@ -188,6 +192,15 @@ def load(config: Any, mesh: Mesh, **changes: Any) -> Backbone:
     return backbone_class(config).load(mesh=mesh, rules=config.sharding, **spec)
 
 
+def as_judged(config: Any) -> Any:
+    """The config of pictures that a model is judged by, and exported to make: what candidates alone
+    are drawn with is not in it, and `config.evaluate.sample` goes before `config.sample`."""
+    judged = config.copy_and_resolve_references().unlock()
+    judged.sample.lora = ()
+    judged.sample.update(judged.evaluate.sample)
+    return judged.lock()
+
+
 def generator(
     config: Any,
     mesh: Mesh,
@@ -237,15 +250,20 @@ def inspect(config: Any) -> dict[str, Fitted]:
     return backbone_class(config).inspect(open_files(config))
 
 
+def schedule(config: Any) -> Schedule:
+    """Its noise schedule alone; FileNotFoundError, ValueError: no checkpoint."""
+    return backbone_class(config).read_schedule(open_files(config))
+
+
 def sampler(config: Any) -> samplers.Sampler:
     """The sampler of `config.sample`, or that of the checkpoint's scheduler if it names none.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint; no such sampler; steps that it cannot make.
     """
-    schedule = backbone_class(config).read_schedule(open_files(config))
-    found = samplers.find(config.sample.sampler, schedule)
-    found.steps(schedule, config.sample.num_inference_steps)
+    own = schedule(config)
+    found = samplers.find(config.sample.sampler, own)
+    found.steps(own, config.sample.num_inference_steps)
     return found
 
 

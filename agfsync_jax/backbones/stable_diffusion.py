@@ -91,11 +91,7 @@ class StableDiffusion:
         files = cls.open(path, variant=variant, kind=kind)
         fitted = cls.inspect(files, dtype=dtype)
         abstract = {name: each.abstract for name, each in fitted.items()}
-        adapters, problems = [], []
-        for file, scale in lora:
-            with _collect(problems):
-                adapters.append((load_lora(file, abstract), scale))
-        _raise(problems)
+        adapters = _load_loras(lora, abstract)
         shardings = functools.partial(infer_shardings, mesh=mesh, rules=rules) if mesh else None
         params = {}
         for name in [name for name in fitted if name in only or not only]:
@@ -103,14 +99,13 @@ class StableDiffusion:
             own = fitted[name].read(
                 param_dtype=jnp.dtype(param_dtype), shardings=shardings, label=label
             )
-            for by_network, scale in adapters:
-                if name in by_network:
-                    places = jax.tree.map(lambda leaf: leaf.sharding, own)
-                    add = jax.jit(merge, donate_argnums=0, out_shardings=places)
-                    own = add(own, by_network[name], scale=scale)
-            params[name] = own
+            params[name] = _merged(name, own, adapters)
         graphs = {name: each.graph for name, each in fitted.items()}
         return cls(files, graphs, params, dtype=dtype, mesh=mesh, attention=attention)
+
+    def add_lora(self, params: dict[str, Any], lora: Sequence[tuple[str, float]]) -> dict[str, Any]:
+        adapters = _load_loras(lora, params)
+        return {name: _merged(name, own, adapters) for name, own in params.items()}
 
     @classmethod
     def open(cls, path: str | Path, *, variant: str = "", kind: str = "") -> PipelineFiles:
@@ -276,6 +271,29 @@ class Tokenizers:
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         return max(each.count_truncated(prompts) for each in self._tokenizers)
+
+
+_Loras = list[tuple[dict[str, Any], float]]  # of each file its adapters by network, and its scale
+
+
+def _load_loras(lora: Sequence[tuple[str, float]], params: dict[str, Any]) -> _Loras:
+    """The adapters of files; ValueError for what does not fit `params`, arrays or their shapes."""
+    adapters, problems = [], []
+    for file, scale in lora:
+        with _collect(problems):
+            adapters.append((load_lora(file, params), scale))
+    _raise(problems)
+    return adapters
+
+
+def _merged(name: str, params: Any, adapters: _Loras) -> Any:
+    """A network's parameters with its adapters added, in the same memory."""
+    for by_network, scale in adapters:
+        if name in by_network:
+            places = jax.tree.map(lambda leaf: leaf.sharding, params)
+            add = jax.jit(merge, donate_argnums=0, out_shardings=places)
+            params = add(params, by_network[name], scale=scale)
+    return params
 
 
 @contextlib.contextmanager

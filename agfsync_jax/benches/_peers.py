@@ -240,7 +240,10 @@ class TorchTraining(_Torch, Training):
             self._reference = copy.deepcopy(unet).to(self._dtype).requires_grad_(False)
         if spec["remat"] != "none":
             unet.enable_gradient_checkpointing()
-        self._beta, self._clip = config["loss"]["beta"] or 2000.0, spec["max_grad_norm"]
+        self._beta, self._clip = (
+            config["loss"].get("diffusion_dpo", {}).get("beta", 2000.0),
+            spec["max_grad_norm"],
+        )
         self._trained = [p for p in unet.parameters() if p.requires_grad]
         self._adamw = torch.optim.AdamW(
             self._trained,

@@ -38,6 +38,7 @@ def draw_images(
     """Draws unperturbed images, with the sampler's settings of `config.sample`.
 
     Args:
+        config: that of `backbones.as_judged`.
         params: model -> its parameters of the backbone.
         shards: model -> the shards that are this process's; the processes draw together.
         undrawn: those to write.

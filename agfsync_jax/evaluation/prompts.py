@@ -64,4 +64,5 @@ def check_frozen(
 
 def held_out_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Of `config.evaluate`, what says which prompts."""
-    return {key: value for key, value in spec.items() if key not in ("num_seeds", "evaluators")}
+    others = ("num_seeds", "evaluators", "sample")
+    return {key: value for key, value in spec.items() if key not in others}

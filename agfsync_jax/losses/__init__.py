@@ -14,9 +14,12 @@ latent's elements:
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -73,7 +76,7 @@ class Loss:
 
     Attributes:
         formula: (*inputs, settings by keyword) -> (loss [b], metrics, each [b] or a scalar). Its
-            settings are the keys of config.loss and have defaults; all have a beta.
+            settings are numbers and have defaults; `config.loss.<file>` may say otherwise.
         inputs: what the formula takes by place, from the residuals.
         uses_reference: else residuals have none.
         same_noise: an example's images get the same noise (they share the timestep in any case).
@@ -93,20 +96,43 @@ class Loss:
         return self.formula(*self.inputs(residuals))
 
     def configured(self, **settings: Any) -> "Loss":
-        """This loss with settings of `config.loss`; a beta of 0 is the loss's own.
+        """This loss with other settings than its own.
 
         Raises:
-            ValueError: a setting that the formula does not have.
+            ValueError: a setting that the formula does not have, or a value that it does not take.
         """
-        parameters = inspect.signature(self.formula).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        known, name = self.settings, self.formula.__module__.rpartition(".")[2]
         if unknown := sorted(set(settings) - set(known)):
+            has = ", ".join(known) or "none"
             raise ValueError(
-                f"config.loss has {', '.join(unknown)}, which {self.formula.__module__} does not"
-                f" take: it has {', '.join(known)}."
+                f"config.loss has {', '.join(unknown)}, which {name} does not take: it has {has}."
             )
-        given = {name: value for name, value in settings.items() if value or name != "beta"}
-        return dataclasses.replace(self, formula=functools.partial(self.formula, **given))
+        for key, value in settings.items():
+            kind = type(known[key].default)
+            if isinstance(value, bool) or not isinstance(value, int | kind):
+                raise ValueError(f"config.loss.{name}.{key}={value!r}: expected {kind.__name__}.")
+            if not math.isfinite(value) or value < 0 or (key == "beta" and not value):
+                least = "above 0" if key == "beta" else "of at least 0"
+                raise ValueError(
+                    f"config.loss.{name}.{key}={value!r}: expected a finite number {least}."
+                )
+        made = dataclasses.replace(self, formula=functools.partial(self.formula, **settings))
+        images = jax.ShapeDtypeStruct((2, 2, 1), jnp.float32)
+        scores, mask = (jax.ShapeDtypeStruct((2, 2), dtype) for dtype in (jnp.float32, bool))
+        residuals = Residuals(images, images if self.uses_reference else None, scores, mask)
+        jax.eval_shape(made, residuals)  # a formula may refuse a value, too
+        return made
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """The formula's."""
+        parameters = inspect.signature(self.formula).parameters.values()
+        return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def settings_of(module: ModuleType) -> dict[str, inspect.Parameter]:
+    """What `config.loss.<file>` may set."""
+    return module.LOSS.settings
 
 
 def reward(
@@ -120,6 +146,12 @@ def reward(
     return -0.5 * beta * (policy - reference)
 
 
+def accuracy(margin: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 where a pair is told apart, 0 where it is turned round, 1/2 for a tie: the policy at the
+    start is neither right nor wrong."""
+    return 0.5 * (1 + jnp.sign(margin))
+
+
 def reward_metrics(
     chosen: Float[Array, "..."], rejected: Float[Array, "..."]
 ) -> dict[str, Float[Array, "..."]]:
@@ -129,5 +161,5 @@ def reward_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": margin,
-        "rewards/accuracy": (margin > 0).astype(margin.dtype),
+        "rewards/accuracy": accuracy(margin),
     }

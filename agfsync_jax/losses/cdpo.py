@@ -30,7 +30,7 @@ def loss(
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing is {label_smoothing}, expected at least 0 and less than 0.5: at 0.5 "
-            "the labels say nothing. Set config.loss.label_smoothing."
+            "the labels say nothing. Set config.loss.cdpo.label_smoothing."
         )
     chosen = reward(policy_chosen, reference_chosen, beta)
     rejected = reward(policy_rejected, reference_rejected, beta)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agfsync_jax.losses import Loss
+from agfsync_jax.losses import Loss, accuracy
 
 
 def loss(
@@ -35,7 +35,7 @@ def loss(
         "likelihood/chosen": chosen,
         "likelihood/rejected": rejected,
         "likelihood/margin": margin,
-        "likelihood/accuracy": (margin > 0).astype(margin.dtype),
+        "likelihood/accuracy": accuracy(margin),
     }
     return policy_chosen - beta * jax.nn.log_sigmoid(margin), metrics
 

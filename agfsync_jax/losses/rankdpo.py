@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses import Loss, reward, reward_metrics
+from agfsync_jax.losses import Loss, accuracy, reward, reward_metrics
 
 
 def loss(
@@ -43,7 +43,7 @@ def loss(
     best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
     worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
     ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
-    right = jnp.sum(better & (margin > 0)) / jnp.maximum(jnp.sum(better), 1)
+    right = jnp.sum(better * accuracy(margin)) / jnp.maximum(jnp.sum(better), 1)
     return jnp.sum(pairs, axis=(1, 2)), reward_metrics(*ends) | {"rewards/accuracy": right}
 
 

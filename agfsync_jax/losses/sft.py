@@ -11,11 +11,9 @@ from agfsync_jax.losses import Loss
 def loss(
     policy_chosen: Float[Array, " b"],
     policy_rejected: Float[Array, " b"],
-    *,
-    beta: float = 0.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Per-pair loss [b]: the policy's error on the chosen image; nothing else plays a part."""
-    del policy_rejected, beta
+    del policy_rejected
     return policy_chosen, {}
 
 

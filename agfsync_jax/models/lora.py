@@ -12,6 +12,7 @@ convolution by `A @ B` [height, width, in, out].
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,17 @@ def init_adapters(
             "B": jnp.zeros((rank, outputs), jnp.float32),
         }
     return adapters
+
+
+def concatenate(parts: Sequence[Adapters]) -> Adapters:
+    """Adapters whose product is the sum of the parts' products: ranks add up."""
+    return {
+        name: {
+            "A": jnp.concatenate([part[name]["A"] for part in parts], axis=-1),
+            "B": jnp.concatenate([part[name]["B"] for part in parts], axis=0),
+        }
+        for name in parts[0]
+    }
 
 
 def merge(

@@ -29,10 +29,13 @@ class Job:
     workdir: Path  #: a local folder, or one in a bucket
     round_index: int  #: from 0
     repair: bool = False  #: whether damaged files are made anew
+    step: str = "last"  #: of a training that the step reads: last, best or a number
     plan: Any = None  #: what the step has made of its inputs and settings before it began
     files: Sequence[Path] = ()  #: what the processes share out among them, in order
     missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
     stage: Stage | None = None  #: the clock and progress
+    #: What the step reads besides its inputs, as inputs.json remembers it; its plan says so.
+    reads: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -66,13 +69,19 @@ class Step:
     unit: str = "images"  #: what the progress counts, in the plural
 
     def __call__(
-        self, config: Any, workdir: Path, *, round_index: int = 0, repair: bool = False
+        self,
+        config: Any,
+        workdir: Path,
+        *,
+        round_index: int = 0,
+        repair: bool = False,
+        step: str = "last",
     ) -> None:
         """Runs the step in a round; what is there already is not made again.
 
         Raises FileNotFoundError where an input is not there, and what the parts of the step raise.
         """
-        job = Job(config, to_path(workdir), round_index, repair)
+        job = Job(config, to_path(workdir), round_index, repair, step)
         for name, verb in self.inputs.items():
             if not (job.folder / name).exists():
                 raise FileNotFoundError(f"{job.folder} has no {name}: run `agfsync {verb}` first.")
@@ -117,14 +126,20 @@ class Step:
             for file in inputs
             if file.is_file()
         }
+        now |= job.reads
         before = known.get(self.name, now)
+        before = {name: job.reads[name] for name in job.reads} | before  # of an earlier version
         other = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
         if other and len(job.missing) < len(job.files):
-            raise ValueError(
-                f"{job.folder}: {', '.join(sorted(other))} changed since {self.name} began. Put the"
-                f" former file back, or remove {', '.join(self.outputs)} to make all of it anew."
+            told = (
+                f"{name} ({before[name]}, now {now[name]})" if name in job.reads else name
+                for name in sorted(other)
             )
-        return known | {self.name: now} if inputs and known.get(self.name) != now else None
+            raise ValueError(
+                f"{job.folder}: {', '.join(told)} changed since {self.name} began. Put the former"
+                f" back, or remove {', '.join(self.outputs)} to make all of it anew."
+            )
+        return known | {self.name: now} if (inputs or now) and known.get(self.name) != now else None
 
 
 def of_process(files: Sequence) -> list:

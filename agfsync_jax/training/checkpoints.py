@@ -6,20 +6,25 @@ the array, so that what made the tree (nnx, optax) may change and a part of it c
 
 import contextlib
 import errno
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from agfsync_jax.utils.files import absolute, is_url, to_path
+from agfsync_jax.models import lora
+from agfsync_jax.utils.files import absolute, is_url, read_json, to_path, write_text
 from agfsync_jax.utils.signals import unhurried
 
 PyTree = Any
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_EARLY = "ended_early.json"
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -35,23 +40,26 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
         folder: it is made.
         keep: how many of the newest.
-        best: the name of a metric; the checkpoint that was saved with its highest value stays too.
+        best: the name of a metric; the checkpoint that was saved with its best value stays too.
+        higher_is_better: whether the best value is the highest.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, best: str = ""):
+    def __init__(self, folder: Path, keep: int = 2, best: str = "", higher_is_better: bool = True):
         self.folder = absolute(to_path(folder))
+        self._best, self._sign = best, 1 if higher_is_better else -1
         self._needed = 0  # bytes of what was saved last
         policies = [managers.LatestN(keep)]
         if best:
             policies.append(
                 managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
+                    get_metric_fn=self._rank,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
+            best_fn=self._rank if best else None,  # or metrics would not be stored
             create=True,
             cleanup_tmp_directories=True,
         )
@@ -67,6 +75,35 @@ class Checkpoints(contextlib.AbstractContextManager):
     def latest_step(self) -> int | None:
         """The newest step that is whole; None in an empty folder."""
         return self._manager.latest_step()
+
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        """More is better; what is not a number is worst."""
+        value = self._sign * metrics[self._best]
+        return -math.inf if math.isnan(value) else value
+
+    def steps(self) -> list[int]:
+        """Those that are there."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> tuple[int, float] | None:
+        """The step with the best value of the metric `best`, and that value; None before there is
+        one."""
+        found = {step: self._manager.metrics(step) for step in self.steps()}
+        values = {step: each[self._best] for step, each in found.items() if each}
+        values = {step: value for step, value in values.items() if math.isfinite(value)}
+        if not values:
+            return None
+        step = max(values, key=lambda step: self._sign * values[step])
+        return step, values[step]
+
+    def end(self) -> None:
+        """Says that the training ends at the newest step, before its last one."""
+        write_text(self.folder / _EARLY, json.dumps({"step": self.latest_step()}) + "\n")
+
+    def has_ended(self, num_steps: int) -> bool:
+        """Whether a training of so many steps is over."""
+        latest = self.latest_step() or 0
+        return latest >= num_steps or read_json(self.folder / _EARLY).get("step") == latest > 0
 
     def save(
         self, step: int, state: PyTree, wait: bool = False, metrics: dict[str, float] | None = None
@@ -95,10 +132,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             FileNotFoundError: there is no such step.
             ValueError: leaves are missing in the checkpoint or have another shape; lists all.
         """
-        steps = self._manager.all_steps()
-        if step not in steps:
-            steps = ", ".join(map(str, steps)) or "none"
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder} (has: {steps})")
+        self._check_step(step)
         abstract = {name: _placed(leaf) for name, leaf in _flatten(abstract_state).items()}
         self._check(step, abstract)
         restored = self._manager.restore(
@@ -112,9 +146,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         structure = jax.tree.structure(abstract_state)
         return jax.tree.unflatten(structure, [restored[name] for name in abstract])
 
-    def leaves(self, step: int) -> set[str]:
-        """The names of what is stored at a step."""
-        return set(self._manager.item_metadata(step))
+    def leaves(self, step: int) -> dict[str, tuple[int, ...]]:
+        """What is stored at a step: name -> shape.
+
+        Raises FileNotFoundError where there is no such step.
+        """
+        self._check_step(step)
+        found = self._manager.item_metadata(step)
+        return {name: tuple(getattr(leaf, "shape", ())) for name, leaf in found.items()}
 
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
@@ -141,11 +180,17 @@ class Checkpoints(contextlib.AbstractContextManager):
                 " kept: make room, and the same command goes on from the last of them",
             ) from error
 
+    def _check_step(self, step: int) -> None:
+        steps = self.steps()
+        if step not in steps:
+            has = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder} (has: {has})")
+
     def _check(self, step: int, abstract: dict[str, Any]) -> None:
-        found = self._manager.item_metadata(step)
+        found = self.leaves(step)
         wrong = [f"{name}: missing" for name in abstract if name not in found]
         for name in (name for name in abstract if name in found):
-            has, wants = (tuple(getattr(x[name], "shape", ())) for x in (found, abstract))
+            has, wants = found[name], tuple(getattr(abstract[name], "shape", ()))
             if has != wants:
                 wrong.append(f"{name}: {has}, expected {wants}")
         if wrong:
@@ -153,36 +198,131 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"the checkpoint {folder} does not fit the model: {'; '.join(wrong)}")
 
 
-def restore_denoiser(folder: Path, abstract_params: PyTree, num_steps: int) -> PyTree:
-    """The denoiser's parameters at the end of a training, from the checkpoints in `folder`."""
-    return restore_end(folder, {"params": abstract_params}, num_steps)["params"]
-
-
-def restore_end(folder: Path, abstract: dict[str, PyTree], num_steps: int) -> dict[str, PyTree]:
-    """What a training left at its end, from the checkpoints in `folder`.
+def find_step(folder: Path, which: str, num_steps: int, best: str = "") -> int:
+    """The step of a training that has ended which `--step` names: "last", "best" or a number.
 
     Args:
-        abstract: arrays, or their shapes and shardings: {"params": the denoiser's}, and
-            {"adapters": ...} where LoRA was trained.
-        num_steps: the steps of the training, `config.train.num_steps`.
+        num_steps: of the training, `config.train.num_steps`.
+        best: `config.train.best`.
 
     Raises:
         FileNotFoundError: `folder` holds no checkpoint.
-        ValueError: the training is not over, as half-trained images would stay when it is; or the
-            checkpoint is of another model: lists every parameter that does not fit.
+        ValueError: the training is not over, as half-trained images would stay when it is; there is
+            no such step, or no best one.
     """
     if not to_path(folder).is_dir():
         raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
+    with Checkpoints(folder, best=best) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
             raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
-        if step < num_steps:
+        if not checkpoints.has_ended(num_steps):
             raise ValueError(
-                f"{folder} ends at step {step} of config.train.num_steps={num_steps}:"
+                f"{folder} ends at step {steps[-1]} of config.train.num_steps={num_steps}:"
                 " run `agfsync train` to the end first"
             )
-        return checkpoints.restore(step, abstract)
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            found = checkpoints.best() if best else None
+            if found is None:
+                raise ValueError(
+                    f"--step=best: {folder} has no checkpoint with a validation's"
+                    f" {best or 'metric'}: train with config.train.best and"
+                    " config.train.validate_every, or take --step=last"
+                )
+            return found[0]
+        if int(which) not in steps:
+            has = ", ".join(map(str, steps))
+            raise ValueError(f"--step={which}: {folder} has the steps {has} (config.train.keep)")
+        return int(which)
+
+
+def trained_rounds(
+    workdir: Path, last: int, train: Any, which: str = "last"
+) -> list[tuple[Path, int]]:
+    """(folder of checkpoints, step) of what round `last` has trained, for `restore_denoiser`; with
+    LoRA of all rounds up to it, whose adapters add up.
+
+    Args:
+        train: `config.train`.
+        which: see `find_step`, which says what is raised.
+    """
+    rounds = range(0 if train.lora_rank else last, last + 1)
+    folders = [to_path(workdir) / f"round_{index:03d}" / "checkpoints" for index in rounds]
+    return [(each, find_step(each, which, train.num_steps, train.best)) for each in folders]
+
+
+def as_read(trained: Sequence[tuple[Path, int]]) -> dict[str, str]:
+    """What `steps.runner.Job.reads` says of them."""
+    folder, step = trained[-1]
+    return {f"{folder.parent.name}/{folder.name}": f"step {step}"}
+
+
+def restore_denoiser(trained: Sequence[tuple[Path, int]], base: PyTree) -> PyTree:
+    """The denoiser's parameters that a round's training has come to.
+
+    Args:
+        trained: see `trained_rounds`.
+        base: what round 0 began with: arrays; where the step holds a whole denoiser, as the last
+            ones do, their shapes and shardings will do.
+
+    Raises:
+        FileNotFoundError: there is no such step.
+        ValueError: the checkpoint is of another model: lists every parameter that does not fit.
+    """
+    folder, step = trained[-1]
+    with Checkpoints(folder) as checkpoints:
+        leaves = checkpoints.leaves(step)
+        name = _result_at(leaves)
+        if not _adapters_at(leaves, name):
+            return checkpoints.restore(step, {name: base})[name]
+    adapters = restore_adapters(folder, step, like=base)
+    start = restore_denoiser(trained[:-1], base) if len(trained) > 1 else base
+    places = jax.tree.map(lambda leaf: leaf.sharding, start)
+    return jax.jit(lora.merge, out_shardings=places)(start, adapters)
+
+
+def restore_adapters(folder: Path, step: int, like: PyTree = None) -> lora.Adapters:
+    """The LoRA adapters that a training has come to, whole on the devices of `like`.
+
+    Raises:
+        FileNotFoundError: there is no such step.
+        ValueError: all of the denoiser was trained.
+    """
+    places = {leaf.sharding for leaf in jax.tree.leaves(like)}
+    place = next(iter(places), None)
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    with Checkpoints(folder) as checkpoints:
+        leaves = checkpoints.leaves(step)
+        name = "adapters" if any(each.startswith("adapters.") for each in leaves) else ""
+        found = _adapters_at(leaves, name or _result_at(leaves))
+        if not found:
+            raise ValueError(f"{folder} has no LoRA adapters at step {step}: all was trained")
+        abstract = {
+            module: {f: jax.ShapeDtypeStruct(pair[f], np.float32, sharding=place) for f in "AB"}
+            for module, pair in found.items()
+        }
+        name = name or _result_at(leaves)
+        return checkpoints.restore(step, {name: abstract})[name]
+
+
+def _result_at(leaves: Mapping[str, tuple[int, ...]]) -> str:
+    """Under which name a checkpoint has what training has come to: see `Training.result`; of a step
+    before the last one, a moving average has a name of its own."""
+    average = "step" in leaves and any(each.startswith("ema.") for each in leaves)
+    return "ema" if average else "params"
+
+
+def _adapters_at(leaves: Mapping[str, tuple[int, ...]], name: str) -> dict[str, dict[str, tuple]]:
+    """{module: {"A": shape, "B": shape}} of the adapters below a name; {} where there are none."""
+    found: dict[str, dict[str, tuple]] = {}
+    for path, shape in leaves.items():
+        module, _, factor = path.removeprefix(f"{name}.").rpartition(".")
+        if path.startswith(f"{name}.") and factor in ("A", "B"):
+            found.setdefault(module, {})[factor] = shape
+    return found
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -38,6 +38,7 @@ class Training:
     loader: PairLoader
     embeddings: PromptEmbeddings | None = None  #: of the loader's rows; None where steps make them
     validation: Validation | None = None  #: None where nothing is drawn
+    higher_is_better: bool = True  #: of the metric `config.train.best`
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
         """The state after step `index`, from 0, and its metrics; takes the state's memory."""
@@ -48,7 +49,7 @@ class Training:
         batch = self.loader.batch(index)
         if self.embeddings:
             del batch["token_ids"]
-            batch["conditioning"] = self.embeddings(self.loader.rows(index))
+            batch["conditioning"] = self.embeddings(self.loader.prompt_rows(index))
         return batch
 
     def denoiser(self, state: TrainState) -> Any:
@@ -58,7 +59,7 @@ class Training:
         return jax.jit(lora.merge)(self.frozen["base"], state.averaged)
 
     def result(self, state: TrainState) -> Any:
-        """What the last checkpoint holds: other verbs read a whole denoiser, named "params".
+        """What the last checkpoint holds, and the best one: a whole denoiser, named "params".
 
         `restore_state` goes on from it.
         """
@@ -128,6 +129,7 @@ class _Loop:
         self.step_flops = self.training.step_flops() if self.peak else 0
         self.unread: tuple[int, Mapping[str, Array]] | None = None
         self.clock = self.stage.seconds  # when the last metrics were read
+        self.best = self.checkpoints.best() if self.spec.best else None  # (step, value)
 
     def run(self, start: int, held: Sequence[int]) -> None:
         """Steps until the last one, or the one in which a signal is held."""
@@ -140,18 +142,49 @@ class _Loop:
             if self.training.validation and not stop and (last or step % spec.validate_every == 0):
                 jax.block_until_ready(metrics)  # else its time would count as the validation's
                 scores = self.validate(step, state)
-            save = stop or last or step % spec.save_every == 0
+            better = bool(scores and spec.best) and self.is_better(step, scores[spec.best])
+            early = bool(scores) and not last and self.is_settled(step)
+            save = stop or last or early or better or step % spec.save_every == 0
             if save or scores:
                 self.report(scores)  # only a state that is known to be good is saved
             if save:
                 with self.stage.pause():
                     self.writer.flush()
-                    kept = self.training.result(state) if last else state
-                    self.checkpoints.save(step, kept, wait=stop, metrics=scores)
+                    kept = self.training.result(state) if last or early or better else state
+                    self.checkpoints.save(step, kept, wait=stop or early, metrics=scores)
+            if early:
+                self.end_early(step)
+                break
             if stop and not last:
                 if not held:  # another process was told to
                     raise KeyboardInterrupt("SIGTERM")
                 break
+
+    def is_better(self, step: int, value: float) -> bool:
+        """Whether a validation's value is the best so far, which is kept in mind."""
+        sign = 1 if self.training.higher_is_better else -1
+        if not math.isfinite(value) or (self.best and sign * value <= sign * self.best[1]):
+            return False
+        self.best = step, value
+        return True
+
+    def is_settled(self, step: int) -> bool:
+        """Whether `patience` validations have brought nothing better."""
+        spec = self.spec
+        return bool(spec.patience and self.best) and (
+            step - self.best[0] >= spec.patience * spec.validate_every
+        )
+
+    def end_early(self, step: int) -> None:
+        """Says that the training is over."""
+        if multihost.is_main():
+            self.checkpoints.end()
+        number, value = self.best
+        self.stage.print(
+            f"ended at step {step} of {self.spec.num_steps}: no better {self.spec.best} than"
+            f" {value:.4g}, that of step {number}, in {self.spec.patience} validations;"
+            " --step=best takes that one"
+        )
 
     def validate(self, step: int, state: TrainState) -> dict[str, float]:
         """Scores of held-out prompts; the pictures go to TensorBoard and to a file."""
@@ -180,7 +213,7 @@ class _Loop:
                 f"train, step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}, "
                 f"expected finite numbers. {self.checkpoints.folder} keeps the state of step "
                 f"{self.checkpoints.latest_step() or 0}. Lower config.train.learning_rate or "
-                "config.loss.beta, or set config.backbone.dtype=float32, in a new workdir."
+                "the loss's beta, or set config.backbone.dtype=float32, in a new workdir."
             )
         now = self.stage.seconds
         values["seconds"], self.clock = now - self.clock, now

@@ -4,7 +4,7 @@ The images of an example, a pair or a ranking, share a timestep and, as Diffusio
 (arXiv:2311.12908, eq. 14), their noise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,40 @@ from jaxtyping import Array, Float, Int
 
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import Loss, Residuals
+from agfsync_jax.utils import modules
 
 NUM_BINS = 10  # of timesteps, in which errors are told apart
+
+
+def load_loss(name: str, settings: Mapping[str, Any]) -> Loss:
+    """The loss of a file, with settings of its own.
+
+    A beta of one loss means nothing to another (Diffusion-DPO's are thousands, MaPO's a tenth): in
+    a config each loss has a block, config.loss.diffusion_dpo.beta, and the others' are not read.
+
+    Raises:
+        ValueError: no such loss; a setting that it does not have, or a value that it does not take.
+    """
+    return modules.load("losses", name).LOSS.configured(**settings)
+
+
+def timesteps_of(text: str, num_train_timesteps: int) -> Sequence[int]:
+    """The timesteps that `config.train.timesteps` names: "FIRST:END", a list, or "" for all.
+
+    Raises:
+        ValueError: none, or one that the schedule does not have.
+    """
+    first, colon, end = text.partition(":")
+    if colon:
+        found: Sequence[int] = range(int(first), int(end))
+    else:
+        found = [int(each) for each in text.split(",")] if text else range(num_train_timesteps)
+    if not found or max(found) >= num_train_timesteps:
+        raise ValueError(
+            f"config.train.timesteps={text!r}: expected some of 0 to {num_train_timesteps - 1},"
+            " those of the checkpoint's noise schedule."
+        )
+    return found
 
 
 def draw_noise(
@@ -22,17 +54,19 @@ def draw_noise(
     step: Array,
     example: Int[Array, " b"],
     shape: tuple[int, ...],
-    num_timesteps: int,
+    timesteps: Sequence[int],
     copies: int = 1,
 ) -> tuple[Float[Array, "b copies ..."], Int[Array, " b"]]:
-    """Noise [b, copies, *shape] and timesteps [b]; a row depends on (seed, step, example)."""
+    """Noise [b, copies, *shape] and one of the timesteps each [b]; a row depends on (seed, step,
+    example)."""
     step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def draw(example):
         noise_key, time_key = jax.random.split(jax.random.fold_in(step_key, example))
         keys = [noise_key, *(jax.random.fold_in(noise_key, i) for i in range(1, copies))]
-        timestep = jax.random.randint(time_key, (), 0, num_timesteps)
-        return jnp.stack([jax.random.normal(key, shape) for key in keys]), timestep
+        place = jax.random.randint(time_key, (), 0, len(timesteps))
+        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
+        return noise, jnp.array(timesteps)[place]
 
     return jax.vmap(draw)(example)
 
@@ -47,6 +81,7 @@ def preference_loss(
     schedule: Schedule,
     seed: int,
     step: Array,
+    timesteps: str = "",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The mean loss of a batch, and metrics.
 
@@ -59,6 +94,7 @@ def preference_loss(
             conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too.
         denoise: (parameters, latents, timesteps, conditioning) -> prediction.
         seed, step: of noise and timesteps.
+        timesteps: those that are learned, see `timesteps_of`.
 
     Returns:
         The loss, and scalars that are means over the batch; "error_by_time" and "count_by_time"
@@ -67,9 +103,8 @@ def preference_loss(
     latents = batch["latents"]
     b, k, *shape = latents.shape
     copies = 1 if loss.same_noise else k
-    noise, timesteps = draw_noise(
-        seed, step, batch["example"], tuple(shape), schedule.num_train_timesteps, copies
-    )
+    possible = timesteps_of(timesteps, schedule.num_train_timesteps)
+    noise, drawn = draw_noise(seed, step, batch["example"], tuple(shape), possible, copies)
 
     def rows(x):
         # Example by example: with a sharded batch all rows of one then stay on its device.
@@ -78,7 +113,7 @@ def preference_loss(
     def each(x):
         return rows(jnp.broadcast_to(x[:, None], (b, k, *x.shape[1:])))
 
-    noise, times = rows(jnp.broadcast_to(noise, latents.shape)), each(timesteps)
+    noise, times = rows(jnp.broadcast_to(noise, latents.shape)), each(drawn)
     noisy = schedule.add_noise(rows(latents), noise, times)
     target = schedule.target(rows(latents), noise, times)
     conditioning = jax.tree.map(each, batch["conditioning"])
@@ -99,7 +134,7 @@ def preference_loss(
     metrics |= {"loss": jnp.mean(values), "chosen_error": jnp.mean(errors[:, 0])}
     if not loss.is_listwise:
         metrics["rejected_error"] = jnp.mean(errors[:, 1])
-    bins = timesteps * NUM_BINS // schedule.num_train_timesteps
+    bins = drawn * NUM_BINS // schedule.num_train_timesteps
     metrics["error_by_time"] = jax.ops.segment_sum(errors[:, 0], bins, NUM_BINS)
     metrics["count_by_time"] = jax.ops.segment_sum(jnp.ones(b), bins, NUM_BINS)
     return metrics["loss"], metrics

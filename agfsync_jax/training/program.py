@@ -19,13 +19,14 @@ from agfsync_jax.parallel.sharding import (
     infer_shardings,
     replicated,
 )
+from agfsync_jax.training.objective import load_loss
 from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
-from agfsync_jax.utils import flops, modules
+from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "ema_decay", "remat")
+_STEP = ("lora_rank", "ema_decay", "remat", "timesteps")
 
 
 def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -44,12 +45,12 @@ def step_spec(
     Raises:
         ValueError: settings that do not exist or do not go together.
     """
-    spec, loss = config.train, config.loss.to_dict()
+    spec = config.train
     optimizer, learning_rate = make_optimizer(**{name: spec[name] for name in _OPTIMIZER})
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
     return StepSpec(
-        loss=modules.load("losses", loss.pop("name")).LOSS.configured(**loss),
+        loss=load_loss(config.loss.name, config.loss.get(config.loss.name, {})),
         optimizer=optimizer,
         learning_rate=learning_rate,
         seed=seed,

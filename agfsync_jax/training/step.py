@@ -39,6 +39,7 @@ class StepSpec(NamedTuple):
     accumulate: int = 1  # parts that a batch is taken in, one after the other
     ema_decay: float = 0.0  # no moving average
     remat: str = "none"  # what blocks keep for their gradient; models/layers.py, REMAT
+    timesteps: str = ""  # those that are learned; training/objective.py, timesteps_of
     encode: bool = False  # a batch has token_ids, which the frozen text encoder reads in every step
     backbone: Any = None  # once it is loaded; its `params` are not read
 
@@ -110,6 +111,7 @@ def train_step(
             schedule=backbone.schedule,
             seed=spec.seed,
             step=state.step,
+            timesteps=spec.timesteps,
         )
 
     differentiate = jax.grad(objective, has_aux=True)

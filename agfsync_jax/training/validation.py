@@ -48,7 +48,11 @@ class Validation:
         self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
         num_images = round_up(len(ids), jax.process_count())
         self._generator = backbones.generator(
-            config, mesh, backbone, conditioning_noise=0.0, num_images=num_images
+            backbones.as_judged(config),
+            mesh,
+            backbone,
+            conditioning_noise=0.0,
+            num_images=num_images,
         )
         own_mesh = local_mesh(config.score.mesh)
         self._scorers = engine.load_scorers(

@@ -74,8 +74,8 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:
     """Sets keys from texts; ValueError as in `load`."""
-    for key, text in overrides.items():
-        _override(config, key, text)
+    for key in sorted(overrides, key=lambda key: key != "loss.name"):  # whose settings follow
+        _override(config, key, overrides[key])
 
 
 @contextlib.contextmanager
@@ -126,10 +126,13 @@ def public(block: dict[str, Any]) -> dict[str, Any]:
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
     flat = flatten(config)
-    if key in flat:
+    if key in flat and not key.startswith("loss."):
         config.update_from_flattened_dict({key: _parse(key, text, flat[key])})
         return
     block, _, name = key.rpartition(".")
+    if block.partition(".")[0] == "loss":
+        _override_loss(config, key, text)
+        return
     if re.fullmatch(r"scorers\.\w+", block) and f"{block}.name" in flat:
         known = modules.settings("scorers", flat[f"{block}.name"])
         if name in known:
@@ -138,6 +141,9 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
                 default = 0 if "int" in str(known[name].annotation) else ""
             config.scorers[block.removeprefix("scorers.")][name] = _parse(key, text, default)
             return
+    if block == "evaluate.sample" and name in schema().JUDGED:
+        config.evaluate.sample[name] = _parse(key, text, config.sample[name])
+        return
     inside = [name for name in flat if name.startswith(f"{key}.")]
     if inside:
         raise ValueError(f"--config.{key} is a block; set one of: {', '.join(inside)}")
@@ -147,6 +153,28 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     close += [name for name in flat if name.rpartition(".")[2] in alike and name not in close]
     hint = f"close: {', '.join(close)}" if close else f"the blocks are: {', '.join(config)}"
     raise ValueError(f"--config.{key} is no key of the config; {hint}")
+
+
+def _override_loss(config: ConfigDict, key: str, text: str) -> None:
+    """Sets "loss.name"; or a setting of the loss that is named, as "loss.beta" or with its name."""
+    _, *block, name = key.split(".")
+    if not block and name == "name":
+        config.loss.name = text
+        return
+    used = config.loss.name
+    known = modules.settings("losses", used)
+    if block not in ([], [used]):
+        raise ValueError(
+            f"--config.{key}: config.loss.name is {used}, and takes nothing of another loss;"
+            f" set one of: {', '.join(f'config.loss.{used}.{each}' for each in known)}"
+        )
+    if name not in known:
+        takes = ", ".join(f"config.loss.{each}" for each in known) or "nothing"
+        raise ValueError(f"--config.{key} is no key of the config; {used} takes {takes}")
+    with config.unlocked():
+        if used not in config.loss:
+            config.loss[used] = ConfigDict()
+        config.loss[used][name] = _parse(key, text, known[name].default)
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
@@ -163,6 +191,6 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = None
     if isinstance(old, tuple | list) and isinstance(value, tuple | list):
         return type(old)(value)
-    rule = schema().KEYS.get(key)
+    rule = schema().rule(key)
     wanted = rule.allowed if rule else f"{type(old).__name__}, as in {old!r}"
     raise ValueError(f"--config.{key}={text}: expected {wanted}")

@@ -68,6 +68,7 @@ def test_policy_equal_to_reference_gives_ln_2():
     loss, metrics = ours(jnp.asarray(REFERENCE, jnp.float32), "epsilon")
     assert abs(float(loss) - np.log(2)) < 1e-6
     assert float(jnp.abs(metrics["rewards/margin"]).max()) == 0.0
+    np.testing.assert_array_equal(metrics["rewards/accuracy"], 0.5)  # neither right nor wrong
 
 
 def test_metrics_are_rewards():

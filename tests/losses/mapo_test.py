@@ -11,3 +11,5 @@ def test_metrics_are_likelihoods():
     np.testing.assert_allclose(rejected, [0.15 / np.expm1(0.15), 0.25 / np.expm1(0.25)], rtol=1e-6)
     np.testing.assert_allclose(metrics["likelihood/margin"], 1000 * (chosen - rejected), rtol=1e-6)
     np.testing.assert_array_equal(metrics["likelihood/accuracy"], [1.0, 0.0])
+    _, metrics = mapo.loss(jnp.array([0.1]), jnp.array([0.1]))
+    np.testing.assert_array_equal(metrics["likelihood/accuracy"], [0.5])

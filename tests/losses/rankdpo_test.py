@@ -57,8 +57,8 @@ def test_accuracy_counts_all_pairs_that_differ():
     mask = jnp.ones((2, 4), bool)
     *_, metrics = listwise(POLICY, REFERENCE, SCORES, mask)
     # List 0: six pairs, of which 2 over 0.5 is wrong. List 1: five, 20 over 10 is wrong, the other
-    # 20 over 10 has equal rewards.
-    np.testing.assert_allclose(metrics["rewards/accuracy"], 8 / 11, rtol=1e-6)
+    # 20 over 10 has equal rewards, which is half right.
+    np.testing.assert_allclose(metrics["rewards/accuracy"], 8.5 / 11, rtol=1e-6)
     np.testing.assert_allclose(metrics["rewards/chosen"], [0.5, 0.5], rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/rejected"], [-0.5, 0.0], rtol=1e-5, atol=1e-6)
     *_, metrics = listwise(POLICY, REFERENCE, 0 * SCORES, mask)

@@ -5,7 +5,7 @@ from agfsync_jax.losses import diffusion_dpo, sft
 
 
 def test_the_loss_is_the_error_on_the_chosen():
-    loss, metrics = sft.loss(jnp.array([1.0, 3.0]), jnp.array([9.0, 9.0]), beta=5.0)
+    loss, metrics = sft.loss(jnp.array([1.0, 3.0]), jnp.array([9.0, 9.0]))
     np.testing.assert_allclose(loss, [1.0, 3.0])
     assert metrics == {}
 

@@ -1,4 +1,5 @@
 import errno
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser
+from agfsync_jax.training.checkpoints import Checkpoints, find_step, restore_denoiser
 
 
 class Network(nnx.Module):
@@ -100,9 +101,37 @@ def test_the_denoiser_alone(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _state(seed=1))
         checkpoints.save(2, state)
-    _equal(restore_denoiser(tmp_path, _abstract(state["params"]), 2), state["params"])
+    _equal(restore_denoiser([(tmp_path, 2)], _abstract(state["params"])), state["params"])
     with pytest.raises(ValueError, match="ends at step 2 of config.train.num_steps=3"):
-        restore_denoiser(tmp_path, _abstract(state["params"]), 3)
+        find_step(tmp_path, "last", 3)
+
+
+def test_which_step(tmp_path):
+    def find(which, best="vqa", num_steps=4):
+        return find_step(tmp_path, which, num_steps, best)
+
+    with Checkpoints(tmp_path, keep=2, best="vqa") as checkpoints:
+        assert checkpoints.best() is None
+        for step, score in enumerate((0.5, 0.9, math.nan, 0.7), start=1):
+            checkpoints.save(step, _state(), metrics={"vqa": score, "loss": -score})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 4] and checkpoints.best() == (2, 0.9)
+    assert [find("last"), find("best"), find("3")] == [4, 2, 3]
+    with pytest.raises(ValueError, match="--step=1: .* has the steps 2, 3, 4"):
+        find("1")
+    with pytest.raises(ValueError, match="--step=best: .* no checkpoint with a validation's metr"):
+        find("best", best="")
+    with Checkpoints(tmp_path, best="loss", higher_is_better=False) as checkpoints:
+        assert checkpoints.best() == (2, -0.9)
+
+
+def test_a_training_that_ended_early_is_over(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, _state(), wait=True)
+        assert not checkpoints.has_ended(9)
+        checkpoints.end()
+        assert checkpoints.has_ended(9)
+    assert find_step(tmp_path, "last", 9) == 3
 
 
 def test_all_misfits_are_listed(tmp_path):
@@ -110,7 +139,7 @@ def test_all_misfits_are_listed(tmp_path):
         checkpoints.save(1, _state(width=16))
     wider = _abstract(_state(width=32)["params"])
     with pytest.raises(ValueError) as error:
-        restore_denoiser(tmp_path, wider, 1)
+        restore_denoiser([(tmp_path, 1)], wider)
     for part in ("blocks.0.kernel", "(8, 16), expected (8, 32)", "blocks.1.kernel"):
         assert part in str(error.value)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="other: missing"):
@@ -120,7 +149,7 @@ def test_all_misfits_are_listed(tmp_path):
 def test_no_checkpoint_says_what_to_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="agfsync train"):
-            restore_denoiser(folder, {}, 1)
+            find_step(folder, "last", 1)
     assert not (tmp_path / "nowhere").exists()
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="step 5"):
         checkpoints.restore(5, {})

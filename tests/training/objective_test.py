@@ -4,16 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from agfsync_jax.losses import Loss
-from agfsync_jax.training.objective import NUM_BINS, draw_noise, preference_loss
+from agfsync_jax.training.objective import (
+    NUM_BINS,
+    draw_noise,
+    preference_loss,
+    timesteps_of,
+)
+from agfsync_jax.utils import modules
+from tests.losses.formulas_test import FORMULAS, MASK, SCORES, settings
 from tests.tiny_backbone import SCHEDULE
 
 
 def test_noise_belongs_to_the_example():
-    draw = jax.jit(
-        lambda step, example: draw_noise(3, step, example, (2, 2, 4), num_timesteps=1000)
-    )
+    draw = jax.jit(lambda step, example: draw_noise(3, step, example, (2, 2, 4), range(1000)))
     noise, times = draw(5, jnp.arange(4000))
     again, times_again = draw(5, jnp.arange(4000)[::-1])
     np.testing.assert_array_equal(again[::-1], noise)
@@ -60,3 +66,103 @@ def test_a_loss_is_given_what_it_says(same_noise, uses_reference):
     assert 0.5 < value < 2 and value == metrics["loss"] == metrics["chosen_error"]
     np.testing.assert_allclose(jnp.sum(metrics["error_by_time"]) / 5, value, rtol=1e-6)
     assert metrics["count_by_time"].shape == (NUM_BINS,) and jnp.sum(metrics["count_by_time"]) == 5
+
+
+def test_noise_and_timesteps_are_independent():
+    """Across examples, the timestep says nothing of the noise; no two images have the same."""
+    noise, times = draw_noise(0, jnp.int32(1), jnp.arange(4000), (4,), range(1000), copies=2)
+    scaled = (np.asarray(times, np.float64) - 499.5) / 288.7
+    flat = np.asarray(noise, np.float64).reshape(4000, -1)
+    correlation = flat.T @ scaled / 4000
+    assert np.abs(correlation).max() < 0.06
+    between = flat.T @ flat / 4000 - np.eye(8)
+    assert np.abs(between).max() < 0.08
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("", range(1000)),
+        ("0:200", range(200)),  # Diffusion-DPO's code: t % 200 of SDXL's refiner
+        ("249,499,749,999", {249, 499, 749, 999}),  # and those of Turbo
+        ("999", {999}),
+    ],
+)
+def test_timesteps_that_are_learned(text, want):
+    possible = timesteps_of(text, 1000)
+    _, times = draw_noise(0, jnp.int32(0), jnp.arange(20_000), (1,), possible)
+    values, counts = np.unique(times, return_counts=True)
+    assert set(values.tolist()) == set(want)
+    assert counts.min() > 0 and counts.std() < 2 * np.sqrt(20_000 / len(want))
+
+
+@pytest.mark.parametrize("text", ["0:1001", "1000", "5:5", "7:3"])
+def test_timesteps_that_are_none(text):
+    with pytest.raises(ValueError, match=r"config.train.timesteps=.*some of 0 to 999"):
+        timesteps_of(text, 1000)
+
+
+@pytest.mark.parametrize("name", modules.names("losses"))
+def test_every_loss_by_its_formula_in_float64(name):
+    """Residuals made here, from the noise and the timesteps, and the formula of whole residuals: a
+    reference that is swapped, a noise that is not shared as it should be, or an error of another
+    image would show."""
+    loss = modules.load("losses", name).LOSS.configured(**settings(name))
+    k = 4 if loss.is_listwise else 2
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(5, k, 2, 2, 3)).astype(np.float32)
+    text = rng.normal(size=(5, 3)).astype(np.float32)
+    example = jnp.array([5, 3, 11, 2, 8])
+    batch = {
+        "latents": jnp.asarray(latents),
+        "example": example,
+        "conditioning": {"text": jnp.asarray(text)},
+        "scores": jnp.asarray(SCORES, jnp.float32),
+        "mask": jnp.asarray(MASK),
+    }
+    weights = {"policy": 0.32, "reference": 0.3}
+
+    def predict(weight, noisy, times, text, numpy):
+        told = numpy.mean(text, axis=-1)[:, None, None, None]
+        return weight * noisy + 0.01 * told + 1e-4 * times[:, None, None, None]
+
+    def denoise(model, noisy, times, conditioning):
+        return predict(model, noisy, times, conditioning["text"], jnp)
+
+    value, metrics = preference_loss(
+        weights["policy"],
+        weights["reference"],
+        batch,
+        loss=loss,
+        denoise=denoise,
+        schedule=SCHEDULE,
+        seed=9,
+        step=jnp.int32(4),
+    )
+    copies = 1 if loss.same_noise else k
+    noise, times = draw_noise(9, jnp.int32(4), example, (2, 2, 3), range(1000), copies)
+    noise = np.broadcast_to(np.asarray(noise, np.float64), latents.shape)
+    times = np.asarray(times)
+    alpha = SCHEDULE.alphas_cumprod.astype(np.float64)[times][:, None, None, None]
+    residuals = {model: np.zeros(latents.shape) for model in weights}
+    for model, weight in weights.items():
+        for image in range(k):
+            noisy = np.sqrt(alpha) * latents[:, image] + np.sqrt(1 - alpha) * noise[:, image]
+            guess = predict(weight, noisy, times, text.astype(np.float64), np)
+            residuals[model][:, image] = guess - noise[:, image]
+    policy, reference = (torch.tensor(residuals[model]) for model in weights)
+    exact = FORMULAS[name](policy, reference, **settings(name)).item()
+    np.testing.assert_allclose(value, exact, rtol=1e-4)
+    errors = (residuals["policy"] ** 2).mean(axis=(2, 3, 4))
+    np.testing.assert_allclose(metrics["chosen_error"], errors[:, 0].mean(), rtol=1e-4)
+    bins = np.zeros(NUM_BINS)
+    np.add.at(bins, times * NUM_BINS // 1000, errors[:, 0])
+    np.testing.assert_allclose(metrics["error_by_time"], bins, rtol=1e-4)
+    if not loss.is_listwise:
+        np.testing.assert_allclose(metrics["rejected_error"], errors[:, 1].mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_no_key_is_used_twice(copies):
+    with jax.debug_key_reuse(True):
+        draw_noise(0, jnp.int32(1), jnp.arange(3), (4,), range(1000), copies)

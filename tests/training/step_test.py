@@ -103,7 +103,7 @@ def test_steps_equal_a_torch_reference(tmp_path, model):
         given["added_cond_kwargs"] = {"text_embeds": given.pop("text_embeds"), "time_ids": sizes}
     chosen, rejected = (to_torch(batch[f"{side}_latents"]) for side in ("chosen", "rejected"))
     for index in range(3):
-        noise, times = draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), 1000)
+        noise, times = draw_noise(7, jnp.int32(index), batch["example"], (16, 16, 4), range(1000))
         noise, times = to_torch(noise[:, 0]), to_torch(times).long()
         signal_, sigma = (a.sqrt()[times].view(-1, 1, 1, 1) for a in (alphas, 1 - alphas))
 
