@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import agfsync_jax
-from agfsync_jax import cli, samplers
+from agfsync_jax import cli, losses, samplers
 from agfsync_jax.backbones import Backbone
 from agfsync_jax.benches import Bench
 from agfsync_jax.data import questions
@@ -124,7 +124,7 @@ def test_loss(module):
     loss = module.LOSS
     parameters = inspect.signature(loss.formula).parameters.values()
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert settings == {p.name: p.default for p in loss.settings.values()}
+    assert settings == {p.name: p.default for p in losses.settings_of(module).values()}
     assert all(isinstance(value, int | float) for value in settings.values())
     # Policy and reference are near each other, as no loss is steep far from there.
     rng = np.random.default_rng(0)

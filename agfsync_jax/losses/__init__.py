@@ -101,7 +101,7 @@ class Loss:
         Raises:
             ValueError: a setting that the formula does not have, or a value that it does not take.
         """
-        known, name = self.settings, self.formula.__module__.rpartition(".")[2]
+        known, name = _settings(self.formula), self.formula.__module__.rpartition(".")[2]
         if unknown := sorted(set(settings) - set(known)):
             has = ", ".join(known) or "none"
             raise ValueError(
@@ -123,16 +123,15 @@ class Loss:
         jax.eval_shape(made, residuals)  # a formula may refuse a value, too
         return made
 
-    @property
-    def settings(self) -> dict[str, inspect.Parameter]:
-        """The formula's."""
-        parameters = inspect.signature(self.formula).parameters.values()
-        return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
-
 
 def settings_of(module: ModuleType) -> dict[str, inspect.Parameter]:
     """What `config.loss.<file>` may set."""
-    return module.LOSS.settings
+    return _settings(module.LOSS.formula)
+
+
+def _settings(formula: Callable) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(formula).parameters.values()
+    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def reward(

@@ -35,7 +35,7 @@ class Job:
     missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
     stage: Stage | None = None  #: the clock and progress
     #: What the step reads besides its inputs, as inputs.json remembers it; its plan says so.
-    reads: dict[str, str] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
