@@ -70,9 +70,16 @@ def plan(job: Job) -> Plan:
         model: plan_images(job.config, list(prompts), evals / model)
         for model, evals in _folders(job).items()
     }
-    trained = trained_rounds(job.workdir, job.round_index, job.config.train, job.step)
+    found = Plan(prompts, questions, shards, [])
+    try:
+        trained = trained_rounds(job.workdir, job.round_index, job.config.train, job.step)
+    except FileNotFoundError:
+        if all(path.exists() for path in found.images) and not job.repair:
+            job.reads = None  # nothing is left to draw
+            return found
+        raise
     job.reads = as_read(trained)
-    return Plan(prompts, questions, shards, trained)
+    return found._replace(trained=trained)
 
 
 def evaluate(job: Job) -> None:

@@ -93,10 +93,12 @@ def main(
         size = sum(path.stat().st_size for path in files)
         copy_tree(folder, output, last="model_index.json")
         stage.print(f"wrote {tqdm.format_sizeof(size, 'B')} to {output}")
-        if verify and multihost.is_main():
+        if verify:
             prompts = round_dir / "prompts.jsonl"
             prompt = records.read_jsonl(prompts)[0]["prompt"] if prompts.exists() else _PROMPT
-            difference, picture = _verify(config, prompt, folder, trained)
+            found = _verify(config, prompt, folder, trained)
+        if verify and multihost.is_main():
+            difference, picture = found
             records.write_file(output / "verify.png", [picture])
             told = f"{difference:.3f} of 255 gray levels between diffusers' image and ours"
             place = f"see {output}/verify.png"
@@ -130,9 +132,12 @@ def _write_lora(config: Any, trained: Trained, output: Path) -> None:
         write_lora(output, {name: made}, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
 
 
-def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[float, bytes]:
+def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[float, bytes] | None:
     """Compares what was written with the checkpoint, then draws one image with each library; their
-    mean difference in gray levels, and both side by side."""
+    mean difference in gray levels, and both side by side.
+
+    Every process calls it, the main one compares; the others get None.
+    """
     with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
         folder, file, base = output, None, None
         if config.export.lora:  # beside the model that it adapts
@@ -140,9 +145,11 @@ def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[f
             whole = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
             whole.save(folder, whole.params, scheduler=_scheduler(config, whole))
             base = whole.params[whole.denoiser_name]
+        if not multihost.is_main():
+            return None
         backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
         written = backbone.params[backbone.denoiser_name]
-        tuned = restore_denoiser(trained, written if base is None else base)
+        tuned = restore_denoiser(trained, written if base is None else base, alone=True)
         _check_weights(written, tuned, base, config.export.dtype, output)
         del written, tuned, base
         ours, noise = _draw(config, prompt, backbone)

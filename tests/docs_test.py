@@ -218,8 +218,8 @@ def test_every_file_that_is_named_exists(page):
 @every_page
 def test_every_key_that_is_named_exists(page):
     known = set()
-    for name in ("micro", "sd15", "sdxl"):
-        for key in configs.flatten(configs.load(f"configs/{name}.py", {})):
+    for name in ("micro.py", "sd15.py:lcm", "sdxl.py"):
+        for key in configs.flatten(configs.load(f"configs/{name}", {})):
             parts = key.split(".")
             known |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     for key in re.findall(r"`(?:c|config)\.([a-z_]+(?:\.[a-z_]+)*)", page.read_text()):

@@ -238,7 +238,8 @@ def test_the_round_is_named(tmp_path):
 )
 def test_what_a_verb_tells(config, workdir, name, reader, verb):
     path = workdir / name
-    shutil.rmtree(workdir / "round_000/checkpoints", ignore_errors=reader is train.main)
+    (workdir / "config.json").write_text(config.to_json())
+    shutil.rmtree(workdir / "round_000/checkpoints")  # an evaluation that is there needs none
     damaged = f"{re.escape(str(path))} is damaged .*: remove it"
     cut(path)
     with pytest.raises(ValueError, match=damaged):
@@ -246,4 +247,5 @@ def test_what_a_verb_tells(config, workdir, name, reader, verb):
     path.unlink()
     if verb:
         verb(config, workdir)
-    reader(config, workdir)
+    if reader is not train.main:
+        reader(config, workdir)

@@ -46,7 +46,8 @@ def test_the_verbs_run_in_order(tmp_path, monkeypatch, capsys):
     order = []
 
     def verb(name):
-        def main(config, workdir, *, round_index=0, repair=False):
+        def main(config, workdir, *, round_index=0, repair=False, step="last"):
+            assert name == "report" or step == "best"
             order.append((name, round_index, repair))
             if name == "report":
                 (workdir / "summary.json").write_text(json.dumps(summary()))
@@ -59,12 +60,12 @@ def test_the_verbs_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "ROUND", [verb(name) for name in names])
     monkeypatch.setattr(agfsync_jax, "report", verb("report"), raising=False)
     config = configs.load("configs/micro.py", {"rounds": "2"})
-    run.main(config, tmp_path, repair=True)
+    run.main(config, tmp_path, repair=True, step="best")
     each = [(name, index, True) for index in range(2) for name in names]
     assert order == [*each, ("report", 0, False)]
     out = capsys.readouterr().out
     assert "report: here" in out and "referee_strict" in out
     order.clear()
     config = configs.load("configs/micro.py", {"pair.path": "people"})
-    run.main(config, tmp_path)
+    run.main(config, tmp_path, step="best")
     assert [name for name, _, _ in order] == ["pair", "train", "evaluate", "report"]

@@ -34,8 +34,9 @@ class Job:
     files: Sequence[Path] = ()  #: what the processes share out among them, in order
     missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
     stage: Stage | None = None  #: the clock and progress
-    #: What the step reads besides its inputs, as inputs.json remembers it; its plan says so.
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: What the step reads besides its inputs, as inputs.json remembers it; its plan says so. None:
+    #: it is gone, and not needed.
+    reads: Mapping[str, str] | None = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -126,13 +127,19 @@ class Step:
             for file in inputs
             if file.is_file()
         }
-        now |= job.reads
         before = known.get(self.name, now)
-        before = {name: job.reads[name] for name in job.reads} | before  # of an earlier version
+        if job.reads is None:
+            reads = {name: before[name] for name in before.keys() - now.keys()}
+        else:
+            reads = dict(job.reads)
+        now |= reads
+        before = reads | before  # an earlier version did not remember them
         other = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
         if other and len(job.missing) < len(job.files):
             told = (
-                f"{name} ({before[name]}, now {now[name]})" if name in job.reads else name
+                f"{name} ({before[name]}, now {now[name]})"
+                if name in reads and name in before
+                else name
                 for name in sorted(other)
             )
             raise ValueError(

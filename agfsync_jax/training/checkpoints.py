@@ -42,9 +42,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         keep: how many of the newest.
         best: the name of a metric; the checkpoint that was saved with its best value stays too.
         higher_is_better: whether the best value is the highest.
+        alone: this process reads by itself, while the others do something else.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, best: str = "", higher_is_better: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        best: str = "",
+        higher_is_better: bool = True,
+        alone: bool = False,
+    ):
         self.folder = absolute(to_path(folder))
         self._best, self._sign = best, 1 if higher_is_better else -1
         self._needed = 0  # bytes of what was saved last
@@ -57,15 +65,22 @@ class Checkpoints(contextlib.AbstractContextManager):
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        who = ocp.options.MultiprocessingOptions()
+        if alone:
+            me = jax.process_index()
+            who = ocp.options.MultiprocessingOptions(me, {me}, f"alone_{me}")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
             best_fn=self._rank if best else None,  # or metrics would not be stored
-            create=True,
+            create=not alone,
+            multiprocessing_options=who,
             cleanup_tmp_directories=True,
         )
         # The handler is named so that a manager which has saved nothing can read, too.
         self._manager = ocp.CheckpointManager(
-            self.folder, item_handlers=ocp.PyTreeCheckpointHandler(), options=options
+            self.folder,
+            item_handlers=ocp.PyTreeCheckpointHandler(multiprocessing_options=who),
+            options=options,
         )
 
     def __exit__(self, *_) -> None:
@@ -259,31 +274,36 @@ def as_read(trained: Sequence[tuple[Path, int]]) -> dict[str, str]:
     return {f"{folder.parent.name}/{folder.name}": f"step {step}"}
 
 
-def restore_denoiser(trained: Sequence[tuple[Path, int]], base: PyTree) -> PyTree:
+def restore_denoiser(
+    trained: Sequence[tuple[Path, int]], base: PyTree, alone: bool = False
+) -> PyTree:
     """The denoiser's parameters that a round's training has come to.
 
     Args:
         trained: see `trained_rounds`.
         base: what round 0 began with: arrays; where the step holds a whole denoiser, as the last
             ones do, their shapes and shardings will do.
+        alone: see `Checkpoints`.
 
     Raises:
         FileNotFoundError: there is no such step.
         ValueError: the checkpoint is of another model: lists every parameter that does not fit.
     """
     folder, step = trained[-1]
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, alone=alone) as checkpoints:
         leaves = checkpoints.leaves(step)
         name = _result_at(leaves)
         if not _adapters_at(leaves, name):
             return checkpoints.restore(step, {name: base})[name]
-    adapters = restore_adapters(folder, step, like=base)
-    start = restore_denoiser(trained[:-1], base) if len(trained) > 1 else base
+    adapters = restore_adapters(folder, step, like=base, alone=alone)
+    start = restore_denoiser(trained[:-1], base, alone) if len(trained) > 1 else base
     places = jax.tree.map(lambda leaf: leaf.sharding, start)
     return jax.jit(lora.merge, out_shardings=places)(start, adapters)
 
 
-def restore_adapters(folder: Path, step: int, like: PyTree = None) -> lora.Adapters:
+def restore_adapters(
+    folder: Path, step: int, like: PyTree = None, alone: bool = False
+) -> lora.Adapters:
     """The LoRA adapters that a training has come to, whole on the devices of `like`.
 
     Raises:
@@ -294,7 +314,7 @@ def restore_adapters(folder: Path, step: int, like: PyTree = None) -> lora.Adapt
     place = next(iter(places), None)
     if isinstance(place, jax.sharding.NamedSharding):
         place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, alone=alone) as checkpoints:
         leaves = checkpoints.leaves(step)
         name = "adapters" if any(each.startswith("adapters.") for each in leaves) else ""
         found = _adapters_at(leaves, name or _result_at(leaves))
