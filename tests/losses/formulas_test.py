@@ -123,9 +123,33 @@ def rankdpo(policy, reference, beta):
     return total / len(SCORES)
 
 
+def dgpo(policy, reference, beta):
+    """A group after the other: the weight of arXiv:2510.08425's code, detached, then the errors."""
+    total = 0.0
+    own, other = error(policy), error(reference)
+    for row in range(len(SCORES)):
+        present = [i for i in range(4) if MASK[row, i]]
+        values = np.array([SCORES[row, i] for i in present])
+        if len(present) < 2 or values.std() == 0:
+            continue
+        advantages = (values - values.mean()) / values.std()
+        size = len(present)
+        held = sum(
+            a * beta * (own - other)[row, i] / size
+            for a, i in zip(advantages, present, strict=True)
+        )
+        weight = torch.sigmoid(held).detach()
+        total += sum(
+            weight * a * own[row, i] / size for a, i in zip(advantages, present, strict=True)
+        )
+    return total / len(SCORES)
+
+
 FORMULAS = {
     formula.__name__: formula
-    for formula in (diffusion_dpo, cdpo, hinge, ipo, kto, mapo, dspo, sft, agfsync_norm, rankdpo)
+    for formula in (
+        *(diffusion_dpo, cdpo, hinge, ipo, kto, mapo, dspo, sft, agfsync_norm, rankdpo, dgpo),
+    )
 }
 
 
@@ -153,7 +177,7 @@ def ours(name):
 def test_value_and_gradient(name, policy):
     assert name in FORMULAS, f"write the formula of {name} here"
     prediction = torch.tensor(TARGET + policy, requires_grad=True)
-    count = 4 if name == "rankdpo" else 2
+    count = 4 if name in ("rankdpo", "dgpo") else 2
     residual = (prediction - torch.tensor(TARGET))[:, :count]
     expected = FORMULAS[name](residual, torch.tensor(REFERENCE)[:, :count], **settings(name))
     expected.backward()

@@ -1,0 +1,74 @@
+"""DGPO, direct group preference optimization (Luo et al., arXiv:2510.08425), on lists of
+candidates, as Flow-Factory has it without its masks.
+
+Unlike Diffusion-DPO, it learns from all candidates of a prompt at once, each by how far its score
+is above or below the others', and a group, not a pair, is left alone once it is told apart. For two
+candidates it is Diffusion-DPO but for a factor of 1 / beta: gradients are small, which AdamW evens
+out, and `config.train.max_grad_norm` never clips.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from agfsync_jax.losses import Loss, accuracy, reward, reward_metrics
+
+
+def loss(
+    policy: Float[Array, "b n"],
+    reference: Float[Array, "b n"],
+    scores: Float[Array, "b n"],
+    mask: Bool[Array, "b n"],
+    *,
+    beta: float = 2000.0,
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, "..."]]]:
+    """loss = w mean_i(A_i L_i), with L the policy's denoising errors and A the scores less their
+    mean, in units of their standard deviation. w = sigmoid(beta mean_i(A_i (L_i - L_ref,i))), which
+    has no gradient, is near 1 while the group is in the wrong order and 0 once it is told apart.
+    There is no candidate where mask is False; a group of equal scores teaches nothing.
+
+    Beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL); the paper's 10 to 100
+    stand for a reference that does not move.
+
+    Metrics: of best against worst [b]; rewards/accuracy of all pairs of the batch, a scalar;
+    rewards/equal_groups, the share of groups whose scores are equal.
+    """
+    advantages = group_advantages(scores, mask)
+    count = jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+    def mean(values):
+        return jnp.sum(jnp.where(mask, values, 0), axis=1) / count
+
+    change = jnp.where(mask, policy - reference, 0)
+    weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * mean(advantages * change)))
+
+    rewards = reward(policy, reference, beta)
+    better = (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    margin = rewards[:, :, None] - rewards[:, None, :]
+    right = jnp.sum(better * accuracy(margin)) / jnp.maximum(jnp.sum(better), 1)
+    best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
+    worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
+    ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
+    metrics = reward_metrics(*ends) | {
+        "rewards/accuracy": right,
+        "rewards/equal_groups": jnp.mean(jnp.all(advantages == 0, axis=1)),
+    }
+    return weight * mean(advantages * policy), metrics
+
+
+def group_advantages(scores: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n"]:
+    """How far each score is above its group's mean, in standard deviations; 0 beyond the mask, and
+    for a group without a deviation."""
+    count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(mask, scores, 0), axis=1, keepdims=True) / count
+    apart = jnp.where(mask, scores - mean, 0)
+    variance = jnp.sum(jnp.square(apart), axis=1, keepdims=True) / count
+    return jnp.where(variance > 1e-12, apart * jax.lax.rsqrt(variance + 1e-12), 0)
+
+
+# As in its code, the images of a group share their noise.
+LOSS = Loss(
+    loss,
+    inputs=lambda r: (r.policy_errors, r.reference_errors, r.scores, r.mask),
+    is_listwise=True,
+)
