@@ -170,6 +170,12 @@ def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
                 f"config.train.best={spec.best!r} needs config.train.validate_every: only a"
                 " validation says which checkpoint is the best."
             )
+        if spec.lora_rank and (spec.start or spec.reference == "first"):
+            yield (
+                f"config.train.lora_rank={spec.lora_rank} with config.train.start or"
+                " config.train.reference='first': adapters belong to the model that they start"
+                " from, which is the reference then. Leave both as they are, or lora_rank=0."
+            )
         if spec.patience and not spec.best:
             yield (
                 f"config.train.patience={spec.patience} needs config.train.best: the metric that no"
@@ -201,6 +207,8 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
     if verb in (*DRAWS, *TRAINS, "pair", "export"):
         wanted.append(("backbone.path", config.backbone.path, config.backbone.variant))
         wanted += [("backbone.lora", path, "") for path, _ in config.backbone.lora]
+    if verb in TRAINS and config.train.start:
+        wanted.append(("train.start", config.train.start, ""))
     if verb in ("run", "sample"):
         wanted += [("sample.lora", path, "") for path, _ in config.sample.lora]
     if verb in DRAWS and config.sample.refiner:

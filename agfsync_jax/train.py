@@ -206,15 +206,16 @@ def prepare(
     """
     mesh = program.create_train_mesh(config)
     spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
-    if spec.timesteps:  # or raises
-        timesteps_of(spec.timesteps, backbones.schedule(config).num_train_timesteps)
+    if spec.noising.timesteps:  # or raises
+        timesteps_of(spec.noising.timesteps, backbones.schedule(config).num_train_timesteps)
     check_pairs(round_dir, config)
     loader = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
-    denoiser = backbone.params.pop(backbone.denoiser_name)
-    if before:
-        denoiser = restore_denoiser(before, denoiser)
+    first = backbone.params.pop(backbone.denoiser_name)
+    denoiser = restore_denoiser(before, first) if before else start_of(config, first, mesh)
+    reference = first if is_reference_first(config, bool(before)) else denoiser
+    del first
     embeddings, text = None, {}
     if spec.encode:
         text = {name: p for name, p in backbone.params.items() if name.startswith("text_encoder")}
@@ -228,11 +229,50 @@ def prepare(
         state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
     else:
         state = init(denoiser)
-    base = program.freeze_program(denoiser, spec)(denoiser) if spec.needs_base else None
+    del denoiser
+    base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     step = program.step_program(state, frozen, spec, mesh)
-    higher = is_higher_better(config)
-    return Training(spec, state, frozen, step, loader, embeddings, validation, higher)
+
+    def load_base():
+        again = backbones.load(config, mesh, only=[backbone.denoiser_name])
+        base = again.params[backbone.denoiser_name]
+        return restore_denoiser(before, base) if before else base
+
+    return Training(
+        *(spec, state, frozen, step, loader, embeddings, validation),
+        higher_is_better=is_higher_better(config),
+        load_base=load_base,
+    )
+
+
+def start_of(config: Any, first: Any, mesh: Mesh) -> Any:
+    """Where round 0 starts: `first`, the denoiser of `config.backbone`, or that of
+    `config.train.start`.
+
+    Raises:
+        FileNotFoundError, ValueError: see the backbone's `load`; or a denoiser of another shape.
+    """
+    path = config.train.start
+    if not path:
+        return first
+    name = backbones.backbone_class(config).denoiser_name
+    other = backbones.load(config, mesh, path=path, variant="", kind="", lora=(), only=[name])
+    shapes = [
+        {jax.tree_util.keystr(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (first, other.params[name])
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"config.train.start={path} has a denoiser of other sizes than config.backbone.path="
+            f"{config.backbone.path}, the reference."
+        )
+    return other.params[name]
+
+
+def is_reference_first(config: Any, is_later: bool) -> bool:
+    """Whether the reference is what `config.backbone` has, wherever a round starts."""
+    return config.train.reference == "first" or bool(config.train.start and not is_later)
 
 
 def is_higher_better(config: Any) -> bool:

@@ -93,7 +93,10 @@ def get_config() -> ConfigDict:
     c.train.timesteps = ""  # all; "0:200", those of a refiner; or a list, "249,499,749,999"
     c.train.optimizer = "adamw"  # or adafactor, lion
     c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
+    c.train.noise_offset = 0.0  # of a constant beside the noise, for darker and lighter pictures
+    c.train.min_snr_gamma = 0.0  # errors count min(SNR, gamma) / SNR; 5 is usual, 0: all alike
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
+    c.train.lora_targets = "attention"  # or transformers, all of these; or all, convolutions too
     c.train.device_batch_size = 0  # pairs that a device takes at once; 0: all
     c.train.remat = "none"  # dots or full: blocks are run again for their gradient, for less memory
     c.train.embeddings = "cached"  # step: the text encoder runs in every step
@@ -106,6 +109,8 @@ def get_config() -> ConfigDict:
     c.train.patience = 0  # validations without a better one, after which training ends; 0: never
     c.train.tensorboard = True  # events in checkpoints/tensorboard
     c.train.wandb = ""  # a project of Weights & Biases, if wanted
+    c.train.start = ""  # a checkpoint where round 0's policy starts, instead of at its reference
+    c.train.reference = "round"  # where a round starts; first: config.backbone in every round
     c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()
@@ -217,7 +222,7 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
 
 def beta_of_dpo(c: ConfigDict, beta: float) -> None:
     """The beta of Diffusion-DPO and of the losses that take the same reward; others have theirs."""
-    for name in ("diffusion_dpo", "cdpo", "hinge", "ipo", "rankdpo"):
+    for name in ("diffusion_dpo", "cdpo", "dgpo", "hinge", "ipo", "rankdpo"):
         c.loss[name] = ConfigDict(dict(beta=beta))
 
 

@@ -17,6 +17,7 @@ from agfsync_jax.models import lora
 from agfsync_jax.training.checkpoints import Checkpoints, restore_adapters, restore_denoiser
 from agfsync_jax.weights.networks import read_json
 from configs import micro
+from tests.processes import run_processes
 from tests.schedulers import SAMPLERS
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
@@ -45,10 +46,11 @@ def trained(config, tmp_path):
 
 
 @pytest.fixture
-def adapted(config, tmp_path):
+def adapted(config, tmp_path, request):
     """A workdir whose round 0 ends with adapters of rank 4 and the merged denoiser."""
     params = backbones.backbone_class(config).load(config.backbone.path).params["unet"]
-    adapters = lora.init_adapters(jax.random.key(0), params, rank=4)
+    targets = lora.TARGETS[getattr(request, "param", "attention")]
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=4, targets=targets)
     adapters = {
         name: pair | {"B": 0.2 * jnp.ones_like(pair["B"])} for name, pair in adapters.items()
     }
@@ -90,6 +92,8 @@ def test_the_folder_draws_with_the_sampler_of_the_config(config, trained, sample
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
 def test_a_lora_draws_the_same_in_diffusers(config, adapted, layout, capsys):
+    if config.backbone.name.endswith("xl") and layout == "peft":
+        pytest.skip("PEFT's layout names no network")
     config = config.copy_and_resolve_references()
     config.train.lora_rank = 4
     config.export.lora = layout
@@ -98,9 +102,21 @@ def test_a_lora_draws_the_same_in_diffusers(config, adapted, layout, capsys):
     assert not list((adapted / "round_000" / "export").glob("*/"))  # no network of the base
 
 
+@pytest.mark.parametrize("adapted", ["all"], indirect=True)
+def test_a_lora_of_other_layers_draws_the_same_in_diffusers(config, adapted, capsys):
+    if config.backbone.name.endswith("xl"):
+        pytest.skip("the layers have the same names")
+    config = config.copy_and_resolve_references()
+    config.train.lora_rank, config.export.lora = 4, "kohya"
+    export.main(config, adapted, verify=True)
+    assert "verified" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
 def test_a_lora_holds_all_rounds(config, adapted, layout, capsys):
     """Round 1 begins where round 0 ended: base + file = what round 1 has made."""
+    if config.backbone.name.endswith("xl") != (layout == "kohya"):
+        pytest.skip("the other backbone shows it")
     config = config.copy_and_resolve_references()
     config.train.lora_rank, config.export.lora = 4, layout
     load = backbones.backbone_class(config).load
@@ -140,9 +156,9 @@ def test_a_verification_fails_when_the_base_is_written(config, trained, monkeypa
     config = config.copy_and_resolve_references()
     seen = []
 
-    def restore(trained, params):
+    def restore(trained, params, alone=False):
         seen.append(1)
-        return params if len(seen) == 1 else restore_denoiser(trained, params)
+        return params if len(seen) == 1 else restore_denoiser(trained, params, alone)
 
     monkeypatch.setattr(export, "restore_denoiser", restore)
     with pytest.raises(ValueError, match="does not hold the checkpoint's model: .* tensors diff"):
@@ -175,6 +191,30 @@ def test_a_verification_fails_when_the_images_differ(config, trained, monkeypatc
     monkeypatch.setattr(export, "_draw", dark)
     with pytest.raises(ValueError, match=r"of 255 gray levels.*at most 2.*verify\.png"):
         export.main(config, trained, verify=True)
+
+
+TOGETHER = """
+import json, sys
+from pathlib import Path
+from agfsync_jax.parallel import multihost
+multihost.initialize()
+from ml_collections import ConfigDict
+from agfsync_jax import export
+config = ConfigDict(json.loads(Path(sys.argv[1]).read_text()))
+export.main(config, Path(sys.argv[2]), verify=True)
+print(json.dumps(multihost.is_main()))
+"""
+
+
+@pytest.mark.parametrize("layout", ["", "kohya"])
+def test_two_processes_write_and_verify_one_model(config, adapted, layout):
+    if config.backbone.name.endswith("xl"):
+        pytest.skip("the other backbone shows it")
+    config = config.copy_and_resolve_references()
+    config.train.lora_rank, config.export.lora = 4, layout
+    (adapted / "config.json").write_text(config.to_json())
+    assert run_processes(TOGETHER, adapted / "config.json", adapted) == [True, False]
+    assert (adapted / "round_000/export/verify.png").stat().st_size > 1000
 
 
 def test_errors_come_before_any_work(config, trained, tmp_path):

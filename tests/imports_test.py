@@ -56,7 +56,7 @@ WORLD = ("grammar", "scenes", "drawing", "questions", "referee")
 ONLY = {f"micro/{name}.py": {"micro"} for name in WORLD}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
 # A BLIP-2 contains a T5, and an encoder as CLIP's.
-SHARED = {"models": {"hooks", "layers", "attention", "clip", "t5"}}
+SHARED = {"models": {"hooks", "layers", "lora", "attention", "clip", "t5"}}
 # A room -> the only libraries that it may import.
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},

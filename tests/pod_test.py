@@ -15,8 +15,8 @@ from agfsync_jax.data.pairs import read_pairs
 from agfsync_jax.parallel import watch
 from agfsync_jax.training.checkpoints import restore_denoiser
 from agfsync_jax.utils.metrics import read_metrics
+from tests import released_folders
 from tests.processes import ROOT, grouped
-from tests.twins import tiny_stable_diffusion
 
 STEPS = 12
 
@@ -29,7 +29,7 @@ from configs import micro
 def get_config():
     c = micro.get_config("tiny")
     c.backbone.path = "{model}"
-    c.sample.height = c.sample.width = 32
+    c.sample.height = c.sample.width = 8
     del c.scorers.vqa, c.pair.weights.vqa
     c.pair.min_margin = 0.0
     c.train.num_steps, c.train.save_every, c.train.tensorboard = {steps}, 2, False
@@ -66,7 +66,7 @@ def steps(workdir):
 @pytest.mark.timeout(900)
 def test_two_processes_lose_one_and_make_what_one_makes(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
-    tiny_stable_diffusion(tmp_path / "tiny")
+    released_folders.stable_diffusion(tmp_path / "tiny", "sd15")
     processes = start(two, grouped())
     try:
         saved = two / "round_000/checkpoints/2"

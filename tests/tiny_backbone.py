@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from agfsync_jax.diffusion.schedules import Schedule
+from agfsync_jax.models.layers import Linear
 from agfsync_jax.parallel.sharding import infer_shardings
 
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "clip_sample": False})
@@ -15,10 +16,10 @@ SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "clip_sample"
 
 class Attention(nnx.Module):
     def __init__(self, width, rngs):
-        self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.to_k = nnx.Linear(6, width, use_bias=False, rngs=rngs)
-        self.to_v = nnx.Linear(6, width, use_bias=False, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+        self.to_q = Linear(width, width, use_bias=False, rngs=rngs)
+        self.to_k = Linear(6, width, use_bias=False, rngs=rngs)
+        self.to_v = Linear(6, width, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
 
     def __call__(self, x, context):
         b, h, w, c = x.shape
@@ -32,7 +33,7 @@ class Denoiser(nnx.Module):
 
     def __init__(self, rngs):
         self.conv_in = nnx.Conv(4, 8, (3, 3), rngs=rngs)
-        self.time = nnx.Linear(1, 8, rngs=rngs)
+        self.time = Linear(1, 8, rngs=rngs)
         self.norm = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
         self.attn1 = Attention(8, rngs)
         self.conv_out = nnx.Conv(8, 4, (3, 3), rngs=rngs)

@@ -160,5 +160,6 @@ def reward_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": margin,
+        "rewards/margin_size": jnp.abs(margin),
         "rewards/accuracy": accuracy(margin),
     }

@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from agfsync_jax.models import hooks
+from agfsync_jax.models.lora import Branched
 
 # What of a block is kept for its gradient; the rest is computed again (arXiv:1604.06174).
 REMAT = {
@@ -170,11 +172,29 @@ def initializer(init: Callable) -> Callable:
     return initialize
 
 
-def _product(function: Callable, x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+def _product(
+    function: Callable, x: Array, kernel: Array | Branched, *args: Any, **kwargs: Any
+) -> Array:
     """A layer's product of activations and weights, each as the hooks want it."""
     hook = hooks.current()
-    out = function(hook.activations(x), hook.weights(kernel), *args, **kwargs)
-    return hook.activations(out)
+    x = hook.activations(x)
+    if not isinstance(kernel, Branched):
+        return hook.activations(function(x, hook.weights(kernel), *args, **kwargs))
+    wide = {"preferred_element_type": jnp.float32}  # the adapter's part would be lost in a rounding
+    out = function(x, hook.weights(kernel.kernel), *args, **kwargs | wide)
+    low = function(x, kernel.A, *args, **kwargs)
+    out += jnp.tensordot(low, kernel.B, axes=1, **wide)
+    return hook.activations(out.astype(x.dtype))
+
+
+def _promote(args: tuple, *, dtype: Any = None, inexact: bool = True) -> tuple:
+    """nnx's own for (inputs, kernel, bias), whose kernel may have an adapter."""
+    inputs, kernel, bias = args
+    if not isinstance(kernel, Branched):
+        return promote_dtype(args, dtype=dtype, inexact=inexact)
+    parts = inputs, kernel.kernel, kernel.A, kernel.B, bias
+    inputs, weights, a, b, bias = promote_dtype(parts, dtype=dtype, inexact=inexact)
+    return inputs, Branched(weights, a, b), bias
 
 
 # One object each: what holds them compares equal.
@@ -190,7 +210,11 @@ LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5, bias_init=_ZEROS, sca
 RMSNorm = functools.partial(nnx.RMSNorm, scale_init=_ONES)
 Embed = functools.partial(nnx.Embed, embedding_init=_EMBEDDING)
 Linear = functools.partial(
-    nnx.Linear, kernel_init=_FAN_IN, bias_init=_ZEROS, dot_general=_dot_general
+    nnx.Linear,
+    kernel_init=_FAN_IN,
+    bias_init=_ZEROS,
+    dot_general=_dot_general,
+    promote_dtype=_promote,
 )
 
 
@@ -210,6 +234,7 @@ def Conv(  # noqa: N802 - reads as the layer it makes
         kernel_init=_FAN_IN,
         bias_init=_ZEROS,
         conv_general_dilated=_conv_general_dilated,
+        promote_dtype=_promote,
         **kwargs,
     )
 

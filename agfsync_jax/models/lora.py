@@ -10,22 +10,49 @@ A convolution's A is [height, width, in, rank]: its convolution by A, then one o
 convolution by `A @ B` [height, width, in, out].
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-# The kernels that diffusers' own LoRA scripts adapt.
-TARGETS = r"(^|\.)(to_q|to_k|to_v|to_out\.0)\.kernel$"
+_ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+_TRANSFORMER = r"proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
+_RESNETS = r"conv1|conv2|conv_shortcut|time_emb_proj|(down|up)samplers\.0\.conv"
+# Which kernels of a UNet are adapted, by name.
+TARGETS = {
+    "attention": rf"(^|\.)({_ATTENTION})\.kernel$",  # as diffusers' own scripts
+    "transformers": rf"(^|\.)({_ATTENTION}|{_TRANSFORMER})\.kernel$",  # as kohya's
+    "all": rf"(^|\.)({_ATTENTION}|{_TRANSFORMER}|{_RESNETS})\.kernel$",
+}
 
 Adapters = dict[str, dict[str, Float[Array, "..."]]]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Branched:
+    """A kernel and its adapter, which a layer keeps apart: `x W + (x A) B`.
+
+    The sum of the two takes no memory, and beside a kernel in bfloat16 an adapter keeps its own
+    precision.
+    """
+
+    kernel: Float[Array, "..."]
+    A: Float[Array, "..."]
+    B: Float[Array, "rank out"]
+
+    def __getitem__(self, index: Any) -> "Branched":
+        """Itself: layers read their variables with [...]."""
+        return self
+
+
 def init_adapters(
-    key: Array, params: PyTree[Array], *, rank: int, targets: str = TARGETS
+    key: Array, params: PyTree[Array], *, rank: int, targets: str = TARGETS["attention"]
 ) -> Adapters:
     """Makes the adapters of every kernel of `params` whose path matches `targets`.
 
@@ -81,6 +108,11 @@ def concatenate(parts: Sequence[Adapters]) -> Adapters:
     }
 
 
+def attach(params: PyTree[Array], adapters: Adapters) -> PyTree[Array]:
+    """`params` with `Branched` kernels where there are adapters; raises as `merge`."""
+    return _with_adapters(params, adapters, Branched)
+
+
 def merge(
     params: PyTree[Array], adapters: Adapters, *, scale: float | Float[Array, ""] = 1.0
 ) -> PyTree[Array]:
@@ -93,6 +125,17 @@ def merge(
     Raises:
         ValueError: adapters of no kernel of `params`, or of another shape than theirs; all listed.
     """
+
+    def add(kernel, a, b):
+        # Not in an accelerator's default precision, whose error would stay in a fused kernel.
+        product = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+    return _with_adapters(params, adapters, add)
+
+
+def _with_adapters(params: PyTree[Array], adapters: Adapters, join: Callable) -> PyTree[Array]:
+    """`join(kernel, A, B)`, float32 the last two, in place of every adapted kernel."""
     unused, unfit = set(adapters), []
 
     def adapted(keys, leaf):
@@ -105,9 +148,7 @@ def merge(
         if (*a.shape[:-1], *b.shape[1:]) != leaf.shape or a.shape[-1] != b.shape[0]:
             unfit.append(f"{name} A {a.shape} B {b.shape}, the kernel is {leaf.shape}")
             return leaf
-        # Not in an accelerator's default precision, whose error would stay in a fused kernel.
-        product = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
-        return (leaf.astype(jnp.float32) + scale * product).astype(leaf.dtype)
+        return join(leaf, a, b)
 
     merged = jax.tree_util.tree_map_with_path(adapted, params)
     if unused or unfit:

@@ -26,6 +26,8 @@ from agfsync_jax.utils.clock import Progress, Stage
 from agfsync_jax.utils.metrics import MetricWriter
 from agfsync_jax.utils.signals import hold_signals
 
+_NOISE = 0.05  # of margins; larger roundings are told
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -39,6 +41,7 @@ class Training:
     embeddings: PromptEmbeddings | None = None  #: of the loader's rows; None where steps make them
     validation: Validation | None = None  #: None where nothing is drawn
     higher_is_better: bool = True  #: of the metric `config.train.best`
+    load_base: Callable[[], Any] | None = None  #: what the denoiser was where training started
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
         """The state after step `index`, from 0, and its metrics; takes the state's memory."""
@@ -53,10 +56,10 @@ class Training:
         return batch
 
     def denoiser(self, state: TrainState) -> Any:
-        """The parameters that a state has come to, with its adapters merged."""
+        """The parameters that a state has come to, to compute with."""
         if not self.spec.lora_rank:
             return state.averaged
-        return jax.jit(lora.merge)(self.frozen["base"], state.averaged)
+        return lora.attach(self.frozen["base"], state.averaged)
 
     def result(self, state: TrainState) -> Any:
         """What the last checkpoint holds, and the best one: a whole denoiser, named "params".
@@ -64,12 +67,18 @@ class Training:
         `restore_state` goes on from it.
         """
         if self.spec.lora_rank:
-            made = {"params": self.denoiser(state), "adapters": state.averaged}
+            made = {"params": self.merged(state.averaged), "adapters": state.averaged}
         elif state.ema is None:
             return state
         else:
             made = {"params": state.ema}
         return made | {"state": state._replace(ema=None)}
+
+    def merged(self, adapters: lora.Adapters) -> Any:
+        """The base, as it is in its files and not as steps read it, with adapters added."""
+        base = self.load_base()
+        places = jax.tree.map(lambda leaf: leaf.sharding, base)
+        return jax.jit(lora.merge, donate_argnums=0, out_shardings=places)(base, adapters)
 
     def step_flops(self) -> int:
         """FLOP of a step by formula, on all devices."""
@@ -208,6 +217,11 @@ class _Loop:
             return
         (step, metrics), self.unread = self.unread, None
         values = as_numbers(jax.device_get(metrics))
+        if step == 1 and (noise := values.get("rewards/margin_size", 0.0)) > _NOISE:
+            self.stage.print(
+                f"margins of {noise:.2g} where policy and reference are still equal: roundings of"
+                " config.backbone.dtype, and early steps learn from them, too"
+            )
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise FloatingPointError(
                 f"train, step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}, "

@@ -5,10 +5,11 @@ The images of an example, a pair or a ranking, share a timestep and, as Diffusio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax.diffusion.schedules import Schedule
@@ -28,6 +29,17 @@ def load_loss(name: str, settings: Mapping[str, Any]) -> Loss:
         ValueError: no such loss; a setting that it does not have, or a value that it does not take.
     """
     return modules.load("losses", name).LOSS.configured(**settings)
+
+
+class Noising(NamedTuple):
+    """Which noise is learned, and how much each timestep counts; as in `config.train`."""
+
+    timesteps: str = ""  # see `timesteps_of`
+    noise_offset: float = 0.0  # standard deviation of a constant of each channel, beside the noise
+    min_snr_gamma: float = 0.0  # arXiv:2303.09556: errors count min(SNR, gamma) / SNR; 0: alike
+
+
+ALL_NOISE = Noising()
 
 
 def timesteps_of(text: str, num_train_timesteps: int) -> Sequence[int]:
@@ -56,6 +68,7 @@ def draw_noise(
     shape: tuple[int, ...],
     timesteps: Sequence[int],
     copies: int = 1,
+    offset: float = 0.0,
 ) -> tuple[Float[Array, "b copies ..."], Int[Array, " b"]]:
     """Noise [b, copies, *shape] and one of the timesteps each [b]; a row depends on (seed, step,
     example)."""
@@ -65,10 +78,31 @@ def draw_noise(
         noise_key, time_key = jax.random.split(jax.random.fold_in(step_key, example))
         keys = [noise_key, *(jax.random.fold_in(noise_key, i) for i in range(1, copies))]
         place = jax.random.randint(time_key, (), 0, len(timesteps))
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
+        noise = jnp.stack([_normal(key, shape, offset) for key in keys])
         return noise, jnp.array(timesteps)[place]
 
     return jax.vmap(draw)(example)
+
+
+def _normal(key: Array, shape: tuple[int, ...], offset: float) -> Float[Array, "..."]:
+    if not offset:
+        return jax.random.normal(key, shape)
+    key, level_key = jax.random.split(key)
+    level = jax.random.normal(level_key, (*[1] * (len(shape) - 1), shape[-1]))
+    return jax.random.normal(key, shape) + offset * jnp.broadcast_to(level, shape)
+
+
+def time_weights(schedule: Schedule, gamma: float) -> np.ndarray:
+    """What a squared error counts at each timestep, float32 [num_train_timesteps]."""
+    if not gamma:
+        return np.ones(schedule.num_train_timesteps, np.float32)
+    alphas = schedule.alphas_cumprod.astype(np.float64)
+    snr = alphas / (1 - alphas)
+    # The error of v is that of noise times (SNR + 1) / SNR.
+    whole = snr + 1 if schedule.prediction_type == "v_prediction" else snr
+    if schedule.prediction_type == "sample":
+        whole = np.ones_like(snr)
+    return (np.minimum(snr, gamma) / whole).astype(np.float32)
 
 
 def preference_loss(
@@ -81,7 +115,7 @@ def preference_loss(
     schedule: Schedule,
     seed: int,
     step: Array,
-    timesteps: str = "",
+    noising: Noising = ALL_NOISE,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The mean loss of a batch, and metrics.
 
@@ -94,7 +128,7 @@ def preference_loss(
             conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too.
         denoise: (parameters, latents, timesteps, conditioning) -> prediction.
         seed, step: of noise and timesteps.
-        timesteps: those that are learned, see `timesteps_of`.
+        noising: which of it is learned.
 
     Returns:
         The loss, and scalars that are means over the batch; "error_by_time" and "count_by_time"
@@ -103,8 +137,10 @@ def preference_loss(
     latents = batch["latents"]
     b, k, *shape = latents.shape
     copies = 1 if loss.same_noise else k
-    possible = timesteps_of(timesteps, schedule.num_train_timesteps)
-    noise, drawn = draw_noise(seed, step, batch["example"], tuple(shape), possible, copies)
+    possible = timesteps_of(noising.timesteps, schedule.num_train_timesteps)
+    noise, drawn = draw_noise(
+        *(seed, step, batch["example"], tuple(shape), possible, copies, noising.noise_offset)
+    )
 
     def rows(x):
         # Example by example: with a sharded batch all rows of one then stay on its device.
@@ -128,8 +164,13 @@ def preference_loss(
         batch.get("scores"),
         batch.get("mask"),
     )
-    values, metrics = loss(residuals)
     errors = residuals.policy_errors
+    if noising.min_snr_gamma:
+        weights = jnp.asarray(time_weights(schedule, noising.min_snr_gamma))[drawn]
+        roots = jnp.sqrt(weights).reshape(b, *[1] * (latents.ndim - 1))  # of what will be squared
+        found = (each if each is None else each * roots for each in residuals[:2])
+        residuals = Residuals(*found, *residuals[2:])
+    values, metrics = loss(residuals)
     metrics = {name: jnp.mean(value) for name, value in metrics.items()}
     metrics |= {"loss": jnp.mean(values), "chosen_error": jnp.mean(errors[:, 0])}
     if not loss.is_listwise:

@@ -19,14 +19,14 @@ from agfsync_jax.parallel.sharding import (
     infer_shardings,
     replicated,
 )
-from agfsync_jax.training.objective import load_loss
+from agfsync_jax.training.objective import Noising, load_loss
 from agfsync_jax.training.optimizer import make_optimizer
 from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
 from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "ema_decay", "remat", "timesteps")
+_STEP = ("lora_rank", "lora_targets", "ema_decay", "remat")
 
 
 def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -56,6 +56,7 @@ def step_spec(
         seed=seed,
         encode=spec.embeddings == "step",
         backbone=backbone,
+        noising=Noising(**{name: spec[name] for name in Noising._fields}),
         accumulate=num_parts(spec.batch_size, spec.device_batch_size, mesh) if mesh else 1,
         **{name: spec[name] for name in _STEP},
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from agfsync_jax.losses import Loss
 from agfsync_jax.models import lora
 from agfsync_jax.models.layers import rematerialized
-from agfsync_jax.training.objective import preference_loss
+from agfsync_jax.training.objective import ALL_NOISE, Noising, preference_loss
 
 
 class TrainState(NamedTuple):
@@ -36,10 +36,11 @@ class StepSpec(NamedTuple):
     learning_rate: optax.Schedule
     seed: int  # of noise and timesteps
     lora_rank: int = 0  # all of the denoiser is trained
+    lora_targets: str = "attention"  # which kernels have adapters; models/lora.py, TARGETS
     accumulate: int = 1  # parts that a batch is taken in, one after the other
     ema_decay: float = 0.0  # no moving average
     remat: str = "none"  # what blocks keep for their gradient; models/layers.py, REMAT
-    timesteps: str = ""  # those that are learned; training/objective.py, timesteps_of
+    noising: Noising = ALL_NOISE  # which noise is learned
     encode: bool = False  # a batch has token_ids, which the frozen text encoder reads in every step
     backbone: Any = None  # once it is loaded; its `params` are not read
 
@@ -53,7 +54,8 @@ def init_state(base: Any, spec: StepSpec) -> TrainState:
     """The state before the first step, with parameters of its own: steps overwrite them."""
     if spec.lora_rank:
         key = jax.random.key(spec.seed)
-        params = lora.init_adapters(key, base, rank=spec.lora_rank)
+        targets = lora.TARGETS[spec.lora_targets]
+        params = lora.init_adapters(key, base, rank=spec.lora_rank, targets=targets)
     else:
         params = jax.tree.map(jnp.copy, base)
     ema = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
@@ -61,11 +63,8 @@ def init_state(base: Any, spec: StepSpec) -> TrainState:
 
 
 def frozen_base(base: Any, spec: StepSpec) -> Any:
-    """`base` as steps read it: at the precision of the computation, half the memory in bfloat16.
-
-    The base of LoRA stays as it is: adapters are added to it before anything is rounded.
-    """
-    return base if spec.lora_rank else _cast(base, spec.backbone.dtype)
+    """`base` as steps read it: at the precision of the computation, half the memory in bfloat16."""
+    return _cast(base, spec.backbone.dtype)
 
 
 def train_step(
@@ -98,20 +97,20 @@ def train_step(
         if spec.encode:
             tokens = part.pop("token_ids")
             part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
-        params, reference = trained, frozen["base"]
         if spec.lora_rank:
-            params = lora.merge(frozen["base"], trained)
-            reference = _cast(reference, backbone.dtype)
+            params = lora.attach(frozen["base"], trained)
+        else:
+            params = _cast(trained, backbone.dtype)
         return preference_loss(
-            _cast(params, backbone.dtype),
-            reference,
+            params,
+            frozen["base"],
             part,
             loss=spec.loss,
             denoise=denoise,
             schedule=backbone.schedule,
             seed=spec.seed,
             step=state.step,
-            timesteps=spec.timesteps,
+            noising=spec.noising,
         )
 
     differentiate = jax.grad(objective, has_aux=True)

@@ -1,10 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from agfsync_jax.models import lora
+from agfsync_jax.models import layers, lora
+from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.plans.sample import abstract_backbone
+from configs import sd15
 
 
 class Attention(nnx.Module):
@@ -182,3 +187,101 @@ def test_errors(net):
     }
     with pytest.raises(ValueError, match=r"unknown kernels: other; .* conv A \(1, 1, 3, 2\) B"):
         lora.merge(params, wrong)
+
+
+class Layers(nnx.Module):
+    """Every kind of layer that has a kernel, and whose names are among the targets below."""
+
+    def __init__(self, dtype=jnp.float32):
+        rngs = nnx.Rngs(0)
+        self.conv = layers.Conv(3, 8, stride=2, dtype=dtype, rngs=rngs)
+        self.point = layers.Conv(8, 16, 1, dtype=dtype, rngs=rngs)
+        self.linear = layers.Linear(16, 8, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(jnp.tanh(self.point(jnp.tanh(self.conv(x)))))
+
+
+KERNELS = r"(conv|point|linear)\.kernel$"
+
+
+def layers_and_adapters(size):
+    graph, params = nnx.split(Layers())
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=4, targets=KERNELS)
+    rng = np.random.default_rng(0)
+    for pair in adapters.values():
+        pair["B"] = jnp.asarray(size * rng.normal(size=pair["B"].shape), jnp.float32)
+    return graph, params, adapters, jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
+
+
+def test_a_branch_is_the_merged_kernel_and_has_its_gradient():
+    graph, params, adapters, x = layers_and_adapters(0.5)
+
+    def total(adapters, join):
+        out = nnx.merge(graph, join(params, adapters))(x)
+        return jnp.sum(jnp.sin(out)), out
+
+    found = {}
+    for join in (lora.attach, lora.merge):
+        found[join] = jax.jit(jax.grad(functools.partial(total, join=join), has_aux=True))(adapters)
+    (ours, out), (wanted, merged) = found[lora.attach], found[lora.merge]
+    np.testing.assert_allclose(out, merged, rtol=1e-5, atol=1e-5)
+    assert np.abs(out - nnx.merge(graph, params)(x)).max() > 0.1
+    for name, pair in wanted.items():
+        for factor, gradient in pair.items():
+            scale = np.abs(gradient).max()
+            np.testing.assert_allclose(ours[name][factor], gradient, rtol=0, atol=1e-5 * scale)
+
+
+class One(nnx.Module):
+    def __init__(self, dtype):
+        self.linear = layers.Linear(64, 64, dtype=dtype, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+def test_in_bfloat16_a_branch_is_nearer_than_a_merged_kernel():
+    """An adapter that is a hundredth of its kernel: what it adds, beside the float32 layer."""
+    graph, params = nnx.split(One(jnp.float32))
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=4, targets=KERNELS)
+    rng = np.random.default_rng(0)
+    adapters["linear"]["B"] = jnp.asarray(2e-3 * rng.normal(size=(4, 64)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(512, 64)), jnp.float32)
+    exact = nnx.merge(graph, lora.merge(params, adapters))(x) - nnx.merge(graph, params)(x)
+    narrow = nnx.split(One(jnp.bfloat16))[0]
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    base = nnx.merge(narrow, half)(x).astype(jnp.float32)
+    errors = {}
+    for join in (lora.attach, lora.merge):
+        got = nnx.merge(narrow, join(half, adapters))(x).astype(jnp.float32) - base
+        errors[join] = float(jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact))
+    # Most of what is left is the rounding of the output itself.
+    assert errors[lora.attach] < 0.9 * errors[lora.merge] < 0.5
+
+
+def test_a_branch_raises_as_merge(net):
+    adapters = lora.init_adapters(jax.random.key(0), net[1], rank=2)
+    with pytest.raises(ValueError, match="adapters of unknown kernels: other"):
+        lora.attach(net[1], adapters | {"other": adapters["attn1.to_q"]})
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("attention", 128),  # 16 blocks of 2 attentions of 4 projections
+        ("transformers", 192),  # as in kohya's files
+        ("all", 278),  # 22 resnets, 14 of them with a shortcut, and 6 samplers
+    ],
+)
+def test_targets_in_stable_diffusion(targets, count):
+    source = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5"
+    mesh = create_mesh({"data": 1}, devices=jax.devices()[:1])
+    params = abstract_backbone(sd15.get_config(), mesh, *source).params["unet"]
+    adapters = jax.eval_shape(
+        lambda params: lora.init_adapters(
+            jax.random.key(0), params, rank=8, targets=lora.TARGETS[targets]
+        ),
+        params,
+    )
+    assert len(adapters) == count

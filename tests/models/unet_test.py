@@ -119,7 +119,7 @@ def test_forward_gradient_and_weights(tmp_path, variant):
         assert torch.equal(back[name], value), name
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_rematerialized_it_is_the_same(tmp_path, policy):
     twin, batch = make_twin("two blocks", tmp_path), make_batch("two blocks")
     graph, params = load_model(UNet2DConditionModel, tmp_path)

@@ -37,9 +37,9 @@ def test_lora_holds_the_base_once_and_its_adapters():
     config = sdxl.get_config("lora")
     backbone = abstract(config)
     base, state, frozen, adapters = held(config, backbone)
-    assert round(base / 1e9, 1) == 10.3 and frozen == base
+    assert round(base / 1e9, 1) == 10.3 and 0.5 * base < frozen < 0.51 * base  # in bfloat16
     assert 3 * adapters <= state < 3.01 * adapters  # and two moments each
-    assert state + frozen < 1.05 * base
+    assert state + frozen < 0.55 * base
     config = sdxl.get_config()
     base, state, frozen, params = held(config, backbone)
     assert params == base and 3 * base <= state < 3.001 * base
@@ -51,7 +51,7 @@ def measure(config):
     backbone = abstract(config)
     spec = program.step_spec(config, backbone=backbone)
     base, state, frozen, _ = held(config, backbone)
-    counted = state + frozen + (0 if spec.lora_rank else base)
+    counted = state + frozen + base
     rng = np.random.default_rng(0)
     memory = HostMemory()
     base = jax.tree.map(

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.losses import Loss
 from agfsync_jax.training.objective import (
     NUM_BINS,
+    Noising,
     draw_noise,
     preference_loss,
+    time_weights,
     timesteps_of,
 )
 from agfsync_jax.utils import modules
@@ -166,3 +169,42 @@ def test_every_loss_by_its_formula_in_float64(name):
 def test_no_key_is_used_twice(copies):
     with jax.debug_key_reuse(True):
         draw_noise(0, jnp.int32(1), jnp.arange(3), (4,), range(1000), copies)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_counts_as_in_diffusers(prediction_type):
+    """Errors of a batch, weighted; the metrics stay those of the errors themselves."""
+    from diffusers import DDIMScheduler
+    from diffusers.training_utils import compute_snr
+
+    config = {"beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    schedule, theirs = Schedule.from_config(config), DDIMScheduler(**config)
+    snr = compute_snr(theirs, torch.arange(1000)).double()
+    wanted = torch.clamp(snr, max=5.0) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    np.testing.assert_allclose(time_weights(schedule, 5.0), wanted, rtol=1e-4)
+
+    batch = {"latents": jnp.ones((6, 2, 4, 4, 3)), "example": jnp.arange(6), "conditioning": {}}
+    call = {"loss": modules.load("losses", "sft").LOSS, "schedule": schedule, "seed": 0}
+    call |= {"denoise": lambda _, latents, *rest: 0.5 * latents, "step": jnp.int32(3)}
+    plain, errors = preference_loss(None, None, batch, **call)
+    value, metrics = preference_loss(None, None, batch, noising=Noising(min_snr_gamma=5.0), **call)
+    noise, times = draw_noise(0, jnp.int32(3), batch["example"], (4, 4, 3), range(1000))
+    clean = batch["latents"][:, 0]
+    noisy = schedule.add_noise(clean, noise[:, 0], times)
+    error = jnp.mean((0.5 * noisy - schedule.target(clean, noise[:, 0], times)) ** 2, (1, 2, 3))
+    weight = np.asarray(wanted)[np.asarray(times)]
+    np.testing.assert_allclose(value, np.mean(weight * np.asarray(error)), rtol=1e-4)
+    np.testing.assert_allclose(plain, np.mean(error), rtol=1e-5)
+    assert metrics["chosen_error"] == errors["chosen_error"] and abs(value - plain) > 0.01
+
+
+def test_a_noise_offset_is_one_number_a_channel():
+    plain, _ = draw_noise(0, jnp.int32(1), jnp.arange(500), (8, 8, 3), range(1000), 2)
+    noise, _ = draw_noise(0, jnp.int32(1), jnp.arange(500), (8, 8, 3), range(1000), 2, 0.5)
+    means = np.asarray(noise).mean(axis=(2, 3))  # [500, 2, 3]
+    assert abs(means.std() - np.hypot(0.5, 1 / 8)) < 0.02
+    assert abs(np.asarray(plain).mean(axis=(2, 3)).std() - 1 / 8) < 0.01
+    inside = noise - noise.mean(axis=(2, 3), keepdims=True)
+    assert abs(np.asarray(inside).std() - np.sqrt(63 / 64)) < 0.01
+    apart = np.corrcoef(means.reshape(500, -1), rowvar=False) - np.eye(6)
+    assert np.abs(apart).max() < 0.2  # no two channels or images share it

@@ -48,7 +48,7 @@ def make_batch(backbone, tokens, size):
 def make_step(backbone, loss=diffusion_dpo, mesh=None, rules=(), changes=None, **optimizer):
     """init(base) -> state; step(state, base, batch) -> (state, metrics)."""
     optimizer, learning_rate = make_optimizer(num_steps=10, **optimizer)
-    loss = loss.LOSS.configured(beta=BETA)
+    loss = loss.LOSS.configured(**({} if loss is sft else {"beta": BETA}))
     spec = StepSpec(loss, optimizer, learning_rate, seed=7, backbone=backbone)
     spec = spec._replace(**(changes or {}))
     quick = {"xla_backend_optimization_level": "0"}  # to compile; these steps are few and small
