@@ -72,7 +72,7 @@ def plan(job: Job) -> Plan:
     }
     found = Plan(prompts, questions, shards, [])
     try:
-        trained = trained_rounds(job.workdir, job.round_index, job.config.train, job.step)
+        trained = trained_rounds(job.workdir, job.round_index, job.config, job.step)
     except FileNotFoundError:
         if all(path.exists() for path in found.images) and not job.repair:
             job.reads = None  # nothing is left to draw

@@ -84,7 +84,7 @@ def main(
             )
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: set config.export.output to a new folder.")
-    trained = trained_rounds(workdir, round_index, config.train, step)
+    trained = trained_rounds(workdir, round_index, config, step)
     multihost.barrier("export plan")  # every process has looked before the main one writes
     with Stage(round_dir, "export", unit="files") as stage, local_folder(output) as folder:
         write = _write_lora if spec.lora else _write_pipeline

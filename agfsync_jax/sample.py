@@ -55,7 +55,7 @@ def plan(job: Job) -> Plan:
     )
     trained = []
     if job.round_index:
-        trained = trained_rounds(job.workdir, job.round_index - 1, config.train, job.step)
+        trained = trained_rounds(job.workdir, job.round_index - 1, config, job.step)
         job.reads = as_read(trained)
     return Plan(prompts, shards, trained)
 

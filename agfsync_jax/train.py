@@ -26,10 +26,14 @@ from agfsync_jax.data.embeddings import BatchEncoder, PromptEmbeddings
 from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import is_pairs, read_features, read_pairs, repair_pairs
 from agfsync_jax.parallel import multihost
-from agfsync_jax.scoring.columns import columns_of
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
-from agfsync_jax.training.checkpoints import Checkpoints, restore_denoiser, trained_rounds
+from agfsync_jax.training.checkpoints import (
+    Checkpoints,
+    is_higher_better,
+    restore_denoiser,
+    trained_rounds,
+)
 from agfsync_jax.training.loop import Training, fit, restore_state
 from agfsync_jax.training.objective import timesteps_of
 from agfsync_jax.training.step import StepSpec
@@ -50,7 +54,7 @@ def train(job: Job) -> None:
     """
     spec, before = job.config.train, []
     if job.round_index:
-        before = trained_rounds(job.workdir, job.round_index - 1, spec, job.step)
+        before = trained_rounds(job.workdir, job.round_index - 1, job.config, job.step)
     higher = is_higher_better(job.config)
     with Checkpoints(job.folder / "checkpoints", spec.keep, spec.best, higher) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -273,12 +277,6 @@ def start_of(config: Any, first: Any, mesh: Mesh) -> Any:
 def is_reference_first(config: Any, is_later: bool) -> bool:
     """Whether the reference is what `config.backbone` has, wherever a round starts."""
     return config.train.reference == "first" or bool(config.train.start and not is_later)
-
-
-def is_higher_better(config: Any) -> bool:
-    """Of the metric `config.train.best`."""
-    best = config.train.best
-    return not best or columns_of(config)[best].higher_is_better
 
 
 def load_backbone(config: Any, loader: PairLoader, mesh: Mesh) -> Any:

@@ -451,14 +451,14 @@ def test_a_training_ends_where_nothing_gets_better_and_its_best_step_is_read(
     assert "ended at step 8 of 20: no better vqa than 0.9, that of step 4, in 2 valid" in said
     base = TinyBackbone.load("").params["unet"]
     for which, step in (("best", 4), ("last", 8)):
-        trained = trained_rounds(tmp_path, 0, config.train, which)
+        trained = trained_rounds(tmp_path, 0, config, which)
         assert trained == [(tmp_path / "round_000/checkpoints", step)]
         assert largest_difference(restore_denoiser(trained, base), seen[step]) < 1e-7
     train.main(config, tmp_path)  # it is over
     assert len(metrics(tmp_path)) == 8
     # A step that is neither: adapters alone, or a state with a moving average.
     (step,) = {int(p.name) for p in (tmp_path / "round_000/checkpoints").glob("[0-9]*")} - {4, 8}
-    trained = trained_rounds(tmp_path, 0, config.train, str(step))
+    trained = trained_rounds(tmp_path, 0, config, str(step))
     assert step == 5 and largest_difference(restore_denoiser(trained, base), seen[4]) < 0.1
 
 
@@ -472,7 +472,7 @@ def test_a_round_begins_where_step_says(tmp_path, monkeypatch):
         reference = train.prepare(
             config,
             tmp_path / "round_001",
-            trained_rounds(tmp_path, 0, config.train, "3"),
+            trained_rounds(tmp_path, 0, config, "3"),
             checkpoints,
             start=0,
         ).frozen["base"]
@@ -688,7 +688,7 @@ def test_the_reference_may_stay_that_of_round_0(run, tmp_path, monkeypatch):
     (tmp_path / "round_000").symlink_to(run / "round_000")
     make_workdir(tmp_path, round_index=1)
     config, base = make_config(**{"train.reference": "first"}), TinyBackbone.load("").params["unet"]
-    trained = trained_rounds(tmp_path, 0, config.train)
+    trained = trained_rounds(tmp_path, 0, config)
     training = train.prepare(config, tmp_path / "round_001", trained, None, 0)
     assert_equal(training.frozen["base"], base)
     assert_equal(training.state.params, tuned(run))
@@ -731,7 +731,7 @@ def test_three_rounds_of_adapters_add_up(tmp_path):
         train.main(config, tmp_path, round_index=index)
         assert metrics(tmp_path, index)[0]["loss"] == LN2
         ends.append(tuned(tmp_path, index))
-    trained = trained_rounds(tmp_path, 2, config.train)
+    trained = trained_rounds(tmp_path, 2, config)
     assert [folder.parent.name for folder, _ in trained] == ["round_000", "round_001", "round_002"]
     own = [restore_adapters(*each) for each in trained]
     for start, end, adapters in zip(ends, ends[1:], own, strict=False):

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from agfsync_jax.models import lora
+from agfsync_jax.scoring.columns import columns_of
 from agfsync_jax.utils.files import absolute, is_url, read_json, to_path, write_text
 from agfsync_jax.utils.signals import unhurried
 
@@ -213,12 +214,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"the checkpoint {folder} does not fit the model: {'; '.join(wrong)}")
 
 
-def find_step(folder: Path, which: str, num_steps: int, best: str = "") -> int:
+def find_step(
+    folder: Path, which: str, num_steps: int, best: str = "", higher_is_better: bool = True
+) -> int:
     """The step of a training that has ended which `--step` names: "last", "best" or a number.
 
     Args:
         num_steps: of the training, `config.train.num_steps`.
         best: `config.train.best`.
+        higher_is_better: of that metric.
 
     Raises:
         FileNotFoundError: `folder` holds no checkpoint.
@@ -227,7 +231,7 @@ def find_step(folder: Path, which: str, num_steps: int, best: str = "") -> int:
     """
     if not to_path(folder).is_dir():
         raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
-    with Checkpoints(folder, best=best) as checkpoints:
+    with Checkpoints(folder, best=best, higher_is_better=higher_is_better) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise FileNotFoundError(f"no checkpoints in {folder}; run `agfsync train` first")
@@ -253,19 +257,25 @@ def find_step(folder: Path, which: str, num_steps: int, best: str = "") -> int:
         return int(which)
 
 
+def is_higher_better(config: Any) -> bool:
+    """Of the metric `config.train.best`."""
+    best = config.train.best
+    return not best or columns_of(config)[best].higher_is_better
+
+
 def trained_rounds(
-    workdir: Path, last: int, train: Any, which: str = "last"
+    workdir: Path, last: int, config: Any, which: str = "last"
 ) -> list[tuple[Path, int]]:
     """(folder of checkpoints, step) of what round `last` has trained, for `restore_denoiser`; with
     LoRA of all rounds up to it, whose adapters add up.
 
     Args:
-        train: `config.train`.
         which: see `find_step`, which says what is raised.
     """
+    train, higher = config.train, is_higher_better(config)
     rounds = range(0 if train.lora_rank else last, last + 1)
     folders = [to_path(workdir) / f"round_{index:03d}" / "checkpoints" for index in rounds]
-    return [(each, find_step(each, which, train.num_steps, train.best)) for each in folders]
+    return [(each, find_step(each, which, train.num_steps, train.best, higher)) for each in folders]
 
 
 def as_read(trained: Sequence[tuple[Path, int]]) -> dict[str, str]:

@@ -123,6 +123,10 @@ def test_which_step(tmp_path):
         find("best", best="")
     with Checkpoints(tmp_path, best="loss", higher_is_better=False) as checkpoints:
         assert checkpoints.best() == (2, -0.9)
+    with Checkpoints(tmp_path / "lower", keep=9, best="fid", higher_is_better=False) as checkpoints:
+        for step, score in enumerate((30.0, 10.0, 20.0), start=1):
+            checkpoints.save(step, _state(), metrics={"fid": score})
+    assert find_step(tmp_path / "lower", "best", 3, "fid", higher_is_better=False) == 2
 
 
 def test_a_training_that_ended_early_is_over(tmp_path):
