@@ -13,7 +13,7 @@ from typing import Any, get_args
 import jax
 from ml_collections import ConfigDict
 
-from agfsync_jax import prompt_sources
+from agfsync_jax import backbones, prompt_sources
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pairs import is_pairs
 from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
@@ -22,7 +22,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
-from agfsync_jax.training.objective import load_loss
+from agfsync_jax.training.objective import load_loss, timesteps_of
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import Unreachable, check_reachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
@@ -56,6 +56,9 @@ def check(
         problems += prompts(config, verb, round_index)
     if not problems:
         problems += files(config, verb, downloads=True)
+    if not problems and verb in TRAINS and config.train.timesteps:
+        num = backbones.schedule(config).num_train_timesteps
+        problems += _told(lambda: timesteps_of(config.train.timesteps, num))
     if not problems and workdir:
         on_device, on_disk = trained_bytes(config, verb)
         problems += [*memory(config, verb, on_device), *disk(config, verb, workdir, on_disk)]
@@ -90,6 +93,8 @@ def names(config: ConfigDict) -> Iterator[str]:
     ]
     if config.sample.sampler:
         rooms.append(("samplers", "sample.sampler", config.sample.sampler))
+    if config.evaluate.sample.get("sampler"):
+        rooms.append(("samplers", "evaluate.sample.sampler", config.evaluate.sample.sampler))
     for room, key, name in rooms:
         yield from _told(lambda room=room, name=name: modules.check(room, name), f"config.{key}: ")
     for name, settings in config.loss.items():
@@ -213,6 +218,8 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
         wanted += [("sample.lora", path, "") for path, _ in config.sample.lora]
     if verb in DRAWS and config.sample.refiner:
         wanted.append(("sample.refiner", config.sample.refiner, config.backbone.variant))
+    if verb in ("run", "evaluate") and (refiner := config.evaluate.sample.get("refiner")):
+        wanted.append(("evaluate.sample.refiner", refiner, config.backbone.variant))
     if verb in ("run", "score", "evaluate"):
         for block, spec in config.scorers.items():
             for key in ("path", "head", "closest"):

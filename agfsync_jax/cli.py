@@ -269,6 +269,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
     step = getattr(args, "step", "last")
     if step not in ("last", "best") and not re.fullmatch("[1-9][0-9]*", step):
         raise ValueError(f"--step={step}: expected last, best or the number of a step")
+    if step != "last" and verb in ("sample", "train") and args.round == 0:
+        raise ValueError(f"--step={step} is of the round before, and --round=0 has none")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
     return verb, args, overrides

@@ -29,13 +29,13 @@ from agfsync_jax.parallel import multihost
 from agfsync_jax.steps.runner import Job, Step
 from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import (
+    STARTED_FROM,
     Checkpoints,
     is_higher_better,
     restore_denoiser,
     trained_rounds,
 )
 from agfsync_jax.training.loop import Training, fit, restore_state
-from agfsync_jax.training.objective import timesteps_of
 from agfsync_jax.training.step import StepSpec
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils.clock import Stage
@@ -122,7 +122,7 @@ def pin_start(job: Job, start: int, before: Sequence[tuple[Path, int]]) -> None:
     """
     if not before:
         return
-    note, now = job.folder / "started_from.json", {f.parent.name: step for f, step in before}
+    note, now = job.folder / STARTED_FROM, {f.parent.name: step for f, step in before}
     was = read_json(note)
     if start and was and was != now:
         raise ValueError(
@@ -210,8 +210,6 @@ def prepare(
     """
     mesh = program.create_train_mesh(config)
     spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
-    if spec.noising.timesteps:  # or raises
-        timesteps_of(spec.noising.timesteps, backbones.schedule(config).num_train_timesteps)
     check_pairs(round_dir, config)
     loader = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)

@@ -120,6 +120,11 @@ def test_a_verb_gets_what_was_given(tmp_path, verb):
         (["prompts", CONFIG, "--workdir=w", "--config.train.keep=two"], "whole number of at least"),
         (["prompts", CONFIG, "--workdir=w", "--config.scorers.vqa.dtpe=a"], "scorers.vqa.dtpe"),
         (["prompts", CONFIG, "--workdir=w", "--config.train.learning_rate=nan"], "finite number"),
+        (["run", CONFIG, "--workdir=w", "--config.train.timesteps=0:2000"], "some of 0 to 999"),
+        (["run", CONFIG, "--workdir=w", "--config.evaluate.sample.sampler=x"], "'x' is not in"),
+        (["run", CONFIG, "--workdir=w", "--step=worst"], "expected last, best or the number"),
+        (["sample", CONFIG, "--workdir=w", "--step=best"], "and --round=0 has none"),
+        (["run", CONFIG, "--workdir=w", "--config.train.patience=2"], "needs config.train.best"),
     ],
 )
 def test_mistakes_get_one_line_before_any_work(args, message, tmp_path, monkeypatch, verb, capsys):

@@ -478,6 +478,9 @@ def test_a_round_begins_where_step_says(tmp_path, monkeypatch):
         ).frozen["base"]
     base = TinyBackbone.load("").params["unet"]
     assert_equal(reference, restore_denoiser([(tmp_path / "round_000/checkpoints", 3)], base))
+    adapted = make_config(**{"train.lora_rank": 2})  # of the rounds before, where this one began
+    found = trained_rounds(tmp_path, 1, adapted)
+    assert [step for _, step in found] == [3, 5]
     shutil.rmtree(tmp_path / "round_001/checkpoints/5")
     with pytest.raises(ValueError, match="began where .'round_000': 3. ended, and --step=last"):
         train.main(config, tmp_path, round_index=1)

@@ -151,6 +151,23 @@ def accuracy(margin: Float[Array, "..."]) -> Float[Array, "..."]:
     return 0.5 * (1 + jnp.sign(margin))
 
 
+def better_pairs(scores: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Bool[Array, "b n n"]:
+    """Whether candidate i of a ranking is better than j."""
+    return (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+
+
+def ranking_metrics(
+    rewards: Float[Array, "b n"], scores: Float[Array, "b n"], mask: Bool[Array, "b n"]
+) -> dict[str, Float[Array, "..."]]:
+    """`reward_metrics` of best against worst [b]; rewards/accuracy of all pairs of the batch."""
+    better = better_pairs(scores, mask)
+    right = jnp.sum(better * accuracy(rewards[:, :, None] - rewards[:, None, :]))
+    best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
+    worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
+    ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
+    return reward_metrics(*ends) | {"rewards/accuracy": right / jnp.maximum(jnp.sum(better), 1)}
+
+
 def reward_metrics(
     chosen: Float[Array, "..."], rejected: Float[Array, "..."]
 ) -> dict[str, Float[Array, "..."]]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses import Loss, accuracy, reward, reward_metrics
+from agfsync_jax.losses import Loss, ranking_metrics, reward
 
 
 def loss(
@@ -27,8 +27,8 @@ def loss(
     has no gradient, is near 1 while the group is in the wrong order and 0 once it is told apart.
     There is no candidate where mask is False; a group of equal scores teaches nothing.
 
-    Beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL); the paper's 10 to 100
-    stand for a reference that does not move.
+    Beta as in Diffusion-DPO (2000 for Stable Diffusion 1.5, 5000 for SDXL), so that two candidates
+    agree with it; Flow-Factory has 10 to 100 for a frozen reference, 2000 to 5000 for a moving one.
 
     Metrics: of best against worst [b]; rewards/accuracy of all pairs of the batch, a scalar;
     rewards/equal_groups, the share of groups whose scores are equal.
@@ -42,17 +42,8 @@ def loss(
     change = jnp.where(mask, policy - reference, 0)
     weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * mean(advantages * change)))
 
-    rewards = reward(policy, reference, beta)
-    better = (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    margin = rewards[:, :, None] - rewards[:, None, :]
-    right = jnp.sum(better * accuracy(margin)) / jnp.maximum(jnp.sum(better), 1)
-    best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
-    worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
-    ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
-    metrics = reward_metrics(*ends) | {
-        "rewards/accuracy": right,
-        "rewards/equal_groups": jnp.mean(jnp.all(advantages == 0, axis=1)),
-    }
+    metrics = ranking_metrics(reward(policy, reference, beta), scores, mask)
+    metrics["rewards/equal_groups"] = jnp.mean(jnp.all(advantages == 0, axis=1))
     return weight * mean(advantages * policy), metrics
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses import Loss, accuracy, reward, reward_metrics
+from agfsync_jax.losses import Loss, better_pairs, ranking_metrics, reward
 
 
 def loss(
@@ -31,20 +31,14 @@ def loss(
     Metrics: of best against worst [b]; rewards/accuracy of all pairs of the batch, a scalar.
     """
     rewards = jnp.where(mask, reward(policy, reference, beta), 0)
-    better = scores[:, :, None] > scores[:, None, :]  # [b i j]
-    better &= mask[:, :, None] & mask[:, None, :]
+    better = better_pairs(scores, mask)  # [b i j]
     others = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True) - 1, 1)
     gain = jnp.exp2(jnp.sum(better, axis=2) / others) - 1
     discount = 1 / jnp.log(2.0 + jnp.sum(better, axis=1))  # rank = 1 + how many are better
     gains, discounts = (jnp.abs(x[:, :, None] - x[:, None, :]) for x in (gain, discount))
     margin = rewards[:, :, None] - rewards[:, None, :]
     pairs = jnp.where(better, -gains * discounts * jax.nn.log_sigmoid(margin), 0)
-
-    best = jnp.argmax(jnp.where(mask, scores, -jnp.inf), axis=1, keepdims=True)
-    worst = jnp.argmin(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
-    ends = (jnp.take_along_axis(rewards, end, axis=1)[:, 0] for end in (best, worst))
-    right = jnp.sum(better * accuracy(margin)) / jnp.maximum(jnp.sum(better), 1)
-    return jnp.sum(pairs, axis=(1, 2)), reward_metrics(*ends) | {"rewards/accuracy": right}
+    return jnp.sum(pairs, axis=(1, 2)), ranking_metrics(rewards, scores, mask)
 
 
 # Candidates share their noise, as in Diffusion-DPO's code; the paper draws one for each.

@@ -26,6 +26,7 @@ from agfsync_jax.utils.signals import unhurried
 PyTree = Any
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _EARLY = "ended_early.json"
+STARTED_FROM = "started_from.json"  # of a round: at which steps of those before it began
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -267,15 +268,21 @@ def trained_rounds(
     workdir: Path, last: int, config: Any, which: str = "last"
 ) -> list[tuple[Path, int]]:
     """(folder of checkpoints, step) of what round `last` has trained, for `restore_denoiser`; with
-    LoRA of all rounds up to it, whose adapters add up.
+    LoRA of all rounds up to it, whose adapters add up. Of an earlier round that is the step where
+    round `last` began.
 
     Args:
         which: see `find_step`, which says what is raised.
     """
     train, higher = config.train, is_higher_better(config)
     rounds = range(0 if train.lora_rank else last, last + 1)
-    folders = [to_path(workdir) / f"round_{index:03d}" / "checkpoints" for index in rounds]
-    return [(each, find_step(each, which, train.num_steps, train.best, higher)) for each in folders]
+    *earlier, own = [to_path(workdir) / f"round_{index:03d}" / "checkpoints" for index in rounds]
+    began = read_json(own.with_name(STARTED_FROM))
+    found = [
+        (each, began.get(each.parent.name) or find_step(each, "last", train.num_steps))
+        for each in earlier
+    ]
+    return [*found, (own, find_step(own, which, train.num_steps, train.best, higher))]
 
 
 def as_read(trained: Sequence[tuple[Path, int]]) -> dict[str, str]:

@@ -62,7 +62,7 @@ class Training:
         return lora.attach(self.frozen["base"], state.averaged)
 
     def result(self, state: TrainState) -> Any:
-        """What the last checkpoint holds, and the best one: a whole denoiser, named "params".
+        """What the last checkpoint holds: other verbs read a whole denoiser, named "params".
 
         `restore_state` goes on from it.
         """
@@ -159,7 +159,7 @@ class _Loop:
             if save:
                 with self.stage.pause():
                     self.writer.flush()
-                    kept = self.training.result(state) if last or early or better else state
+                    kept = self.training.result(state) if last or early else state
                     self.checkpoints.save(step, kept, wait=stop or early, metrics=scores)
             if early:
                 self.end_early(step)

@@ -94,8 +94,6 @@ def _normal(key: Array, shape: tuple[int, ...], offset: float) -> Float[Array, "
 
 def time_weights(schedule: Schedule, gamma: float) -> np.ndarray:
     """What a squared error counts at each timestep, float32 [num_train_timesteps]."""
-    if not gamma:
-        return np.ones(schedule.num_train_timesteps, np.float32)
     alphas = schedule.alphas_cumprod.astype(np.float64)
     snr = alphas / (1 - alphas)
     # The error of v is that of noise times (SNR + 1) / SNR.
