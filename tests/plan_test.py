@@ -18,7 +18,7 @@ from agfsync_jax.plans._tables import too_large
 from agfsync_jax.training.program import forward_passes, step_spec
 from agfsync_jax.utils import flops
 from configs import micro
-from tests.twins import tiny_stable_diffusion
+from tests import released_folders
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ KEYS = {
 @pytest.fixture
 def config(tmp_path):
     """A tiny Stable Diffusion without weights."""
-    tiny_stable_diffusion(tmp_path / "tiny")
+    released_folders.stable_diffusion(tmp_path / "tiny", "sd15")
     for path in (tmp_path / "tiny").rglob("*.safetensors"):
         path.unlink()
     config = micro.get_config()
