@@ -2,7 +2,8 @@
 
 The loss is a file of agfsync_jax/losses (`config.loss`; Diffusion-DPO by default). All of the
 denoiser is trained, or LoRA adapters on its attention (`config.train.lora_rank`). Round 0 starts
-from `config.backbone`, a later round from the one before; where a round starts is its reference.
+from `config.backbone`, a later round from the one before; where a round starts is its reference,
+which may follow the policy slowly (`config.train.reference_decay`).
 
 Text embeddings are computed once per distinct prompt and kept in main memory, as the text encoder
 is frozen; where the pairs store them (`config.pair.embeddings`), they are read instead, and with
@@ -231,6 +232,8 @@ def prepare(
         state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
     else:
         state = init(denoiser)
+        if spec.reference_decay and reference is not denoiser:
+            state = state._replace(reference=reference)  # steps take its memory
     del denoiser
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}

@@ -111,6 +111,7 @@ def get_config() -> ConfigDict:
     c.train.wandb = ""  # a project of Weights & Biases, if wanted
     c.train.start = ""  # a checkpoint where round 0's policy starts, instead of at its reference
     c.train.reference = "round"  # where a round starts; first: config.backbone in every round
+    c.train.reference_decay = 0.0  # a step: the reference follows the policy; 0: it stays there
     c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()

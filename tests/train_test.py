@@ -530,8 +530,10 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
         {"train.ema_decay": 0.9},
         {"train.lora_rank": 2},
         {"train.lora_rank": 2, "train.ema_decay": 0.9},
+        {"train.reference_decay": 0.9},
+        {"train.lora_rank": 2, "train.ema_decay": 0.9, "train.reference_decay": 0.8},
     ],
-    ids=["all of it", "average", "adapters", "adapters' average"],
+    ids=["all of it", "average", "adapters", "adapters' average", "reference", "reference and all"],
 )
 def test_a_training_that_ended_can_be_extended(tmp_path, changes):
     """To the bit, as if it had had all of its steps from the beginning; twice."""
@@ -697,6 +699,23 @@ def test_the_reference_may_stay_that_of_round_0(run, tmp_path, monkeypatch):
     assert_equal(training.state.params, tuned(run))
     _, metrics = training.step(training.state, 0)
     assert metrics["loss"] != LN2
+
+
+def test_a_reference_that_moves_begins_where_the_reference_is(run, tmp_path):
+    """At what `config.train.reference` says, and no second copy of it lies there."""
+    (tmp_path / "round_000").symlink_to(run / "round_000")
+    make_workdir(tmp_path, round_index=1)
+    base, trained = TinyBackbone.load("").params["unet"], trained_rounds(run, 0, make_config())
+    for which, wanted in (("first", base), ("round", tuned(run))):
+        config = make_config(**{"train.reference": which, "train.reference_decay": 0.5})
+        training = train.prepare(config, tmp_path / "round_001", trained, None, 0)
+        assert training.frozen["base"] is None
+        assert_equal(training.state.params, tuned(run))
+        assert_equal(training.state.reference, wanted)
+        state, metrics = training.step(training.state, 0)
+        assert (metrics["loss"] == LN2) == (which == "round")
+        halfway = jax.tree.map(lambda a, b: 0.5 * (np.array(a) + b), wanted, state.params)
+        assert largest_difference(state.reference, halfway) < 1e-6
 
 
 def test_a_policy_may_start_elsewhere_than_its_reference(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from agfsync_jax.losses import Loss
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import (
     Rule,
@@ -26,7 +27,7 @@ from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "lora_targets", "ema_decay", "remat")
+_STEP = ("lora_rank", "lora_targets", "ema_decay", "reference_decay", "remat")
 
 
 def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,7 +51,7 @@ def step_spec(
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
     return StepSpec(
-        loss=load_loss(config.loss.name, config.loss.get(config.loss.name, {})),
+        loss=configured_loss(config),
         optimizer=optimizer,
         learning_rate=learning_rate,
         seed=seed,
@@ -60,6 +61,22 @@ def step_spec(
         accumulate=num_parts(spec.batch_size, spec.device_batch_size, mesh) if mesh else 1,
         **{name: spec[name] for name in _STEP},
     )
+
+
+def configured_loss(config: Any) -> Loss:
+    """The loss that `config.loss` names, which does what `config.train` asks of it.
+
+    Raises:
+        ValueError: see `load_loss`; or a key of `config.train` that this loss has no use for.
+    """
+    name, spec = config.loss.name, config.train
+    loss = load_loss(name, config.loss.get(name, {}))
+    if spec.reference_decay and not loss.uses_reference:
+        raise ValueError(
+            f"config.train.reference_decay={spec.reference_decay} moves a reference, and"
+            f" config.loss.name={name} has none: set it to 0, or take another loss."
+        )
+    return loss
 
 
 def num_parts(batch_size: int, device_batch_size: int, mesh: Mesh) -> int:

@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     params: Any  # the denoiser's parameters, or its LoRA adapters
     opt_state: optax.OptState
     ema: Any  # the moving average of params, or None
+    reference: Any = None  # of params too, what the loss compares with; None: it is frozen
 
     @property
     def averaged(self) -> Any:
@@ -39,6 +40,7 @@ class StepSpec(NamedTuple):
     lora_targets: str = "attention"  # which kernels have adapters; models/lora.py, TARGETS
     accumulate: int = 1  # parts that a batch is taken in, one after the other
     ema_decay: float = 0.0  # no moving average
+    reference_decay: float = 0.0  # of the reference, which stays where it is
     remat: str = "none"  # what blocks keep for their gradient; models/layers.py, REMAT
     noising: Noising = ALL_NOISE  # which noise is learned
     encode: bool = False  # a batch has token_ids, which the frozen text encoder reads in every step
@@ -47,7 +49,7 @@ class StepSpec(NamedTuple):
     @property
     def needs_base(self) -> bool:
         """Whether a step reads the denoiser where training started."""
-        return bool(self.lora_rank or self.loss.uses_reference)
+        return bool(self.lora_rank or self.loss.uses_reference and not self.reference_decay)
 
 
 def init_state(base: Any, spec: StepSpec) -> TrainState:
@@ -58,8 +60,11 @@ def init_state(base: Any, spec: StepSpec) -> TrainState:
         params = lora.init_adapters(key, base, rank=spec.lora_rank, targets=targets)
     else:
         params = jax.tree.map(jnp.copy, base)
-    ema = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
-    return TrainState(jnp.int32(0), params, spec.optimizer.init(params), ema)
+    ema, reference = (
+        jax.tree.map(jnp.copy, params) if decay else None
+        for decay in (spec.ema_decay, spec.reference_decay)
+    )
+    return TrainState(jnp.int32(0), params, spec.optimizer.init(params), ema, reference)
 
 
 def frozen_base(base: Any, spec: StepSpec) -> Any:
@@ -78,8 +83,8 @@ def train_step(
     Args:
         state: see TrainState.
         frozen: "base", what `frozen_base` made of the denoiser where training started: the
-            reference, and what LoRA adapts; None if neither is wanted. "text", the parameters of
-            the text encoders, {} unless steps encode.
+            reference that does not move, and what LoRA adapts; None if neither is wanted. "text",
+            the parameters of the text encoders, {} unless steps encode.
         batch: chosen_latents, rejected_latents [b, h, w, c], or latents [b, k, h, w, c] with scores
             and mask [b, k]; example [b]; conditioning, a pytree of arrays [b, ...], or token_ids.
     """
@@ -93,17 +98,20 @@ def train_step(
         with rematerialized(spec.remat):
             return backbone.denoise({name: params}, *args)
 
+    def whole(trained):
+        if spec.lora_rank:
+            return lora.attach(frozen["base"], trained)
+        return _cast(trained, backbone.dtype)
+
+    reference = whole(state.reference) if spec.reference_decay else frozen["base"]
+
     def objective(trained, part):
         if spec.encode:
             tokens = part.pop("token_ids")
             part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
-        if spec.lora_rank:
-            params = lora.attach(frozen["base"], trained)
-        else:
-            params = _cast(trained, backbone.dtype)
         return preference_loss(
-            params,
-            frozen["base"],
+            whole(trained),
+            reference,
             part,
             loss=spec.loss,
             denoise=denoise,
@@ -124,7 +132,10 @@ def train_step(
         count = state.step.astype(jnp.float32) + 1
         decay = jnp.minimum(spec.ema_decay, (1 + count) / (10 + count))
         ema = optax.incremental_update(params, ema, 1 - decay)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    moved = state.reference
+    if spec.reference_decay:
+        moved = optax.incremental_update(params, moved, 1 - spec.reference_decay)
+    return TrainState(state.step + 1, params, opt_state, ema, moved), metrics
 
 
 def _accumulated(

@@ -12,6 +12,7 @@ import pytest
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.losses import diffusion_dpo, sft
+from agfsync_jax.models import lora
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
@@ -198,6 +199,40 @@ def test_less_memory_is_the_same_step(backbone, changes):
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
     assert float(jnp.sum(got["count_by_time"])) == 8
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reference_that_moves(backbone, rank):
+    """It follows the policy after each step, and is what the next step compares with."""
+    batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
+    changes = {"reference_decay": 0.7, "lora_rank": rank}
+    init, step = make_step(backbone, learning_rate=1e-2, changes=changes)
+    _, frozen_step = make_step(backbone, learning_rate=1e-2)
+    state = init(base)
+    average = jax.tree.map(np.array, state.params)
+    assert_equal(state.reference, state.params)
+    for index in range(3):
+        before = state
+        state, values = step(state, base if rank else None, batch)
+        assert (values["loss"] == LN2) == (index == 0)
+        average = jax.tree.map(
+            lambda old, new: np.float32(0.7) * old + np.float32(0.3) * np.array(new),
+            *(average, state.params),
+        )
+        assert largest_difference(state.reference, average) < 1e-6
+        assert largest_difference(state.reference, state.params) > 1e-4
+        # A step with that reference frozen is the same one.
+        policy, reference = (
+            lora.merge(base, each) if rank else each for each in (before.params, before.reference)
+        )
+        same = init_state(policy, step_spec_of(backbone))._replace(step=before.step)
+        _, wanted = frozen_step(same, reference, batch)
+        np.testing.assert_allclose(values["loss"], wanted["loss"], atol=1e-5)
+
+
+def step_spec_of(backbone):
+    optimizer, learning_rate = make_optimizer(num_steps=10, learning_rate=1e-2)
+    return StepSpec(diffusion_dpo.LOSS, optimizer, learning_rate, seed=7, backbone=backbone)
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "lion", "adamw"])
