@@ -195,7 +195,8 @@ def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
     assert rows[0]["loss"] == LN2
     assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
     names = {"loss", "grad_norm", "learning_rate", "chosen_error", "rejected_error", "seconds"}
-    kinds = "chosen rejected margin margin_size accuracy".split()
+    names |= {"divergence"}
+    kinds = "chosen rejected margin margin_size accuracy weight".split()
     rewards = {f"rewards/{name}" for name in kinds}
     by_time = {name for name in rows[0] if name.startswith("error_by_time/")}
     assert set(rows[0]) - by_time == {"step"} | names | rewards

@@ -275,6 +275,8 @@ def test_every_loss_trains(backbone, name):
     if loss.is_listwise:
         pytest.skip("of rankings, which tests/train_test.py trains on")
     batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    if loss.uses_scores:
+        batch["scores"] = jnp.array([[3.0, 1.0], [2.0, 1.5]])
     optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
     spec = StepSpec(loss, optimizer, rate, seed=7, backbone=backbone)
     base = backbone.params["unet"] if loss.uses_reference else None
