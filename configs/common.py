@@ -112,6 +112,7 @@ def get_config() -> ConfigDict:
     c.train.start = ""  # a checkpoint where round 0's policy starts, instead of at its reference
     c.train.reference = "round"  # where a round starts; first: config.backbone in every round
     c.train.reference_decay = 0.0  # a step: the reference follows the policy; 0: it stays there
+    c.train.auto_beta = 0.0  # 0.2: beta is such that the mean pair counts 0.2; 0: the loss's own
     c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()

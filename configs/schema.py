@@ -180,6 +180,9 @@ KEYS = {
     "train.start": TEXT,
     "train.reference": one_of("round", "first"),
     "train.reference_decay": DECAY,
+    "train.auto_beta": Rule(
+        "a number from 0 to below 0.5", lambda x: is_number(x) and 0 <= x < 0.5
+    ),
     "train.seed": whole(0),
     "evaluate.source": NAME,
     "evaluate.split": NAME,

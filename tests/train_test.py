@@ -37,6 +37,7 @@ from tests.processes import ROOT, run_processes
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
 
 BETA = 100.0
+_SIDES = ("chosen", "rejected")
 LN2 = pytest.approx(math.log(2), abs=BETA * 1e-7)  # beta times the rounding of an error
 
 
@@ -64,8 +65,9 @@ def make_config(**changes):
     return config
 
 
-def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
-    """A workdir with random pairs of five prompts, whose embeddings may be stored."""
+def make_workdir(path, round_index=0, num_pairs=12, embeddings=False, columns=()):
+    """A workdir with random pairs of five prompts, whose embeddings may be stored; of people, or
+    made of scores if there are `columns`."""
     backbone = TinyBackbone.load("")
     rng = np.random.default_rng(round_index)
     png = encode_png(np.zeros((8, 8, 3), np.uint8))
@@ -90,12 +92,16 @@ def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
                 "margin": 1.0,
             }
         )
+        rows[-1] |= {f"{side}_scores/{name}": 0.5 for side in _SIDES for name in columns}
+        if columns:
+            rows[-1]["chosen_score"] = 0.2 * index
         if embeddings:
             conditioning = backbone.encode_prompt(backbone.params, rows[-1]["token_ids"])
             for name, value in conditioning.items():
                 rows[-1][f"embeddings/{name}"] = np.asarray(value, np.float16)
     metadata = {"description": "random", "license": "none"}
-    features = pair_features(embeddings={"encoder_hidden_states": (3, 6)} if embeddings else {})
+    stored = {"encoder_hidden_states": (3, 6)} if embeddings else {}
+    features = pair_features(embeddings=stored, columns=columns)
     write_pairs(path / f"round_{round_index:03d}/pairs", rows, metadata, features)
     return path
 
@@ -187,6 +193,44 @@ def test_rankings_train_listwise(tmp_path, backbone):
     (folder.parent / "checkpoints").rename(tmp_path / "aside")
     with pytest.raises(ValueError, match="holds rankings, and config.loss.name wants pairs"):
         train.main(make_config(), tmp_path)
+
+
+def test_a_loss_that_learns_from_the_scores_of_pairs(tmp_path):
+    """They are the stored ones, in the order of the batch."""
+    config = make_config(**{"loss.name": "smpo"})
+    make_workdir(tmp_path / "scored", columns=("vqa",))
+    training = train.prepare(config, tmp_path / "scored/round_000", [], None, 0)
+    batch, rows = training.batch(0), training.loader.rows(0)
+    np.testing.assert_allclose(batch["scores"], [[0.2 * row, 0.0] for row in rows], rtol=1e-6)
+    _, metrics = training.step(training.state, 0)
+    strength = np.tanh(0.1 * rows)
+    np.testing.assert_allclose(metrics["labels/strength"], strength.mean(), rtol=1e-5)
+    make_workdir(tmp_path / "people")
+    with pytest.raises(ValueError, match="pairs that people made, and config.loss.name=smpo"):
+        train.main(config, tmp_path / "people")
+    path = make_workdir(tmp_path / "other", columns=("vqa",)) / "round_000/pairs"
+    pairs = train.read_pairs
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="turn round"):
+        patch.setattr(train, "read_pairs", lambda *a, **k: flipped(pairs(*a, **k)))
+        train.load_pairs(path, config, training.spec, create_mesh())
+
+
+def flipped(pairs):
+    return pairs | {"chosen_score": -pairs["chosen_score"]}
+
+
+def test_a_loss_of_rankings_takes_pairs_too(tmp_path, capsys):
+    """DGPO of pairs is Diffusion-DPO divided by beta; and it is told that there could be more."""
+    norms = {}
+    for name in ("dgpo", "diffusion_dpo"):
+        make_workdir(tmp_path / name)
+        config = make_config(**{"loss.name": name, "train.num_steps": 2})
+        config.loss.dgpo = ConfigDict(dict(beta=BETA))
+        train.main(config, tmp_path / name)
+        norms[name] = metrics(tmp_path / name)[0]["grad_norm"]
+        told = "it learns from two of them" in capsys.readouterr().err
+        assert told == (name == "dgpo")
+    assert norms["dgpo"] * BETA == pytest.approx(norms["diffusion_dpo"], rel=1e-4)
 
 
 def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
@@ -532,7 +576,8 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
         {"train.lora_rank": 2},
         {"train.lora_rank": 2, "train.ema_decay": 0.9},
         {"train.reference_decay": 0.9},
-        {"train.lora_rank": 2, "train.ema_decay": 0.9, "train.reference_decay": 0.8},
+        {"train.lora_rank": 2, "train.ema_decay": 0.9, "train.reference_decay": 0.8}
+        | {"train.auto_beta": 0.2},
     ],
     ids=["all of it", "average", "adapters", "adapters' average", "reference", "reference and all"],
 )

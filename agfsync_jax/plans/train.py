@@ -53,6 +53,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         "rejected_latents": latents,
         "example": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
+    if step.loss.uses_scores:
+        batch["scores"] = jax.ShapeDtypeStruct((size, 2), jnp.float32)
     if step.encode:
         batch["token_ids"] = tokens
     else:

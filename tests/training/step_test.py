@@ -19,7 +19,7 @@ from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
 from agfsync_jax.training.objective import draw_noise
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import StepSpec, init_state, train_step
+from agfsync_jax.training.step import StepSpec, auto_beta, init_state, train_step
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import load_model
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
@@ -228,6 +228,43 @@ def test_a_reference_that_moves(backbone, rank):
         same = init_state(policy, step_spec_of(backbone))._replace(step=before.step)
         _, wanted = frozen_step(same, reference, batch)
         np.testing.assert_allclose(values["loss"], wanted["loss"], atol=1e-5)
+
+
+def test_beta_follows_the_margins(backbone):
+    """Against a loop on the host; a step in two parts is the same one."""
+    batch, base = (
+        make_batch(backbone, jnp.arange(12).reshape(4, 3) % 10, 8),
+        backbone.params["unet"],
+    )
+    for parts in (1, 2):
+        changes = {"auto_beta": 0.2, "accumulate": parts}
+        init, step = make_step(backbone, learning_rate=3e-3, changes=changes)
+        state, mean = init(base), math.log(4) / BETA
+        for index in range(4):
+            state, values = step(state, base, batch)
+            beta = min(max(math.log(4) / mean, BETA / 10), BETA * 10)
+            assert float(values["beta"]) == pytest.approx(beta, rel=1e-4)
+            mean = 0.99 * mean + 0.01 * float(values["rewards/margin_size"]) / beta
+            assert float(state.margin) == pytest.approx(mean, rel=1e-5)
+            fixed = diffusion_dpo.LOSS.configured(beta=float(beta))
+            if index == 2:
+                last = values, fixed
+        assert float(values["beta"]) != pytest.approx(BETA, rel=1e-3)
+        if parts == 1:
+            wanted = last[0]
+    for name in ("loss", "grad_norm", "rewards/margin_size", "beta"):
+        np.testing.assert_allclose(last[0][name], wanted[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_beta_is_bounded_and_its_mean_pair_counts_the_target():
+    optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
+    loss = diffusion_dpo.LOSS.configured(beta=50.0)
+    spec = StepSpec(loss, optimizer, rate, seed=7, auto_beta=0.3)
+    betas = [float(auto_beta(jnp.float32(margin), spec)) for margin in (0.0, 1e-6, 0.02, 10.0)]
+    assert betas[:2] == [500.0, 500.0] and betas[3] == 5.0
+    assert float(jax.nn.sigmoid(-betas[2] * 0.02)) == pytest.approx(0.3)
+    state = init_state({"w": jnp.ones(2)}, spec)
+    assert float(auto_beta(state.margin, spec)) == pytest.approx(50.0)
 
 
 def step_spec_of(backbone):
