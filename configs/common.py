@@ -224,7 +224,7 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
 
 def beta_of_dpo(c: ConfigDict, beta: float) -> None:
     """The beta of Diffusion-DPO and of the losses that take the same reward; others have theirs."""
-    for name in ("diffusion_dpo", "cdpo", "dgpo", "hinge", "ipo", "rankdpo"):
+    for name in ("diffusion_dpo", "cdpo", "dgpo", "hinge", "ipo", "rankdpo", "smpo"):
         c.loss[name] = ConfigDict(dict(beta=beta))
 
 

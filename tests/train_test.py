@@ -23,6 +23,7 @@ from agfsync_jax.models import lora
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps import settings
+from agfsync_jax.training import symptoms
 from agfsync_jax.training.checkpoints import (
     Checkpoints,
     find_step,
@@ -420,6 +421,36 @@ def test_two_processes_train_the_same(run, tmp_path):
     make_workdir(tmp_path)
     run_processes(TWO_PROCESSES, tmp_path)
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
+
+
+def test_a_training_that_unlearns_both_images_says_so_once(tmp_path, monkeypatch, capsys):
+    """Also where it was stopped and goes on."""
+    monkeypatch.setattr(symptoms, "WINDOW", 1)
+    monkeypatch.setattr(
+        train.program,
+        "step_program",
+        lambda *_: (
+            lambda state, frozen, batch: (
+                state._replace(step=state.step + 1),
+                unlearned(int(state.step)),
+            )
+        ),
+    )
+    make_workdir(tmp_path)
+    said = []
+    for steps in (3, 6):
+        train.main(make_config(**{"train.num_steps": steps}), tmp_path)
+        said.append(capsys.readouterr().err)
+    assert "train: step 2: the policy gets worse at both images" in said[0]
+    assert "gets worse" not in said[1] and len(metrics(tmp_path)) == 6
+
+
+def unlearned(step):
+    """Metrics whose rewards fall."""
+    rewards = {"chosen": -step, "rejected": -2.0 * step, "margin": step, "weight": 0.4}
+    values = {f"rewards/{name}": jnp.float32(value) for name, value in rewards.items()}
+    values |= dict.fromkeys(("loss", "grad_norm"), jnp.float32(1))
+    return values | dict.fromkeys(("error_by_time", "count_by_time"), jnp.zeros(10))
 
 
 class FakeValidation:
