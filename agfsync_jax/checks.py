@@ -23,6 +23,7 @@ from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
 from agfsync_jax.training.objective import load_loss, timesteps_of
+from agfsync_jax.training.program import check_use
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import Unreachable, check_reachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
@@ -170,6 +171,16 @@ def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
                 f"config.train.warmup_steps={spec.warmup_steps} leaves nothing of the cosine"
                 f" schedule: it must be below config.train.num_steps={spec.num_steps}."
             )
+        loss = load_loss(config.loss.name, config.loss.get(config.loss.name, {}))
+        yield from _told(lambda: check_use(loss, config))
+        path, makes = config.pair.path, f"config.loss.name={config.loss.name} learns from scores"
+        if loss.uses_scores and path and not is_pairs(path):
+            yield (
+                f"{makes}, and config.pair.path={path} has none: those are choices of people. Take"
+                " another loss, such as diffusion_dpo."
+            )
+        if loss.uses_scores and config.pair.shuffle_labels:
+            yield f"{makes}, which undo config.pair.shuffle_labels: take another loss."
         if spec.best and not spec.validate_every:
             yield (
                 f"config.train.best={spec.best!r} needs config.train.validate_every: only a"

@@ -2,7 +2,8 @@
 
 The loss is a file of agfsync_jax/losses (`config.loss`; Diffusion-DPO by default). All of the
 denoiser is trained, or LoRA adapters on its attention (`config.train.lora_rank`). Round 0 starts
-from `config.backbone`, a later round from the one before; where a round starts is its reference.
+from `config.backbone`, a later round from the one before; where a round starts is its reference,
+which may follow the policy slowly (`config.train.reference_decay`).
 
 Text embeddings are computed once per distinct prompt and kept in main memory, as the text encoder
 is frozen; where the pairs store them (`config.pair.embeddings`), they are read instead, and with
@@ -64,6 +65,7 @@ def train(job: Job) -> None:
             pin_start(job, start, before)
             training = prepare(job.config, job.folder, before, checkpoints, start)
             tell_repeats(job.stage, training.loader)
+            tell_pairs(job, training.spec)
             fit(spec, training, start, job.stage, checkpoints)
 
 
@@ -143,6 +145,17 @@ def tell_repeats(stage: Stage, loader: PairLoader) -> None:
         )
 
 
+def tell_pairs(job: Job, spec: StepSpec) -> None:
+    """Says so where a loss of rankings is given pairs."""
+    if spec.loss.is_listwise and "scores" not in read_features(
+        pairs_folder(job.config, job.folder)
+    ):
+        job.stage.print(
+            f"config.loss.name={job.config.loss.name} takes all candidates of a prompt, and these"
+            " are pairs: it learns from two of them (config.pair.strategy='ranked' stores all)"
+        )
+
+
 def check_pairs(folder: Path, config: Any) -> None:
     """Raises ValueError for pairs that other settings of `config.pair` made."""
     path = folder / "pair.json"
@@ -160,24 +173,42 @@ def check_pairs(folder: Path, config: Any) -> None:
 def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoader:
     """The pairs, or rankings, in `folder`.
 
+    A pair is a ranking of two for a loss that takes those.
+
     Raises:
         FileNotFoundError, RecordError: no pairs, or damaged ones.
-        ValueError: rankings for a loss of pairs, or pairs for one of rankings.
+        ValueError: rankings for a loss of pairs; pairs without scores, or with labels that are not
+            theirs, for a loss that uses them.
     """
-    features, ranked = read_features(folder), spec.loss.is_listwise
-    if ranked != ("scores" in features):
-        has, wants = ("pairs", "rankings") if ranked else ("rankings", "pairs")
-        strategy = "'ranked'" if ranked else "another than 'ranked'"
+    features, loss = read_features(folder), spec.loss
+    ranked = "scores" in features
+    if ranked and not loss.is_listwise:
         raise ValueError(
-            f"{folder} holds {has}, and config.loss.name wants {wants}: run `agfsync pair` with"
-            f" config.pair.strategy {strategy}, or set another loss."
+            f"{folder} holds rankings, and config.loss.name wants pairs: run `agfsync pair` with"
+            " config.pair.strategy another than 'ranked', or set another loss."
+        )
+    if loss.uses_scores and not any(name.startswith("chosen_scores/") for name in features):
+        raise ValueError(
+            f"{folder} holds pairs that people made, and config.loss.name={config.loss.name} learns"
+            " from how far two scores are apart: take another loss, such as diffusion_dpo."
         )
     stored = [name for name in features if name.startswith("embeddings/") and not spec.encode]
     latents = ("latents",) if ranked else ("chosen_latents", "rejected_latents")
     flipped = [f"{name}_flipped" for name in latents if config.train.flip]
-    scores = ("scores",) if ranked else ()
+    of_sides = ("chosen_score", "rejected_score") if loss.uses_scores else ()
+    scores = ("scores",) if ranked else of_sides
     names = ("pair_id", "token_ids", *latents, *flipped, *scores)
     pairs = read_pairs(folder, names, once=stored)
+    if loss.uses_scores:
+        pairs["scores"] = np.stack([pairs.pop(name) for name in of_sides], axis=1)
+        if (pairs["scores"][:, 0] < pairs["scores"][:, 1]).any():
+            raise ValueError(
+                f"{folder} has chosen images with the lower score (config.pair.shuffle_labels),"
+                f" which config.loss.name={config.loss.name} would turn round: take another loss."
+            )
+    elif loss.is_listwise and not ranked:
+        pairs["scores"] = np.tile(np.array([1.0, 0.0], np.float32), (len(pairs["pair_id"]), 1))
+        pairs["mask"] = np.ones(pairs["scores"].shape, bool)
     if ranked:
         padded = {n: pad_rankings(pairs.pop(n), pairs["scores"]) for n in (*flipped, *latents)}
         pairs |= {name: found["latents"] for name, found in padded.items()}
@@ -231,6 +262,8 @@ def prepare(
         state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
     else:
         state = init(denoiser)
+        if spec.reference_decay and reference is not denoiser:
+            state = state._replace(reference=reference)  # steps take its memory
     del denoiser
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}

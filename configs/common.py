@@ -111,6 +111,8 @@ def get_config() -> ConfigDict:
     c.train.wandb = ""  # a project of Weights & Biases, if wanted
     c.train.start = ""  # a checkpoint where round 0's policy starts, instead of at its reference
     c.train.reference = "round"  # where a round starts; first: config.backbone in every round
+    c.train.reference_decay = 0.0  # a step: the reference follows the policy; 0: it stays there
+    c.train.auto_beta = 0.0  # 0.2: beta is such that the mean pair counts 0.2; 0: the loss's own
     c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()
@@ -222,7 +224,7 @@ def latent_consistency(c: ConfigDict, lora: str) -> None:
 
 def beta_of_dpo(c: ConfigDict, beta: float) -> None:
     """The beta of Diffusion-DPO and of the losses that take the same reward; others have theirs."""
-    for name in ("diffusion_dpo", "cdpo", "dgpo", "hinge", "ipo", "rankdpo"):
+    for name in ("diffusion_dpo", "cdpo", "dgpo", "hinge", "ipo", "rankdpo", "smpo"):
         c.loss[name] = ConfigDict(dict(beta=beta))
 
 

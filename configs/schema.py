@@ -88,6 +88,7 @@ TIMESTEPS = Rule(
 FLOATS = one_of("float32", "bfloat16", "float16")
 SPLIT = whole(1, also=-1)
 SHARE = number(0, 1)
+DECAY = Rule("a number from 0 to below 1", lambda x: is_number(x) and 0 <= x < 1)
 
 KEYS = {
     "seed": whole(0),
@@ -167,7 +168,7 @@ KEYS = {
     "train.device_batch_size": whole(0),
     "train.remat": one_of("none", "dots", "full"),
     "train.embeddings": one_of("cached", "step"),
-    "train.ema_decay": Rule("a number from 0 to below 1", lambda x: is_number(x) and 0 <= x < 1),
+    "train.ema_decay": DECAY,
     "train.save_every": whole(1),
     "train.keep": whole(1),
     "train.validate_every": whole(0),
@@ -178,6 +179,10 @@ KEYS = {
     "train.wandb": TEXT,
     "train.start": TEXT,
     "train.reference": one_of("round", "first"),
+    "train.reference_decay": DECAY,
+    "train.auto_beta": Rule(
+        "a number from 0 to below 0.5", lambda x: is_number(x) and 0 <= x < 0.5
+    ),
     "train.seed": whole(0),
     "evaluate.source": NAME,
     "evaluate.split": NAME,

@@ -56,6 +56,8 @@ def test_all_is_told_at_once():
         ),
         ("train", "train.learning_rate", 0, "learning_rate=0.0: expected a finite number above 0"),
         ("train", "train.ema_decay", 1, "ema_decay=1.0: expected a number from 0 to below 1"),
+        ("train", "train.reference_decay", 1, "decay=1.0: expected a number from 0 to below 1"),
+        ("train", "train.auto_beta", 0.5, "auto_beta=0.5: expected a number from 0 to below 0.5"),
         ("train", "train.schedule", "linear", "schedule='linear': expected constant | cosine"),
         ("train", "train.optimizer", "sgd", "optimizer='sgd': expected adamw | adafactor | lion"),
         ("train", "train.remat", "some", "remat='some': expected none | dots | full"),
@@ -125,6 +127,29 @@ def test_a_config_of_the_users_that_cannot_be(change, message):
     with pytest.raises(ValueError) as told:
         checks.check(config, "run", num_devices=8)
     assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"loss__name": "sft", "train__reference_decay": 0.9},
+            "moves a reference, and config.loss",
+        ),
+        ({"loss__name": "sft", "train__auto_beta": 0.2}, "auto_beta=0.2 sets the beta that scales"),
+        ({"loss__name": "mapo", "train__auto_beta": 0.2}, "auto_beta=0.2 sets the beta that scale"),
+        ({"loss__name": "dspo", "train__auto_beta": 0.2}, "auto_beta=0.2 sets the beta that scale"),
+        ({"loss__name": "diffusion_nft", "train__auto_beta": 0.2}, "auto_beta=0.2 sets the beta"),
+        ({"loss__name": "smpo", "pair__shuffle_labels": True}, "which undo config.pair.shuffle_la"),
+        ({"loss__name": "smpo", "pair__path": "people"}, "path=people has none: those are choices"),
+    ],
+)
+def test_what_a_loss_cannot_do(overrides, message):
+    with pytest.raises(ValueError, match=message) as told:
+        check("train", **overrides)
+    assert "things are wrong" not in str(told.value)
+    for name in ("kto", "dgpo", "rankdpo", "agfsync_norm", "smpo"):
+        check("plan", loss__name=name, train__auto_beta=0.2)
 
 
 def test_lora_files_are_looked_for(tmp_path):

@@ -136,6 +136,7 @@ def test_loss(module):
         jnp.asarray(reference, jnp.float32) if loss.uses_reference else None,
         jnp.broadcast_to(jnp.array([3.0, 1.0, 2.0])[: size[1]], size),  # candidate 0 is the best
         jnp.ones(size, bool),
+        jnp.full(5, 0.5),
     )
     names = positional(loss.formula)
     assert len(names) == len(loss.inputs(residuals))
@@ -159,6 +160,11 @@ def test_loss(module):
     farther = jnp.sum(slope * policy[None], axis=-1)[..., 0]  # all chosen residuals grow
     own = farther[rows, rows]
     assert (own > 0).all(), "a better denoised chosen image must lower the loss"
+    if loss.beta and loss.uses_reference and loss.scales_rewards:
+        _, twice = loss.with_beta(jnp.float32(2 * loss.beta))(residuals)
+        margin = 2 * metrics["rewards/margin"]
+        rounding = 1e-7 * loss.beta
+        np.testing.assert_allclose(twice["rewards/margin"], margin, rtol=1e-4, atol=rounding)
     if not loss.is_batchwise:
         np.testing.assert_array_equal(farther, jnp.diag(own))
 

@@ -148,6 +148,12 @@ def test_training(config, capsys, monkeypatch):
     # Two moments, split as the parameters are.
     assert 2 <= row["optimizer_bytes"] / row["param_bytes"] < 2.01
     assert "8 passes of an image each by formula" in out and "| optimizer |" in out
+    # A reference that moves is beside the parameters, too; a loss of scores is given them.
+    config.train.reference_decay, config.loss.name = 0.9, "smpo"
+    work = train_plan.work(config, jax.devices(), "here")
+    held, beside = param_bytes(work.params), param_bytes(work.optimizer)
+    assert beside / (held - beside) == pytest.approx(3, rel=1e-3)
+    config.train.reference_decay, config.loss.name = 0.0, "diffusion_dpo"
     config.train.lora_rank = 2
     assert forward_passes(step_spec(config)) == 6
     config.loss.name = "sft"

@@ -23,6 +23,7 @@ from agfsync_jax.models import lora
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps import settings
+from agfsync_jax.training import symptoms
 from agfsync_jax.training.checkpoints import (
     Checkpoints,
     find_step,
@@ -37,6 +38,7 @@ from tests.processes import ROOT, run_processes
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
 
 BETA = 100.0
+_SIDES = ("chosen", "rejected")
 LN2 = pytest.approx(math.log(2), abs=BETA * 1e-7)  # beta times the rounding of an error
 
 
@@ -64,8 +66,9 @@ def make_config(**changes):
     return config
 
 
-def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
-    """A workdir with random pairs of five prompts, whose embeddings may be stored."""
+def make_workdir(path, round_index=0, num_pairs=12, embeddings=False, columns=()):
+    """A workdir with random pairs of five prompts, whose embeddings may be stored; of people, or
+    made of scores if there are `columns`."""
     backbone = TinyBackbone.load("")
     rng = np.random.default_rng(round_index)
     png = encode_png(np.zeros((8, 8, 3), np.uint8))
@@ -90,12 +93,16 @@ def make_workdir(path, round_index=0, num_pairs=12, embeddings=False):
                 "margin": 1.0,
             }
         )
+        rows[-1] |= {f"{side}_scores/{name}": 0.5 for side in _SIDES for name in columns}
+        if columns:
+            rows[-1]["chosen_score"] = 0.2 * index
         if embeddings:
             conditioning = backbone.encode_prompt(backbone.params, rows[-1]["token_ids"])
             for name, value in conditioning.items():
                 rows[-1][f"embeddings/{name}"] = np.asarray(value, np.float16)
     metadata = {"description": "random", "license": "none"}
-    features = pair_features(embeddings={"encoder_hidden_states": (3, 6)} if embeddings else {})
+    stored = {"encoder_hidden_states": (3, 6)} if embeddings else {}
+    features = pair_features(embeddings=stored, columns=columns)
     write_pairs(path / f"round_{round_index:03d}/pairs", rows, metadata, features)
     return path
 
@@ -189,13 +196,52 @@ def test_rankings_train_listwise(tmp_path, backbone):
         train.main(make_config(), tmp_path)
 
 
+def test_a_loss_that_learns_from_the_scores_of_pairs(tmp_path):
+    """They are the stored ones, in the order of the batch."""
+    config = make_config(**{"loss.name": "smpo"})
+    make_workdir(tmp_path / "scored", columns=("vqa",))
+    training = train.prepare(config, tmp_path / "scored/round_000", [], None, 0)
+    batch, rows = training.batch(0), training.loader.rows(0)
+    np.testing.assert_allclose(batch["scores"], [[0.2 * row, 0.0] for row in rows], rtol=1e-6)
+    _, metrics = training.step(training.state, 0)
+    strength = np.tanh(0.1 * rows)
+    np.testing.assert_allclose(metrics["labels/strength"], strength.mean(), rtol=1e-5)
+    make_workdir(tmp_path / "people")
+    with pytest.raises(ValueError, match="pairs that people made, and config.loss.name=smpo"):
+        train.main(config, tmp_path / "people")
+    path = make_workdir(tmp_path / "other", columns=("vqa",)) / "round_000/pairs"
+    pairs = train.read_pairs
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="turn round"):
+        patch.setattr(train, "read_pairs", lambda *a, **k: flipped(pairs(*a, **k)))
+        train.load_pairs(path, config, training.spec, create_mesh())
+
+
+def flipped(pairs):
+    return pairs | {"chosen_score": -pairs["chosen_score"]}
+
+
+def test_a_loss_of_rankings_takes_pairs_too(tmp_path, capsys):
+    """DGPO of pairs is Diffusion-DPO divided by beta; and it is told that there could be more."""
+    norms = {}
+    for name in ("dgpo", "diffusion_dpo"):
+        make_workdir(tmp_path / name)
+        config = make_config(**{"loss.name": name, "train.num_steps": 2})
+        config.loss.dgpo = ConfigDict(dict(beta=BETA))
+        train.main(config, tmp_path / name)
+        norms[name] = metrics(tmp_path / name)[0]["grad_norm"]
+        told = "it learns from two of them" in capsys.readouterr().err
+        assert told == (name == "dgpo")
+    assert norms["dgpo"] * BETA == pytest.approx(norms["diffusion_dpo"], rel=1e-4)
+
+
 def test_a_run_leaves_metrics_and_a_denoiser(run, backbone):
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[0]["loss"] == LN2
     assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
     names = {"loss", "grad_norm", "learning_rate", "chosen_error", "rejected_error", "seconds"}
-    kinds = "chosen rejected margin margin_size accuracy".split()
+    names |= {"divergence"}
+    kinds = "chosen rejected margin margin_size accuracy weight".split()
     rewards = {f"rewards/{name}" for name in kinds}
     by_time = {name for name in rows[0] if name.startswith("error_by_time/")}
     assert set(rows[0]) - by_time == {"step"} | names | rewards
@@ -377,6 +423,36 @@ def test_two_processes_train_the_same(run, tmp_path):
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
 
 
+def test_a_training_that_unlearns_both_images_says_so_once(tmp_path, monkeypatch, capsys):
+    """Also where it was stopped and goes on."""
+    monkeypatch.setattr(symptoms, "WINDOW", 1)
+    monkeypatch.setattr(
+        train.program,
+        "step_program",
+        lambda *_: (
+            lambda state, frozen, batch: (
+                state._replace(step=state.step + 1),
+                unlearned(int(state.step)),
+            )
+        ),
+    )
+    make_workdir(tmp_path)
+    said = []
+    for steps in (3, 6):
+        train.main(make_config(**{"train.num_steps": steps}), tmp_path)
+        said.append(capsys.readouterr().err)
+    assert "train: step 2: the policy gets worse at both images" in said[0]
+    assert "gets worse" not in said[1] and len(metrics(tmp_path)) == 6
+
+
+def unlearned(step):
+    """Metrics whose rewards fall."""
+    rewards = {"chosen": -step, "rejected": -2.0 * step, "margin": step, "weight": 0.4}
+    values = {f"rewards/{name}": jnp.float32(value) for name, value in rewards.items()}
+    values |= dict.fromkeys(("loss", "grad_norm"), jnp.float32(1))
+    return values | dict.fromkeys(("error_by_time", "count_by_time"), jnp.zeros(10))
+
+
 class FakeValidation:
     """Scores that rise and fall, and a picture."""
 
@@ -530,8 +606,11 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
         {"train.ema_decay": 0.9},
         {"train.lora_rank": 2},
         {"train.lora_rank": 2, "train.ema_decay": 0.9},
+        {"train.reference_decay": 0.9},
+        {"train.lora_rank": 2, "train.ema_decay": 0.9, "train.reference_decay": 0.8}
+        | {"train.auto_beta": 0.2},
     ],
-    ids=["all of it", "average", "adapters", "adapters' average"],
+    ids=["all of it", "average", "adapters", "adapters' average", "reference", "reference and all"],
 )
 def test_a_training_that_ended_can_be_extended(tmp_path, changes):
     """To the bit, as if it had had all of its steps from the beginning; twice."""
@@ -697,6 +776,23 @@ def test_the_reference_may_stay_that_of_round_0(run, tmp_path, monkeypatch):
     assert_equal(training.state.params, tuned(run))
     _, metrics = training.step(training.state, 0)
     assert metrics["loss"] != LN2
+
+
+def test_a_reference_that_moves_begins_where_the_reference_is(run, tmp_path):
+    """At what `config.train.reference` says, and no second copy of it lies there."""
+    (tmp_path / "round_000").symlink_to(run / "round_000")
+    make_workdir(tmp_path, round_index=1)
+    base, trained = TinyBackbone.load("").params["unet"], trained_rounds(run, 0, make_config())
+    for which, wanted in (("first", base), ("round", tuned(run))):
+        config = make_config(**{"train.reference": which, "train.reference_decay": 0.5})
+        training = train.prepare(config, tmp_path / "round_001", trained, None, 0)
+        assert training.frozen["base"] is None
+        assert_equal(training.state.params, tuned(run))
+        assert_equal(training.state.reference, wanted)
+        state, metrics = training.step(training.state, 0)
+        assert (metrics["loss"] == LN2) == (which == "round")
+        halfway = jax.tree.map(lambda a, b: 0.5 * (np.array(a) + b), wanted, state.params)
+        assert largest_difference(state.reference, halfway) < 1e-6
 
 
 def test_a_policy_may_start_elsewhere_than_its_reference(tmp_path, monkeypatch):

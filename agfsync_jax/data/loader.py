@@ -95,8 +95,9 @@ class PairLoader:
         """The global batch of a step.
 
         Returns:
-          chosen_latents, rejected_latents float32 [b, h, w, c]; token_ids int32 [b, n]; example
-          int32 [b], a number that belongs to the pair wherever it turns up (for noise keys).
+          chosen_latents, rejected_latents float32 [b, h, w, c], or latents [b, k, h, w, c]; scores
+          float32 and mask bool [b, k] if the pairs have them; token_ids int32 [b, n]; example int32
+          [b], a number that belongs to the pair wherever it turns up (for noise keys).
         """
         rows = self.rows(step)
         mirrors, batch = self._generator(step, 2), {}

@@ -127,6 +127,12 @@ class Schedule:
         signal, sigma = self.signal_and_noise(timesteps, latents.ndim)
         return self.parameterization.target(latents, noise, signal, sigma)
 
+    def clean_scale(self, timesteps: Timesteps) -> Float[Array, " b"]:
+        """How far the x_0 that a prediction tells is off where the prediction is off by 1."""
+        signal, sigma = self.signal_and_noise(timesteps, 1)
+        zero, one = jnp.zeros_like(sigma), jnp.ones_like(sigma)
+        return jnp.abs(self.parameterization.clean(zero, one, signal, sigma))  # which is linear
+
 
 def alphas_cumprod(fields: Mapping[str, Any]) -> Float[np.ndarray, " t"]:
     """a_t of the fields NOISE, and `rescale_betas_zero_snr` for classes that have it."""

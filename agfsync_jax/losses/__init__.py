@@ -33,14 +33,16 @@ class Residuals(NamedTuple):
     Attributes:
         policy: of the model that is trained.
         reference: of the model that it is compared with; None for a loss without one.
-        scores: of rankings, more is better.
+        scores: of rankings, and of pairs for a loss that uses them; more is better.
         mask: of rankings, False where there is no candidate.
+        scale: what a residual of 1 is in the clean image that the prediction tells.
     """
 
     policy: Float[Array, "b k ..."]
     reference: Float[Array, "b k ..."] | None = None
     scores: Float[Array, "b k"] | None = None
     mask: Bool[Array, "b k"] | None = None
+    scale: Float[Array, " b"] | None = None
 
     @property
     def policy_errors(self) -> Float[Array, "b k"]:
@@ -56,6 +58,12 @@ class Residuals(NamedTuple):
     def products(self) -> Float[Array, "b k"]:
         """Policy times reference, as the mean over an image's elements."""
         return self._mean(self.policy * self.reference)
+
+    @property
+    def divergence(self) -> Float[Array, " b"]:
+        """How far the two predictions are apart: squared, as the mean over an example's images."""
+        apart = self._mean(jnp.square(self.policy - self.reference))
+        return jnp.mean(apart, axis=1) if self.mask is None else masked_mean(apart, self.mask)
 
     @staticmethod
     def _mean(x: Float[Array, "b k ..."]) -> Float[Array, "b k"]:
@@ -82,6 +90,9 @@ class Loss:
         same_noise: an example's images get the same noise (they share the timestep in any case).
         is_listwise: examples are rankings, not pairs.
         is_batchwise: an example's loss depends on the other examples of its batch, too.
+        uses_scores: pairs come with the scores that made them, [b, 2], too; rankings always do.
+        scales_rewards: rewards are in proportion to beta, and beta has no other part, so that
+            `config.train.auto_beta` may set it.
     """
 
     formula: Callable[..., tuple[Float[Array, " b"], dict[str, Array]]]
@@ -90,6 +101,8 @@ class Loss:
     same_noise: bool = True
     is_listwise: bool = False
     is_batchwise: bool = False
+    uses_scores: bool = False
+    scales_rewards: bool = True
 
     def __call__(self, residuals: Residuals) -> tuple[Float[Array, " b"], dict[str, Array]]:
         """The loss of each example, and metrics."""
@@ -116,12 +129,26 @@ class Loss:
                 raise ValueError(
                     f"config.loss.{name}.{key}={value!r}: expected a finite number {least}."
                 )
-        made = dataclasses.replace(self, formula=functools.partial(self.formula, **settings))
+        made = self._with(**settings)
         images = jax.ShapeDtypeStruct((2, 2, 1), jnp.float32)
         scores, mask = (jax.ShapeDtypeStruct((2, 2), dtype) for dtype in (jnp.float32, bool))
-        residuals = Residuals(images, images if self.uses_reference else None, scores, mask)
+        scale = jax.ShapeDtypeStruct((2,), jnp.float32)
+        residuals = Residuals(images, images if self.uses_reference else None, scores, mask, scale)
         jax.eval_shape(made, residuals)  # a formula may refuse a value, too
         return made
+
+    @property
+    def beta(self) -> float | None:
+        """How strongly the policy is held to the reference; None for a loss without one."""
+        found = _settings(self.formula).get("beta")
+        return found and found.default
+
+    def with_beta(self, beta: Float[Array, ""]) -> "Loss":
+        """This loss with a beta that a compiled step computes."""
+        return self._with(beta=beta)
+
+    def _with(self, **settings: Any) -> "Loss":
+        return dataclasses.replace(self, formula=functools.partial(self.formula, **settings))
 
 
 def settings_of(module: ModuleType) -> dict[str, inspect.Parameter]:
@@ -149,6 +176,20 @@ def accuracy(margin: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 where a pair is told apart, 0 where it is turned round, 1/2 for a tie: the policy at the
     start is neither right nor wrong."""
     return 0.5 * (1 + jnp.sign(margin))
+
+
+def masked_mean(values: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, " b"]:
+    """Over each ranking's own candidates; 0 where there is none."""
+    total = jnp.sum(jnp.where(mask, values, 0), axis=1)
+    return total / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+
+def group_advantages(scores: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n"]:
+    """How far each score is above its group's mean, in standard deviations; 0 beyond the mask, and
+    for a group without a deviation."""
+    apart = jnp.where(mask, scores - masked_mean(scores, mask)[:, None], 0)
+    variance = masked_mean(jnp.square(apart), mask)[:, None]
+    return jnp.where(variance > 1e-12, apart * jax.lax.rsqrt(variance + 1e-12), 0)
 
 
 def better_pairs(scores: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Bool[Array, "b n n"]:
@@ -179,4 +220,5 @@ def reward_metrics(
         "rewards/margin": margin,
         "rewards/margin_size": jnp.abs(margin),
         "rewards/accuracy": accuracy(margin),
+        "rewards/weight": jax.nn.sigmoid(-margin),  # what a pair still counts in Diffusion-DPO
     }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from agfsync_jax.losses import Loss, ranking_metrics, reward
+from agfsync_jax.losses import Loss, group_advantages, masked_mean, ranking_metrics, reward
 
 
 def loss(
@@ -34,27 +34,12 @@ def loss(
     rewards/equal_groups, the share of groups whose scores are equal.
     """
     advantages = group_advantages(scores, mask)
-    count = jnp.maximum(jnp.sum(mask, axis=1), 1)
-
-    def mean(values):
-        return jnp.sum(jnp.where(mask, values, 0), axis=1) / count
-
-    change = jnp.where(mask, policy - reference, 0)
-    weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * mean(advantages * change)))
+    apart = masked_mean(advantages * (policy - reference), mask)
+    weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * apart))
 
     metrics = ranking_metrics(reward(policy, reference, beta), scores, mask)
     metrics["rewards/equal_groups"] = jnp.mean(jnp.all(advantages == 0, axis=1))
-    return weight * mean(advantages * policy), metrics
-
-
-def group_advantages(scores: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n"]:
-    """How far each score is above its group's mean, in standard deviations; 0 beyond the mask, and
-    for a group without a deviation."""
-    count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(mask, scores, 0), axis=1, keepdims=True) / count
-    apart = jnp.where(mask, scores - mean, 0)
-    variance = jnp.sum(jnp.square(apart), axis=1, keepdims=True) / count
-    return jnp.where(variance > 1e-12, apart * jax.lax.rsqrt(variance + 1e-12), 0)
+    return weight * masked_mean(advantages * policy, mask), metrics
 
 
 # As in its code, the images of a group share their noise.

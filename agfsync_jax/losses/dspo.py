@@ -39,4 +39,8 @@ def loss(
     return result, reward_metrics(chosen, rejected)
 
 
-LOSS = Loss(loss, inputs=lambda r: (*pair_errors(r), r.products[:, 0]))
+LOSS = Loss(
+    loss,
+    inputs=lambda r: (*pair_errors(r), r.products[:, 0]),
+    scales_rewards=False,  # beta is a share, too
+)

@@ -53,6 +53,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         "rejected_latents": latents,
         "example": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
+    if step.loss.uses_scores:
+        batch["scores"] = jax.ShapeDtypeStruct((size, 2), jnp.float32)
     if step.encode:
         batch["token_ids"] = tokens
     else:
@@ -78,7 +80,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
             f" {dict(mesh.shape)})": True,
             "--config.train.lora_rank=8": not spec.lora_rank,
         },
-        optimizer=(state.opt_state, state.ema),
+        optimizer=(state.opt_state, state.ema, state.reference),
         unit=step.accumulate,
         notes=(
             f"a step is of {size} pairs, {program.forward_passes(step)} passes of an image each by"

@@ -20,10 +20,11 @@ from agfsync_jax.training import program
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.training.objective import NUM_BINS
 from agfsync_jax.training.step import StepSpec, TrainState
+from agfsync_jax.training.symptoms import Symptoms
 from agfsync_jax.training.validation import Validation
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.clock import Progress, Stage
-from agfsync_jax.utils.metrics import MetricWriter
+from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from agfsync_jax.utils.signals import hold_signals
 
 _NOISE = 0.05  # of margins; larger roundings are told
@@ -139,6 +140,9 @@ class _Loop:
         self.unread: tuple[int, Mapping[str, Array]] | None = None
         self.clock = self.stage.seconds  # when the last metrics were read
         self.best = self.checkpoints.best() if self.spec.best else None  # (step, value)
+        self.symptoms = Symptoms()
+        for row in read_metrics(self.writer.path) if multihost.is_main() else ():
+            self.symptoms.see(row)  # what has been told is not told again
 
     def run(self, start: int, held: Sequence[int]) -> None:
         """Steps until the last one, or the one in which a signal is held."""
@@ -236,6 +240,9 @@ class _Loop:
             speed = self.step_flops / values["seconds"]
             values["mfu"] = speed / self.peak / jax.device_count()
             note += f", MFU {values['mfu']:.0%}"
+        if told := self.symptoms.see(values):
+            self.stage.print(f"step {step}: {told}")
+        note += ", saturated" if self.symptoms.is_saturated else ""
         values |= {f"validation/{name}": value for name, value in (scores or {}).items()}
         self.writer.write(step, values)
         self.progress.update(self.spec.batch_size, note=note)

@@ -123,7 +123,8 @@ def preference_loss(
     Args:
         policy, reference: what `denoise` takes first.
         batch: latents [b, k, h, w, c] (chosen, then rejected; or a ranking), example int [b],
-            conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too.
+            conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too, and
+            scores [b, 2] of pairs if the loss uses them.
         denoise: (parameters, latents, timesteps, conditioning) -> prediction.
         seed, step: of noise and timesteps.
         noising: which of it is learned.
@@ -161,8 +162,10 @@ def preference_loss(
         residual(reference) if loss.uses_reference else None,
         batch.get("scores"),
         batch.get("mask"),
+        schedule.clean_scale(drawn),
     )
     errors = residuals.policy_errors
+    divergence = residuals.divergence if loss.uses_reference else None
     if noising.min_snr_gamma:
         weights = jnp.asarray(time_weights(schedule, noising.min_snr_gamma))[drawn]
         roots = jnp.sqrt(weights).reshape(b, *[1] * (latents.ndim - 1))  # of what will be squared
@@ -171,6 +174,8 @@ def preference_loss(
     values, metrics = loss(residuals)
     metrics = {name: jnp.mean(value) for name, value in metrics.items()}
     metrics |= {"loss": jnp.mean(values), "chosen_error": jnp.mean(errors[:, 0])}
+    if loss.uses_reference:
+        metrics["divergence"] = jnp.mean(divergence)
     if not loss.is_listwise:
         metrics["rejected_error"] = jnp.mean(errors[:, 1])
     bins = drawn * NUM_BINS // schedule.num_train_timesteps

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from agfsync_jax.losses import Loss
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import (
     Rule,
@@ -26,7 +27,7 @@ from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "lora_targets", "ema_decay", "remat")
+_STEP = ("lora_rank", "lora_targets", "ema_decay", "reference_decay", "auto_beta", "remat")
 
 
 def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,10 +48,12 @@ def step_spec(
     """
     spec = config.train
     optimizer, learning_rate = make_optimizer(**{name: spec[name] for name in _OPTIMIZER})
+    loss = load_loss(config.loss.name, config.loss.get(config.loss.name, {}))
+    check_use(loss, config)
     # Each round has an order and a noise of its own.
     seed = int(np.random.SeedSequence((spec.seed, round_index)).generate_state(1)[0] >> 1)
     return StepSpec(
-        loss=load_loss(config.loss.name, config.loss.get(config.loss.name, {})),
+        loss=loss,
         optimizer=optimizer,
         learning_rate=learning_rate,
         seed=seed,
@@ -60,6 +63,21 @@ def step_spec(
         accumulate=num_parts(spec.batch_size, spec.device_batch_size, mesh) if mesh else 1,
         **{name: spec[name] for name in _STEP},
     )
+
+
+def check_use(loss: Loss, config: Any) -> None:
+    """Raises ValueError for keys of `config.train` that the config's loss has no use for."""
+    spec, name = config.train, f"config.loss.name={config.loss.name}"
+    if spec.reference_decay and not loss.uses_reference:
+        raise ValueError(
+            f"config.train.reference_decay={spec.reference_decay} moves a reference, and {name} has"
+            " none: set it to 0, or take another loss."
+        )
+    if spec.auto_beta and not (loss.uses_reference and loss.beta and loss.scales_rewards):
+        raise ValueError(
+            f"config.train.auto_beta={spec.auto_beta} sets the beta that scales rewards, and {name}"
+            " has none: set it to 0, or take another loss, such as diffusion_dpo."
+        )
 
 
 def num_parts(batch_size: int, device_batch_size: int, mesh: Mesh) -> int:

@@ -1,17 +1,20 @@
 """One step of preference training, a pure function of state and batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from agfsync_jax.losses import Loss
 from agfsync_jax.models import lora
 from agfsync_jax.models.layers import rematerialized
 from agfsync_jax.training.objective import ALL_NOISE, Noising, preference_loss
+
+_MARGIN_DECAY = 0.99  # a step, of the mean that sets beta
 
 
 class TrainState(NamedTuple):
@@ -21,6 +24,8 @@ class TrainState(NamedTuple):
     params: Any  # the denoiser's parameters, or its LoRA adapters
     opt_state: optax.OptState
     ema: Any  # the moving average of params, or None
+    reference: Any = None  # of params too, what the loss compares with; None: it is frozen
+    margin: Any = None  # the moving mean of margins' sizes at beta 1; None: beta is not set by it
 
     @property
     def averaged(self) -> Any:
@@ -39,6 +44,8 @@ class StepSpec(NamedTuple):
     lora_targets: str = "attention"  # which kernels have adapters; models/lora.py, TARGETS
     accumulate: int = 1  # parts that a batch is taken in, one after the other
     ema_decay: float = 0.0  # no moving average
+    reference_decay: float = 0.0  # of the reference, which stays where it is
+    auto_beta: float = 0.0  # what a pair of the mean margin still counts; beta is the loss's own
     remat: str = "none"  # what blocks keep for their gradient; models/layers.py, REMAT
     noising: Noising = ALL_NOISE  # which noise is learned
     encode: bool = False  # a batch has token_ids, which the frozen text encoder reads in every step
@@ -47,7 +54,7 @@ class StepSpec(NamedTuple):
     @property
     def needs_base(self) -> bool:
         """Whether a step reads the denoiser where training started."""
-        return bool(self.lora_rank or self.loss.uses_reference)
+        return bool(self.lora_rank or self.loss.uses_reference and not self.reference_decay)
 
 
 def init_state(base: Any, spec: StepSpec) -> TrainState:
@@ -58,8 +65,29 @@ def init_state(base: Any, spec: StepSpec) -> TrainState:
         params = lora.init_adapters(key, base, rank=spec.lora_rank, targets=targets)
     else:
         params = jax.tree.map(jnp.copy, base)
-    ema = jax.tree.map(jnp.copy, params) if spec.ema_decay else None
-    return TrainState(jnp.int32(0), params, spec.optimizer.init(params), ema)
+    ema, reference = (
+        jax.tree.map(jnp.copy, params) if decay else None
+        for decay in (spec.ema_decay, spec.reference_decay)
+    )
+    # So that training starts with the loss's own beta.
+    margin = jnp.float32(_logit(spec) / spec.loss.beta) if spec.auto_beta else None
+    return TrainState(jnp.int32(0), params, spec.optimizer.init(params), ema, reference, margin)
+
+
+def auto_beta(margin: Float[Array, ""], spec: StepSpec) -> Float[Array, ""]:
+    """The beta with which a pair of this margin, at beta 1, counts `spec.auto_beta`: the share
+    sigmoid(-beta margin) of what Diffusion-DPO's gradient would be for a pair that is all wrong.
+
+    As SimpleTuner's Flow-DPO has it, whose bounds belong to its own loss. Here beta is that of the
+    loss, or up to ten times as much or as little: before the policy moves, margins are roundings,
+    and what they ask for has no meaning.
+    """
+    own = spec.loss.beta
+    return jnp.clip(_logit(spec) / margin, own / 10, own * 10)
+
+
+def _logit(spec: StepSpec) -> float:
+    return math.log(1 / spec.auto_beta - 1)
 
 
 def frozen_base(base: Any, spec: StepSpec) -> Any:
@@ -78,10 +106,11 @@ def train_step(
     Args:
         state: see TrainState.
         frozen: "base", what `frozen_base` made of the denoiser where training started: the
-            reference, and what LoRA adapts; None if neither is wanted. "text", the parameters of
-            the text encoders, {} unless steps encode.
-        batch: chosen_latents, rejected_latents [b, h, w, c], or latents [b, k, h, w, c] with scores
-            and mask [b, k]; example [b]; conditioning, a pytree of arrays [b, ...], or token_ids.
+            reference that does not move, and what LoRA adapts; None if neither is wanted. "text",
+            the parameters of the text encoders, {} unless steps encode.
+        batch: chosen_latents, rejected_latents [b, h, w, c], or latents [b, k, h, w, c]; scores and
+            mask [b, k] of rankings, scores [b, 2] of pairs if the loss uses them; example [b];
+            conditioning, a pytree of arrays [b, ...], or token_ids.
     """
     batch = dict(batch)
     if "latents" not in batch:
@@ -93,19 +122,26 @@ def train_step(
         with rematerialized(spec.remat):
             return backbone.denoise({name: params}, *args)
 
+    def whole(trained):
+        if spec.lora_rank:
+            return lora.attach(frozen["base"], trained)
+        return _cast(trained, backbone.dtype)
+
+    reference = whole(state.reference) if spec.reference_decay else frozen["base"]
+    loss = spec.loss
+    if spec.auto_beta:
+        beta = auto_beta(state.margin, spec)
+        loss = loss.with_beta(beta)
+
     def objective(trained, part):
         if spec.encode:
             tokens = part.pop("token_ids")
             part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
-        if spec.lora_rank:
-            params = lora.attach(frozen["base"], trained)
-        else:
-            params = _cast(trained, backbone.dtype)
         return preference_loss(
-            params,
-            frozen["base"],
+            whole(trained),
+            reference,
             part,
-            loss=spec.loss,
+            loss=loss,
             denoise=denoise,
             schedule=backbone.schedule,
             seed=spec.seed,
@@ -124,7 +160,15 @@ def train_step(
         count = state.step.astype(jnp.float32) + 1
         decay = jnp.minimum(spec.ema_decay, (1 + count) / (10 + count))
         ema = optax.incremental_update(params, ema, 1 - decay)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    moved = state.reference
+    if spec.reference_decay:
+        moved = optax.incremental_update(params, moved, 1 - spec.reference_decay)
+    margin = state.margin
+    if spec.auto_beta:
+        metrics["beta"] = beta
+        size = metrics["rewards/margin_size"] / beta
+        margin = _MARGIN_DECAY * margin + (1 - _MARGIN_DECAY) * size
+    return TrainState(state.step + 1, params, opt_state, ema, moved, margin), metrics
 
 
 def _accumulated(

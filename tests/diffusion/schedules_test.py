@@ -68,6 +68,19 @@ def test_what_is_predicted_tells_signal_and_noise(name):
                 np.testing.assert_allclose(got(x, prediction, signal, sigma), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_how_far_a_wrong_prediction_leads(name):
+    schedule = Schedule.from_config(SD15 | {"prediction_type": name})
+    times = jnp.array([0, 300, 999])
+    alphas = schedule.alphas_cumprod.astype(np.float64)[np.asarray(times)]
+    wanted = {
+        "epsilon": np.sqrt((1 - alphas) / alphas),
+        "v_prediction": np.sqrt(1 - alphas),
+        "sample": np.ones(3),
+    }
+    np.testing.assert_allclose(schedule.clean_scale(times), wanted[name], rtol=1e-5)
+
+
 def test_clipping_is_off_unless_the_file_or_ddims_default_clips():
     without = {key: value for key, value in SD15.items() if key != "clip_sample"}
     for config, clips in [(SD15, False), (without, True), (SD15 | {"clip_sample": True}, True)]:

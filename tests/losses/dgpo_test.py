@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agfsync_jax.losses import dgpo, diffusion_dpo
+from agfsync_jax.losses import dgpo, diffusion_dpo, group_advantages
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = (jnp.asarray(RNG.uniform(0.1, 0.4, (6, 2)), jnp.float32) for _ in range(2))
@@ -27,8 +27,8 @@ def test_two_candidates_are_diffusion_dpo_divided_by_beta():
 
 
 def test_scores_have_no_scale_and_equal_ones_no_say():
-    wide = dgpo.group_advantages(1000 * FIRST_IS_BETTER - 5, ALL)
-    np.testing.assert_allclose(wide, dgpo.group_advantages(FIRST_IS_BETTER, ALL), rtol=1e-5)
+    wide = group_advantages(1000 * FIRST_IS_BETTER - 5, ALL)
+    np.testing.assert_allclose(wide, group_advantages(FIRST_IS_BETTER, ALL), rtol=1e-5)
     gradient = jax.grad(
         lambda policy: jnp.sum(dgpo.loss(policy, REFERENCE, 0 * FIRST_IS_BETTER + 0.3, ALL)[0])
     )(POLICY)

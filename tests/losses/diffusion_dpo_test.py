@@ -79,3 +79,16 @@ def test_metrics_are_rewards():
     np.testing.assert_allclose(metrics["rewards/margin"], [1.0, -1.0], rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/accuracy"], [1.0, 0.0])
     np.testing.assert_allclose(loss, np.log1p(np.exp([-1.0, 1.0])), rtol=1e-5)
+
+
+def test_guards_are_off_unless_they_are_set_and_leave_the_metrics():
+    errors = [jnp.array(x) for x in ([0.1, 0.4], [0.3, 0.2], [0.2, 0.2], [0.2, 0.2])]
+    plain, metrics = diffusion_dpo.loss(*errors, beta=10.0)
+    guarded, same = diffusion_dpo.loss(*errors, beta=10.0, margin_cap=0.5, anchor=2.0)
+    capped = np.log1p(np.exp(-0.5))
+    np.testing.assert_allclose(guarded, [capped, plain[1] + 2.0 * 1.0], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, same, metrics)
+    gradient = jax.grad(
+        lambda policy: jnp.sum(diffusion_dpo.loss(policy, *errors[1:], margin_cap=0.5)[0])
+    )(errors[0])
+    assert gradient[0] == 0 and gradient[1] > 0

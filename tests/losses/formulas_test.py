@@ -21,8 +21,12 @@ TARGET = RNG.normal(size=REFERENCE.shape)
 # A tie, a list of three, of one and of none.
 SCORES = RNG.normal(size=(5, 4))
 SCORES[0, 1] = SCORES[0, 2]
+SCALE = np.array([5.0, 1.0, 0.7, 0.5, 0.3])
 MASK = np.arange(4) < np.array([4, 4, 3, 1, 0])[:, None]
 SETTINGS = {
+    "diffusion_dpo": {"beta": 40.0, "margin_cap": 1.0, "anchor": 0.6},
+    "diffusion_nft": {"beta": 0.7, "max_advantage": 1.2},
+    "smpo": {"beta": 40.0, "gamma": 1.5},
     "mapo": {"beta": 0.3, "snr_value": 0.7, "num_train_timesteps": 10},
     "kto": {"beta": 20.0, "desirable_weight": 1.3, "undesirable_weight": 0.6},
     "cdpo": {"beta": 20.0, "label_smoothing": 0.2},
@@ -33,7 +37,7 @@ SETTINGS = {
 
 
 def settings(name):
-    return SETTINGS.get(name, {"beta": 40.0})
+    return dict(SETTINGS.get(name, {"beta": 40.0}))
 
 
 def error(residual):
@@ -47,8 +51,21 @@ def inside(policy, reference, beta):
     return -beta / 2 * (change[:, 0] - change[:, 1])
 
 
-def diffusion_dpo(policy, reference, beta):
-    return -logsigmoid(inside(policy, reference, beta)).mean()
+def diffusion_dpo(policy, reference, beta, margin_cap, anchor):
+    """With its guards: the margin at most the cap, and a price for a chosen that got worse."""
+    margin = torch.clamp(inside(policy, reference, beta), max=margin_cap)
+    worse = torch.clamp(error(policy)[:, 0] - error(reference)[:, 0], min=0)
+    return (-logsigmoid(margin) + anchor * beta / 2 * worse).mean()
+
+
+def smpo(policy, reference, beta, gamma):
+    """arXiv:2506.02698, eq. 9; a pair after the other."""
+    margin = inside(policy, reference, beta)
+    total = 0.0
+    for row, (chosen, rejected) in enumerate(SCORES[:, :2]):
+        alpha = gamma * np.exp(chosen) / (np.exp(chosen) + np.exp(rejected))
+        total -= logsigmoid((2 * alpha - gamma) * margin[row])
+    return total / len(margin)
 
 
 def cdpo(policy, reference, beta, label_smoothing):
@@ -145,10 +162,37 @@ def dgpo(policy, reference, beta):
     return total / len(SCORES)
 
 
+def advantages_of(row):
+    """{candidate: advantage} of a group that is not empty; 0 where all are equal."""
+    present = [i for i in range(4) if MASK[row, i]]
+    values = np.array([SCORES[row, i] for i in present])
+    apart = (values - values.mean()) / (values.std() or 1)
+    return dict(zip(present, apart, strict=True))
+
+
+def diffusion_nft(policy, reference, beta, max_advantage, scale=SCALE):
+    """scripts/train_nft_sd3.py, an image at a time, with x0 estimates less x0 = scale * residual;
+    scales above 1 are 1."""
+    total = 0.0
+    for row in range(len(SCORES)):
+        group = advantages_of(row) if MASK[row].any() else {}
+        for i, advantage in group.items():
+            r = np.clip(advantage, -max_advantage, max_advantage) / max_advantage / 2 + 0.5
+            new, old = (min(scale[row], 1.0) * each[row, i] for each in (policy, reference))
+            plus, minus = beta * new + (1 - beta) * old, (1 + beta) * old - beta * new
+            plus, minus = (
+                (x**2 / x.detach().abs().mean().clip(min=1e-5)).mean() for x in (plus, minus)
+            )
+            value = (r * plus / beta + (1 - r) * minus / beta) * max_advantage
+            total += value / len(group)
+    return total / len(SCORES)
+
+
 FORMULAS = {
     formula.__name__: formula
     for formula in (
         *(diffusion_dpo, cdpo, hinge, ipo, kto, mapo, dspo, sft, agfsync_norm, rankdpo, dgpo),
+        *(smpo, diffusion_nft),
     )
 }
 
@@ -163,8 +207,9 @@ def ours(name):
         residuals = Residuals(
             prediction[:, :count] - TARGET[:, :count],
             jnp.asarray(REFERENCE[:, :count]) if loss.uses_reference else None,
-            jnp.asarray(SCORES),
-            jnp.asarray(MASK),
+            jnp.asarray(SCORES[:, :count]),
+            jnp.asarray(MASK[:, :count]),
+            jnp.asarray(SCALE),
         )
         values, metrics = loss(residuals)
         return jnp.mean(values), metrics
@@ -177,7 +222,7 @@ def ours(name):
 def test_value_and_gradient(name, policy):
     assert name in FORMULAS, f"write the formula of {name} here"
     prediction = torch.tensor(TARGET + policy, requires_grad=True)
-    count = 4 if name in ("rankdpo", "dgpo") else 2
+    count = 4 if name in ("rankdpo", "dgpo", "diffusion_nft") else 2
     residual = (prediction - torch.tensor(TARGET))[:, :count]
     expected = FORMULAS[name](residual, torch.tensor(REFERENCE)[:, :count], **settings(name))
     expected.backward()
@@ -198,3 +243,6 @@ def test_the_policies_reach_both_branches():
     for policy in (better, worse):
         margins = inside(policy, reference, settings("hinge")["beta"])
         assert (margins > 1).any() and (margins < 1).any()
+    assert (error(worse) - error(reference))[:, 0].max() > 0  # where Diffusion-DPO's anchor pulls
+    advantages = np.concatenate([list(advantages_of(row).values()) for row in range(4)])
+    assert (np.abs(advantages) > 1.2).any() and (np.abs(advantages) < 1.2).any()

@@ -8,6 +8,7 @@ import pytest
 
 from agfsync_jax.benches._processes import HostMemory
 from agfsync_jax.parallel.mesh import create_mesh
+from agfsync_jax.plans._holdings import training_bytes
 from agfsync_jax.plans.sample import abstract_backbone
 from agfsync_jax.training import program
 from agfsync_jax.training.step import frozen_base, init_state
@@ -23,7 +24,7 @@ def held(config, backbone):
     spec = program.step_spec(config, backbone=backbone)
     base = backbone.params["unet"]
     state = jax.eval_shape(lambda base: init_state(base, spec), base)
-    frozen = jax.eval_shape(lambda base: frozen_base(base, spec), base)
+    frozen = jax.eval_shape(lambda base: frozen_base(base, spec), base) if spec.needs_base else ()
     return num_bytes(base), num_bytes(state), num_bytes(frozen), num_bytes(state.params)
 
 
@@ -44,6 +45,21 @@ def test_lora_holds_the_base_once_and_its_adapters():
     base, state, frozen, params = held(config, backbone)
     assert params == base and 3 * base <= state < 3.001 * base
     assert 0.5 * base < frozen < 0.51 * base  # the reference, in bfloat16
+
+
+def test_a_reference_that_moves_is_a_copy_of_what_is_trained():
+    """In place of the frozen one; adapters still need what they adapt."""
+    for variant, copies, frozen_share in (("", 4, 0.0), ("lora", 4, 0.5)):
+        config = sd15.get_config(variant)
+        config.train.reference_decay = 0.99
+        backbone = abstract(config)
+        base, state, frozen, params = held(config, backbone)
+        assert copies * params <= state < copies * 1.01 * params
+        assert frozen_share * base <= frozen <= 1.02 * frozen_share * base
+        on_device, checkpoint = training_bytes(config, jax.devices()[:1])
+        assert checkpoint == state
+        gradients = params * (2 if config.train.device_batch_size else 1)
+        assert on_device == pytest.approx(state + gradients + frozen, rel=1e-6)
 
 
 def measure(config):

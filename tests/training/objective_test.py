@@ -120,9 +120,9 @@ def test_every_loss_by_its_formula_in_float64(name):
         "latents": jnp.asarray(latents),
         "example": example,
         "conditioning": {"text": jnp.asarray(text)},
-        "scores": jnp.asarray(SCORES, jnp.float32),
-        "mask": jnp.asarray(MASK),
+        "scores": jnp.asarray(SCORES[:, :k], jnp.float32),
     }
+    batch |= {"mask": jnp.asarray(MASK)} if loss.is_listwise else {}
     weights = {"policy": 0.32, "reference": 0.3}
 
     def predict(weight, noisy, times, text, numpy):
@@ -154,8 +154,18 @@ def test_every_loss_by_its_formula_in_float64(name):
             guess = predict(weight, noisy, times, text.astype(np.float64), np)
             residuals[model][:, image] = guess - noise[:, image]
     policy, reference = (torch.tensor(residuals[model]) for model in weights)
-    exact = FORMULAS[name](policy, reference, **settings(name)).item()
+    given = settings(name)
+    if name == "diffusion_nft":
+        given["scale"] = np.sqrt((1 - alpha) / alpha).ravel()
+        assert given["scale"].min() < 1 < given["scale"].max()
+    exact = FORMULAS[name](policy, reference, **given).item()
     np.testing.assert_allclose(value, exact, rtol=1e-4)
+    assert ("divergence" in metrics) == loss.uses_reference
+    if loss.uses_reference:
+        apart = (residuals["policy"] - residuals["reference"]) ** 2
+        present = MASK if loss.is_listwise else np.ones((5, 2), bool)
+        each = [a[p].mean() if p.any() else 0 for a, p in zip(apart, present, strict=True)]
+        np.testing.assert_allclose(metrics["divergence"], np.mean(each), rtol=1e-4)
     errors = (residuals["policy"] ** 2).mean(axis=(2, 3, 4))
     np.testing.assert_allclose(metrics["chosen_error"], errors[:, 0].mean(), rtol=1e-4)
     bins = np.zeros(NUM_BINS)

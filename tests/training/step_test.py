@@ -12,13 +12,14 @@ import pytest
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.losses import diffusion_dpo, sft
+from agfsync_jax.models import lora
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
 from agfsync_jax.training.objective import draw_noise
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import StepSpec, init_state, train_step
+from agfsync_jax.training.step import StepSpec, auto_beta, init_state, train_step
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import load_model
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
@@ -200,6 +201,74 @@ def test_less_memory_is_the_same_step(backbone, changes):
     assert float(jnp.sum(got["count_by_time"])) == 8
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reference_that_moves(backbone, rank):
+    """It follows the policy after each step, and is what the next step compares with."""
+    batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
+    changes = {"reference_decay": 0.7, "lora_rank": rank}
+    init, step = make_step(backbone, learning_rate=1e-2, changes=changes)
+    _, frozen_step = make_step(backbone, learning_rate=1e-2)
+    state = init(base)
+    average = jax.tree.map(np.array, state.params)
+    assert_equal(state.reference, state.params)
+    for index in range(3):
+        before = state
+        state, values = step(state, base if rank else None, batch)
+        assert (values["loss"] == LN2) == (index == 0)
+        average = jax.tree.map(
+            lambda old, new: np.float32(0.7) * old + np.float32(0.3) * np.array(new),
+            *(average, state.params),
+        )
+        assert largest_difference(state.reference, average) < 1e-6
+        assert largest_difference(state.reference, state.params) > 1e-4
+        # A step with that reference frozen is the same one.
+        policy, reference = (
+            lora.merge(base, each) if rank else each for each in (before.params, before.reference)
+        )
+        same = init_state(policy, step_spec_of(backbone))._replace(step=before.step)
+        _, wanted = frozen_step(same, reference, batch)
+        np.testing.assert_allclose(values["loss"], wanted["loss"], atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_beta_follows_the_margins(backbone, parts):
+    """Against a loop on the host, and steps whose beta is fixed; in parts, too."""
+    tokens, base = jnp.arange(12).reshape(4, 3) % 10, backbone.params["unet"]
+    batch, mean = make_batch(backbone, tokens, 8), math.log(4) / BETA
+    changes = {"auto_beta": 0.2, "accumulate": parts}
+    init, step = make_step(backbone, learning_rate=3e-3, changes=changes)
+    state = init(base)
+    for _ in range(3):
+        before = state
+        state, values = step(state, base, batch)
+        beta = math.log(4) / mean
+        assert float(values["beta"]) == pytest.approx(beta, rel=1e-4)
+        mean = 0.99 * mean + 0.01 * float(values["rewards/margin_size"]) / beta
+        assert float(state.margin) == pytest.approx(mean, rel=1e-5)
+    assert BETA / 10 < beta < BETA * 10 and abs(beta / BETA - 1) > 1e-3
+    fixed = {"loss": diffusion_dpo.LOSS.configured(beta=beta)}
+    _, step = make_step(backbone, learning_rate=3e-3, changes=fixed)
+    _, wanted = step(before, base, batch)
+    for name in ("loss", "grad_norm", "rewards/margin", "rewards/margin_size"):
+        np.testing.assert_allclose(values[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_beta_is_bounded_and_its_mean_pair_counts_the_target():
+    optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
+    loss = diffusion_dpo.LOSS.configured(beta=50.0)
+    spec = StepSpec(loss, optimizer, rate, seed=7, auto_beta=0.3)
+    betas = [float(auto_beta(jnp.float32(margin), spec)) for margin in (0.0, 1e-6, 0.02, 10.0)]
+    assert betas[:2] == [500.0, 500.0] and betas[3] == 5.0
+    assert float(jax.nn.sigmoid(-betas[2] * 0.02)) == pytest.approx(0.3)
+    state = init_state({"w": jnp.ones(2)}, spec)
+    assert float(auto_beta(state.margin, spec)) == pytest.approx(50.0)
+
+
+def step_spec_of(backbone):
+    optimizer, learning_rate = make_optimizer(num_steps=10, learning_rate=1e-2)
+    return StepSpec(diffusion_dpo.LOSS, optimizer, learning_rate, seed=7, backbone=backbone)
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "lion", "adamw"])
 def test_other_optimizers_lower_the_loss(backbone, optimizer):
     batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
@@ -240,6 +309,8 @@ def test_every_loss_trains(backbone, name):
     if loss.is_listwise:
         pytest.skip("of rankings, which tests/train_test.py trains on")
     batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    if loss.uses_scores:
+        batch["scores"] = jnp.array([[3.0, 1.0], [2.0, 1.5]])
     optimizer, rate = make_optimizer(num_steps=9, learning_rate=1e-4)
     spec = StepSpec(loss, optimizer, rate, seed=7, backbone=backbone)
     base = backbone.params["unet"] if loss.uses_reference else None
