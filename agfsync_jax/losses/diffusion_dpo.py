@@ -30,8 +30,8 @@ def loss(
     Two guards that practice has added, neither the paper's. margin_cap: a margin counts as that at
     most, so that a pair beyond it is left alone; 0: none. anchor: + anchor max(0, -chosen reward),
     a price for denoising the chosen worse than the reference does. It is in units of beta / 2, as
-    the reward is: at 1 it outweighs whatever the margin gains by that. (DPOP, arXiv:2402.13228,
-    has the same term within the sigmoid.)
+    the reward is: at 1, what the chosen loses counts twice or more. (DPOP, arXiv:2402.13228, has
+    the same term within the sigmoid.)
     """
     chosen = reward(policy_chosen, reference_chosen, beta)
     rejected = reward(policy_rejected, reference_rejected, beta)
