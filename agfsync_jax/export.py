@@ -163,6 +163,7 @@ def _check_weights(written: Any, tuned: Any, base: Any, dtype: str, output: Path
     A whole model must be the checkpoint's, cast to the files' dtype. Of a LoRA, what is missing of
     the way from `base` to `tuned` may be what roundings leave out of it.
     """
+
     def host(tree):  # leaf by leaf, and nothing is compiled for their many shapes
         return (np.asarray(leaf) for leaf in jax.tree.leaves(tree))
 

@@ -119,13 +119,16 @@ def train_step(
     backbone, name = spec.backbone, spec.backbone.denoiser_name
 
     def denoise(params, *args):
+        if not spec.lora_rank:
+            params = _cast(params, backbone.dtype)
         with rematerialized(spec.remat):
             return backbone.denoise({name: params}, *args)
 
+    if backbone.dtype == jnp.float16:
+        denoise = _scaled_backward(denoise)
+
     def whole(trained):
-        if spec.lora_rank:
-            return lora.attach(frozen["base"], trained)
-        return _cast(trained, backbone.dtype)
+        return lora.attach(frozen["base"], trained) if spec.lora_rank else trained
 
     reference = whole(state.reference) if spec.reference_decay else frozen["base"]
     loss = spec.loss
@@ -191,6 +194,33 @@ def _accumulated(
     grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
     grads = jax.tree.map(lambda x: x / parts, grads)
     return grads, {name: x.sum(0) if x.ndim > 1 else x.mean() for name, x in metrics.items()}
+
+
+def _scaled_backward(denoise: Callable) -> Callable:
+    """`denoise` with float32 predictions, and gradients that float16 can hold on their way back.
+
+    A loss is a mean over examples and elements: at a single element its gradient may be below
+    float16's 6e-8. It enters the network scaled to a norm of 16, and the gradients of parameters,
+    whose master copies are float32, are scaled back. Gradients are linear in it, so this is exact;
+    a scale that is kept and tuned, as other trainers have one, and steps left out are not needed.
+    """
+
+    def wide(params, *args):
+        return denoise(params, *args).astype(jnp.float32)
+
+    def forward(params, *args):
+        return jax.vjp(lambda params: wide(params, *args), params)
+
+    def backward(pull, gradient):
+        norm = optax.global_norm(gradient)
+        scale = 16 / jnp.where(norm > 0, norm, 1)
+        (grads,) = pull(gradient * scale)
+        unscaled = jax.tree.map(lambda x: (x / scale).astype(x.dtype), grads)
+        return unscaled, None, None, None  # latents, timesteps and conditioning are not trained
+
+    scaled = jax.custom_vjp(wide)
+    scaled.defvjp(forward, backward)
+    return scaled
 
 
 def _cast(params: Any, dtype: Any) -> Any:
