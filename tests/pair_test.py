@@ -483,8 +483,10 @@ def test_pairs_of_another_workdirs_candidates(config, workdir, tmp_path, capsys)
     assert not shown.is_import and set(shown.scores) == {"vqa", "clip"}
     sides = [each["sides"] for group in shown.examples.values() for each in group]
     assert all(side["png"] and side["answers"] for pair in sides for side in pair)
+    (other / "config.json").write_text(json.dumps({"pair": {"path": str(scored)}}))
     report.main(config, other)
-    assert "scores (agfsync score)" not in (other / "report.html").read_text()
+    page = (other / "report.html").read_text()
+    assert "evaluate)" in page and "scores (agfsync score)" not in page
 
 
 def test_candidates_of_another_workdir_that_are_not_scored(config, workdir, tmp_path):
@@ -492,7 +494,7 @@ def test_candidates_of_another_workdir_that_are_not_scored(config, workdir, tmp_
     config.pair.path = str(scored)
     assert list(checks.files(config, "run", downloads=False)) == []
     assert scored_round(tmp_path, scored) is None and scored_round("", scored) == scored
-    with pytest.raises(ValueError, match="names light, and the scores of .* are clip, vqa, vqa/co"):
+    with pytest.raises(ValueError, match="names light, and the scores of .* are vqa, vqa/color, c"):
         check_scored(scored, {"light": 1.0, "none": 0.0})
     (scored / "scores/00001-of-00002.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of 2 shards.*run `agfsync score`"):
