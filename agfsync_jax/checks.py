@@ -367,10 +367,11 @@ def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
             drawn += [row["prompt"] for row in rows]
             if found:
                 break
-    scored = scored_round(config.pair.path, to_path("")) if config.pair.path else None
-    if verb in ("run", "evaluate") and scored:
-        drawn += [row["prompt"] for row in read_rows(scored / "prompts.jsonl", "prompts")]
     if verb in ("run", "evaluate"):
+        if pairs := config.pair.path:
+            check_reachable(to_path(pairs))
+            if scored := scored_round(pairs, to_path(pairs)):
+                drawn += [row["prompt"] for row in read_rows(scored / "prompts.jsonl", "prompts")]
         held: list[dict] = []
         yield from _told(lambda: held.extend(held_out(config)[0].values()), "config.evaluate: ")
         prompts = [row["prompt"] for row in held]
