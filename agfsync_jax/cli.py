@@ -53,11 +53,11 @@ _JSON = _flag("the last line of the output is one JSON object")
 FLAGS = {
     "sweep": {
         "dry-run|dry_run": _flag("print the commands that do the same, and run none"),
-        "index": _flag("shared: what runs share alone; N: that run alone, from 0", default=""),
+        "index": _flag("that run alone, from 0; or what is shared", default="", metavar="N|shared"),
         "step": _STEP,
     },
     "compare": {
-        "against": _flag("whom the others are compared with; the first", default="", metavar="DIR"),
+        "against": _flag("the run that others are compared with", default="", metavar="WORKDIR"),
         "output": _flag("where compare.html and compare.json go", default=".", metavar="DIR"),
     },
     "run": {
@@ -307,7 +307,7 @@ def _compared(
 ) -> argparse.Namespace:
     """The flags of `agfsync compare`, which takes workdirs alone."""
     if args.help:
-        usage = "usage: agfsync compare WORKDIR WORKDIR ... [--against=DIR] [--output=DIR]"
+        usage = "usage: agfsync compare WORKDIR WORKDIR ... [--against=WORKDIR] [--output=DIR]"
         print(f"{usage}\n\n{docstring('compare')}\n\n{flags.format_help().strip()}")
         raise SystemExit(0)
     if rest:
