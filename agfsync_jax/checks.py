@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from agfsync_jax import backbones, prompt_sources
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pairs import is_pairs
+from agfsync_jax.data.scores import check_scored, scored_round
+from agfsync_jax.data.shards import read_rows
 from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
@@ -36,14 +38,14 @@ def check(
     config: ConfigDict,
     verb: str,
     *,
-    num_devices: int,
+    num_devices: int | None,
     round_index: int = 0,
     workdir: Path | None = None,
 ) -> None:
     """Everything that can be known of a verb before it runs.
 
     Args:
-        num_devices: of all processes.
+        num_devices: of all processes; None where the verb will run elsewhere.
         workdir: where the verb will write; with it, memory and disk of this machine are looked at.
 
     Raises:
@@ -61,8 +63,12 @@ def check(
         num = backbones.schedule(config).num_train_timesteps
         problems += _told(lambda: timesteps_of(config.train.timesteps, num))
     if not problems and workdir:
-        on_device, on_disk = trained_bytes(config, verb)
-        problems += [*memory(config, verb, on_device), *disk(config, verb, workdir, on_disk)]
+        problems += room(config, verb, workdir)
+    refuse(problems)
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises ValueError that tells all problems; does nothing without any."""
     problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
         raise ValueError(problems[0])
@@ -148,10 +154,11 @@ def scorers(config: ConfigDict, verb: str) -> Iterator[str]:
         yield from _told(lambda: check_weights(config.pair.weights, config.scorers.to_dict()))
 
 
-def sizes(config: ConfigDict, verb: str, num_devices: int) -> Iterator[str]:
+def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[str]:
     """Meshes that the devices do not make, and batches that they do not divide."""
     spec = config.train
-    if verb in (*DRAWS, *TRAINS, "export"):  # plan's devices are elsewhere, and it looks itself
+    # plan's devices are elsewhere, and it looks itself
+    if verb in (*DRAWS, *TRAINS, "export") and num_devices is not None:
         found = list(_told(lambda: mesh_shape(config.mesh, num_devices), "config.mesh: "))
         yield from found
         if not found and verb in TRAINS:
@@ -246,10 +253,18 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
 
         def look() -> None:
             check_reachable(to_path(pairs))
-            if not is_pairs(pairs):
+            if scored := scored_round(pairs, to_path(pairs)):
+                check_scored(scored, config.pair.weights)
+            elif not is_pairs(pairs):
                 PreferenceSet(config.pair)
 
         yield from _told(look)
+
+
+def room(config: ConfigDict, verb: str, workdir: Path) -> list[str]:
+    """What the devices' memory or the disk of this machine is too small for."""
+    on_device, on_disk = trained_bytes(config, verb)
+    return [*memory(config, verb, on_device), *disk(config, verb, workdir, on_disk)]
 
 
 def trained_bytes(config: ConfigDict, verb: str) -> tuple[int, int]:
@@ -342,7 +357,7 @@ def advice(config: ConfigDict, verb: str) -> Iterator[str]:
 def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
     """Prompts, questions and held-out prompts: that there are enough, and that none is both."""
     seed, asks = config.seed, asks_questions(config.scorers)
-    makes_pairs = not config.pair.path  # else the pairs are people's, and nothing is drawn for them
+    makes_pairs = not config.pair.path  # else the pairs are others', and nothing is drawn for them
     rounds = range(round_index, config.rounds if verb == "run" else round_index + 1)
     drawn: list[str] = []
     if (verb == "run" and makes_pairs) or verb == "prompts":
@@ -364,6 +379,10 @@ def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
             if found:
                 break
     if verb in ("run", "evaluate"):
+        if pairs := config.pair.path:
+            check_reachable(to_path(pairs))
+            if scored := scored_round(pairs, to_path(pairs)):
+                drawn += [row["prompt"] for row in read_rows(scored / "prompts.jsonl", "prompts")]
         held: list[dict] = []
         yield from _told(lambda: held.extend(held_out(config)[0].values()), "config.evaluate: ")
         prompts = [row["prompt"] for row in held]

@@ -25,7 +25,8 @@ from typing import Any
 from agfsync_jax.utils import configs, modules, signals
 
 PACKAGE = Path(__file__).parent
-VERBS = "run prompts questions sample score pair train evaluate report export plan bench".split()
+VERBS = """run prompts questions sample score pair train evaluate report export
+    sweep compare plan bench""".split()
 READING = ("report", "export", "plan", "bench")  # beside a run, too
 DEFAULT_CONFIG = "configs/micro.py"
 AGAIN = 75  # the status of what may pass by itself: EX_TEMPFAIL of sysexits.h
@@ -50,6 +51,15 @@ _STEP = _flag(
 _JSON = _flag("the last line of the output is one JSON object")
 # Flags that only one verb knows.
 FLAGS = {
+    "sweep": {
+        "dry-run|dry_run": _flag("print the commands that do the same, and run none"),
+        "index": _flag("that run alone, from 0; or what is shared", default="", metavar="N|shared"),
+        "step": _STEP,
+    },
+    "compare": {
+        "against": _flag("the run that others are compared with", default="", metavar="WORKDIR"),
+        "output": _flag("where compare.html and compare.json go", default=".", metavar="DIR"),
+    },
     "run": {
         "rehearse": _flag(
             "measure a round with the least work in WORKDIR/rehearsal, and tell hours"
@@ -104,6 +114,7 @@ ALSO_READS = {
     "score": ("scorers",),
     "train": ("loss",),
     "export": ("backbone",),
+    "sweep": ("seed", "rounds", "backbone", "mesh", "sharding", "pair", "loss", "train"),
     "bench": ("scorers", "train"),
     "plan": ("backbone", "mesh", "sharding", "sample", "scorers", "score", "loss", "train"),
 }
@@ -172,7 +183,13 @@ def _terminate(*_) -> None:
 
 def _run(argv: list[str]) -> None:
     verb, args, overrides = parse(argv)
-    config = configs.load(args.config, overrides)
+    if verb == "compare":  # reads what runs have left, without a config of its own or a device
+        from agfsync_jax import compare
+
+        return compare.main(None, None, **vars(args))
+    config, runs = configs.load(args.config, overrides), []
+    if verb == "sweep":
+        runs = configs.sweep(args.config)
     start_jax(*(getattr(args, name) for name in PROCESSES))
     import jax
 
@@ -182,21 +199,23 @@ def _run(argv: list[str]) -> None:
     from agfsync_jax.utils.files import to_path
 
     if multihost.several():
-        multihost.agree(_facts(verb, args, config))
+        multihost.agree(_facts(verb, args, config) | {"what sweep() yields": runs})
     with watch.explained(), contextlib.ExitStack() as stack:
         workdir = to_path(args.workdir) if args.workdir else None
-        if not getattr(args, "random_weights", False):  # else the weights need not be there
+        of_run = {"spec": args.config, "overrides": overrides, "runs": runs} if runs else {}
+        # Without weights they need not be there; of a sweep each run is checked.
+        if not getattr(args, "random_weights", False) and not runs:
             facts = {"num_devices": jax.device_count(), "round_index": args.round}
             checks.check(config, verb, workdir=workdir, **facts)
         for line in checks.advice(config, verb) if multihost.is_main() else ():
             print(f"{verb}: {line}", file=sys.stderr)
-        if workdir:
+        if workdir and not runs:
             writes = verb not in READING and multihost.is_main()
             stack.enter_context(settings.held(workdir) if writes else contextlib.nullcontext())
             settings.claim(workdir, config, _steps, write=multihost.is_main())
         module = importlib.import_module(f"agfsync_jax.{verb}")
         shared = {"help", *COMMON, *PROCESSES}
-        own = {name: value for name, value in vars(args).items() if name not in shared}
+        own = {name: value for name, value in vars(args).items() if name not in shared} | of_run
         module.main(config, workdir, round_index=args.round, repair=args.repair, **own)
 
 
@@ -249,9 +268,14 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     flags.add_argument("-h", "--help", **_flag("show this and exit"))
-    for name, options in (COMMON | FLAGS.get(verb, {}) | PROCESSES).items():
+    if verb == "compare":
+        flags.add_argument("workdirs", nargs="*", metavar="WORKDIR", help="of a finished run")
+    common = {} if verb == "compare" else COMMON | PROCESSES
+    for name, options in (common | FLAGS.get(verb, {})).items():
         flags.add_argument(*(f"--{each}" for each in name.split("|")), **options)
-    args, rest = flags.parse_known_args(argv[1:])
+    args, rest = flags.parse_known_intermixed_args(argv[1:])
+    if verb == "compare":
+        return verb, _compared(args, rest, flags), {}
     overrides = _overrides(verb, rest)
     if args.help:
         print_help(verb, flags, args.config or DEFAULT_CONFIG, overrides)
@@ -273,7 +297,27 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict[str, str]]:
         raise ValueError(f"--step={step} is of the round before, and --round=0 has none")
     if args.round < 0:
         raise ValueError(f"--round={args.round}: rounds count from 0")
+    if verb == "sweep" and args.round:
+        raise ValueError(f"--round={args.round}: a sweep goes through all rounds of each run")
     return verb, args, overrides
+
+
+def _compared(
+    args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentParser
+) -> argparse.Namespace:
+    """The flags of `agfsync compare`, which takes workdirs alone."""
+    if args.help:
+        usage = "usage: agfsync compare WORKDIR WORKDIR ... [--against=WORKDIR] [--output=DIR]"
+        print(f"{usage}\n\n{docstring('compare')}\n\n{flags.format_help().strip()}")
+        raise SystemExit(0)
+    if rest:
+        raise ValueError(
+            f"unknown argument {rest[0]!r}; agfsync compare takes workdirs, --against, --output"
+        )
+    if not args.workdirs:
+        raise ValueError("agfsync compare needs workdirs: agfsync compare runs/one runs/other")
+    del args.help
+    return args
 
 
 def _overrides(verb: str, arguments: list[str]) -> dict[str, str]:

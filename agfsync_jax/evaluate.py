@@ -17,7 +17,7 @@ import jax
 from agfsync_jax import backbones
 from agfsync_jax.data import records
 from agfsync_jax.data.candidates import Shard, largest_batch
-from agfsync_jax.data.scores import repair_scores
+from agfsync_jax.data.scores import repair_scores, scored_round
 from agfsync_jax.evaluation.comparison import conclude
 from agfsync_jax.evaluation.drawing import draw_images, plan_images
 from agfsync_jax.evaluation.judging import judge_shards, judged_path
@@ -57,7 +57,9 @@ def plan(job: Job) -> Plan:
         RecordError: those are damaged, unless they are to be made anew.
     """
     prompts, questions = held_out(job.config)
-    drawn = (job.folder_of(index) / "prompts.jsonl" for index in range(job.round_index + 1))
+    own = [job.folder_of(index) for index in range(job.round_index + 1)]
+    folders = {*own, scored_round(job.config.pair.path, job.folder)} - {None}
+    drawn = (folder / "prompts.jsonl" for folder in folders)
     trained = itertools.chain(*(records.read_jsonl(path) for path in drawn if path.exists()))
     check_apart([row["prompt"] for row in prompts.values()], (row["prompt"] for row in trained))
     for folder in dict.fromkeys(_folders(job).values()):

@@ -9,12 +9,14 @@ in seconds.
 With `config.pair.path`, pairs are what people preferred instead, read from a dataset in Hugging
 Face's layouts: the backbone encodes its images, and `agfsync train` sees no difference. Where that
 is the pairs/ of another workdir there is nothing to do: `agfsync train` reads them where they lie.
+Where it is a round folder of another workdir, pairs are made of its candidates and scores.
 """
 
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agfsync_jax import backbones
@@ -23,7 +25,7 @@ from agfsync_jax.data.embeddings import BatchEncoder
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
 from agfsync_jax.data.pairs import is_pairs, pair_features, repair_pairs, write_pairs
-from agfsync_jax.data.scores import read_scores
+from agfsync_jax.data.scores import read_scores, scored_round
 from agfsync_jax.data.shards import read_rows
 from agfsync_jax.parallel.mesh import local_mesh
 from agfsync_jax.parallel.sharding import batch_shards, round_up
@@ -60,11 +62,12 @@ def make_pairs(job: Job) -> None:
         ValueError: bad settings, or no pair is left.
     """
     config, spec, stage = job.config, job.config.pair, job.stage
-    preferences.check_settings(spec)
+    scored = scored_round(spec.path, job.folder)
+    preferences.check_settings(spec, of_people=scored is None)
     if spec.path and is_pairs(to_path(spec.path).expanduser()):
         stage.print(f"{spec.path} are pairs already, which train reads where they lie")
         return
-    source = _of_people(job) if spec.path else _of_scores(job)
+    source = _of_people(job) if scored is None else _of_scores(job, scored)
     settings = spec.to_dict() | {"backbone": config.backbone.path, "seed": config.seed}
     made_from = repr((source.made_from, sorted(settings.items())))
     made_from = hashlib.sha256(made_from.encode()).hexdigest()
@@ -74,7 +77,7 @@ def make_pairs(job: Job) -> None:
         if read_json(summary).get("made_from") == made_from:
             stage.skipped(1, 1, "sets of pairs")
             return
-    texts, encode = _load_encoders(config)
+    texts, encode = _load_encoders(config, of_people=scored is None)
     (prompt,) = texts([""])
     features = pair_features(
         ranked=spec.strategy == "ranked",
@@ -87,7 +90,7 @@ def make_pairs(job: Job) -> None:
         images=spec.images,
         flips=spec.flips,
     )
-    card, counts = _card(config), source.counts
+    card, counts = _card(config, scored), source.counts
 
     def rows(done):
         yield from source.rows(texts, encode, done)  # raises where there are none
@@ -106,9 +109,14 @@ def drop_damaged(job: Job) -> None:
     repair_pairs(job.folder / "pairs")
 
 
-def _of_scores(job: Job) -> _Source:
-    """Pairs of this round's scores."""
-    folder, spec = job.folder, job.config.pair
+def _of_scores(job: Job, folder: Path) -> _Source:
+    """Pairs of the scores of a round, which is the job's or lies in another workdir."""
+    spec = job.config.pair
+    if folder != job.folder:
+        job.stage.print(f"pairs of the candidates in {folder}")
+        drawn = read_json(folder.parent / "config.json").get("backbone", {}).get("path")
+        if drawn not in (None, job.config.backbone.path):
+            job.stage.print(f"they were drawn with config.backbone.path={drawn}: it must fit")
     prompts = {row["id"]: row["prompt"] for row in read_rows(folder / "prompts.jsonl", "prompts")}
     scores = read_scores(folder / "scores", spec)
     choices, counts = preferences.choose(scores, prompts, spec)
@@ -168,12 +176,16 @@ def _of_people(job: Job) -> _Source:
     return _Source(repr((found.fingerprint(), height, width)), found.num_rows, (), counts, rows)
 
 
-def _card(config) -> dict[str, Any]:
-    """What the dataset card tells, but for the counts."""
+def _card(config, scored: Path | None) -> dict[str, Any]:
+    """What the dataset card tells, but for the counts; `scored` is None for pairs of people."""
     spec, pair, sample = config.pair, config.pair.to_dict(), config.sample.to_dict()
     what = "Rankings of images" if spec.strategy == "ranked" else "Preference pairs of images"
-    who = "people" if spec.path else "AI feedback"
-    told = [*(_OF_IMPORTS if spec.path else _OF_SCORES), "shuffle_labels"]
+    who = "people" if scored is None else "AI feedback"
+    told = [*(_OF_IMPORTS if scored is None else _OF_SCORES), "shuffle_labels"]
+    if scored is None:
+        sample = {key: sample[key] for key in ("height", "width")}
+    elif spec.path:  # another workdir's candidates
+        sample = read_json(scored.parent / "config.json").get("sample", {})
     return {
         "description": f"{what} made of one text prompt each, by the preference of {who}."
         " Latents are those of the diffusion model named below, scaled as it takes them.",
@@ -181,11 +193,11 @@ def _card(config) -> dict[str, Any]:
         "backbone.path": config.backbone.path,
         "seed": config.seed,
         **{f"pair.{key}": pair[key] for key in told},
-        **{f"sample.{key}": sample[key] for key in (("height", "width") if spec.path else sample)},
+        **{f"sample.{key}": value for key, value in sample.items()},
     }
 
 
-def _load_encoders(config) -> tuple[Texts, BatchEncoder | None]:
+def _load_encoders(config, *, of_people: bool) -> tuple[Texts, BatchEncoder | None]:
     """What makes the fields of texts, and latents of images where some are to be encoded.
 
     The backbone's frozen networks do it, on this process's own devices.
@@ -193,7 +205,7 @@ def _load_encoders(config) -> tuple[Texts, BatchEncoder | None]:
     spec, mesh = config.pair, local_mesh()
     shards = batch_shards(mesh)
     tokenize, prompts, images = backbones.tokenizer(config), None, None
-    encodes = bool(spec.path) or spec.flips
+    encodes = of_people or spec.flips
     if spec.embeddings or encodes:
         cls = backbones.backbone_class(config)
         frozen = [name for name in cls.networks if name != cls.denoiser_name]

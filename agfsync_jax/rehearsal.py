@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from agfsync_jax import backbones, checks, export, report, run
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pairs import is_pairs
+from agfsync_jax.data.scores import scored_round
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh, local_mesh
@@ -236,8 +237,11 @@ def amounts(config: ConfigDict) -> dict[str, int]:
     judged = 2 * len(held_out(config)[0]) * config.evaluate.num_seeds
     rest = {"train": config.train.num_steps, "evaluate": judged}
     if config.pair.path:  # other people's, or another workdir's, which are read where they lie
-        here = is_pairs(config.pair.path)
-        return rest if here else rest | {"pair": 2 * PreferenceSet(config.pair).num_rows}
+        if is_pairs(config.pair.path):
+            return rest
+        if scored_round(config.pair.path, Path()):  # all of it, in a rehearsal too
+            return rest | {"pair": 1}
+        return rest | {"pair": 2 * PreferenceSet(config.pair).num_rows}
     prompts = config.prompts.num_prompts
     images = prompts * config.sample.num_candidates
     return {

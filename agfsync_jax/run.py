@@ -2,13 +2,15 @@
 
 Each round writes prompts and questions, draws candidates, scores and pairs them, trains on the
 pairs and evaluates; the next round draws from the model that the last one trained. With
-`config.pair.path` the pairs are people's, and a round begins with them. What lies in the workdir is
-not done again: the same command continues a run that was stopped.
+`config.pair.path` the pairs are made of another workdir's candidates, or are people's, and a round
+begins with them. What lies in the workdir is not done again: the same command continues a run that
+was stopped.
 
     agfsync run --config=configs/micro.py --workdir=runs/micro
 """
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import evaluate, pair, prompts, questions, sample, score, train
 from agfsync_jax.utils.files import read_json, to_path
-from agfsync_jax.utils.statistics import digits, format_interval
+from agfsync_jax.utils.statistics import aligned, digits, format_interval
 
 SCORED = (prompts, questions, sample, score)  # what pairs of people's choices need not
 ROUND = (*SCORED, pair, train, evaluate)
@@ -51,15 +53,20 @@ def main(
         rehearsal.main(config, workdir, random_weights=random_weights)
         return
     for index in range(round_index, config.rounds):
-        for verb in verbs(config):
-            verb.main(config, workdir, round_index=index, repair=repair, step=step)
-            jax.clear_caches()  # the programs of one verb are of no use to the next
-            gc.collect()
+        go_through(verbs(config), config, workdir, round_index=index, repair=repair, step=step)
     if jax.process_index() == 0:
         from agfsync_jax import report  # and with it what draws charts, which no round needs
 
         report.main(config, workdir)  # prints where it is
         print(table(read_json(to_path(workdir) / "summary.json")))
+
+
+def go_through(verbs: Sequence[Any], config: ConfigDict, workdir: Path, **flags: Any) -> None:
+    """Verbs of the loop, one after another."""
+    for verb in verbs:
+        verb.main(config, workdir, **flags)
+        jax.clear_caches()  # the programs of one verb are of no use to the next
+        gc.collect()
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -77,11 +84,7 @@ def table(summary: dict[str, Any]) -> str:
                 format_interval(win) if win else "",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows)
     seconds = sum(
         stage["seconds"] for entry in summary["rounds"] for stage in entry["stages"].values()
     )

@@ -76,7 +76,7 @@ def drop_damaged(job: Job) -> None:
 
 
 def pairs_folder(config: Any, round_dir: Path) -> Path:
-    """A round's pairs: its own, or those of another workdir that `config.pair.path` names.
+    """A round's pairs: its own, or the pairs/ of another workdir that `config.pair.path` names.
 
     Raises:
         ValueError: those of another workdir with shuffled labels.

@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     c.pair.flips = False  # latents of the mirrored images are stored too, for config.train.flip
     c.pair.images = True  # stored as PNGs with the pairs; train does not read them
     c.pair.license = "other"  # of the pairs, as the Hugging Face Hub names it
-    c.pair.path = ""  # people's, not scores': parquet, save_to_disk; or pairs/ of another workdir
+    c.pair.path = ""  # another workdir's round folder or its pairs/; or people's choices
     c.pair.split = "train"  # of that folder; empty: all parquet files in it
     c.pair.columns = ConfigDict()  # Pick-a-Pic's
     c.pair.columns.caption = "caption"

@@ -296,6 +296,7 @@ def test_another_workdirs_pairs_are_no_peoples(tmp_path):
 def test_peoples_pairs_in_a_bucket_are_refused(monkeypatch):
     monkeypatch.setattr(checks, "check_reachable", lambda path: None)
     monkeypatch.setattr(checks, "is_pairs", lambda path: False)
+    monkeypatch.setattr(checks, "scored_round", lambda *_: None)
     with pytest.raises(ValueError, match="copy them here first"):
         check("pair", pair__path="gs://bucket/pairs")
 

@@ -292,9 +292,9 @@ def test_panel(module):
     """PANEL, of a page and at a place of its own, with a template that Jinja can read."""
     panel = module.PANEL
     assert module.__doc__ and isinstance(panel, panels.Panel)
-    assert panel.page in ("report", "pairs")
+    arguments = {"report": "report", "pairs": "gallery", "compare": "comparison"}
     assert [each.place for each in panels.of_page(panel.page)].count(panel.place) == 1
-    assert positional(panel.show) == [{"report": "report", "pairs": "gallery"}[panel.page]]
+    assert positional(panel.show) == [arguments[panel.page]]
     assert pages.environment().from_string(panel.template)
 
 

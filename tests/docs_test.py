@@ -83,6 +83,8 @@ def look_up(argv):
     except SystemExit as stop:  # --help
         assert stop.code == 0 and "usage: agfsync" in out.getvalue()
         return
+    if verb == "compare":
+        return
     config = configs.load(args.config, overrides)
     checks.check(config, "report", num_devices=1)  # whose files are none
     assert verb in cli.VERBS

@@ -261,6 +261,15 @@ def test_prompts_of_training_are_refused(done):
     for index in (0, 1):
         with pytest.raises(ValueError, match="1 of 6 held-out prompts are among those"):
             evaluate.main(config, workdir, round_index=index)
+    # So do those of another workdir's candidates.
+    other = workdir / "other/round_000"
+    (other / "candidates").mkdir(parents=True)
+    (workdir / "round_000/prompts.jsonl").rename(other / "prompts.jsonl")
+    evaluate.main(config, workdir)
+    config = config.copy_and_resolve_references().unlock()
+    config.pair.path = str(other)
+    with pytest.raises(ValueError, match="1 of 6 held-out prompts are among those"):
+        evaluate.main(config, workdir)
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "questions.jsonl"])

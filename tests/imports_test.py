@@ -135,7 +135,7 @@ def test_arrows(path):
     room = name.split("/")[0] if "/" in name else None
     if room:
         allowed = ONLY.get(name, ARROWS[room] | {room} | ALSO.get(name, set()))
-    elif path.stem in {"run", "cli", "rehearsal"}:
+    elif path.stem in {"run", "sweep", "cli", "rehearsal"}:
         allowed = ROOMS | VERBS
     elif path.stem == "__main__":
         allowed = {"cli"}

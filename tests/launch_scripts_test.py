@@ -493,7 +493,7 @@ def test_slurm(bench):
         [
             *("sbatch", "--job-name=sdxl", "--nodes=2", "--time=1:00", "--partition=gpu"),
             *("--gpus-per-node=4", "--cpus-per-gpu=6"),
-            *("launch/slurm.sbatch", "--max-restarts=20", *FLAGS),
+            *("launch/slurm.sbatch", "--max-restarts=20", "--verb=run", *FLAGS),
         ],
         [
             *("srun", "--kill-on-bad-exit=0", "--cpu-bind=none", "env", "AGFSYNC_DISTRIBUTED=1"),
@@ -513,6 +513,15 @@ def test_slurm(bench):
     submitted, job = real
     # The stand-in for sbatch runs the job, and what is pasted runs it once more.
     pasted_is_the_same(bench, [submitted, job, job], shown, "sbatch", "srun")
+
+
+def test_slurm_runs_a_task_of_a_sweep(bench):
+    wanted = ["--verb=sweep", "--array=0-2", "--dependency=afterok:5"]
+    done = bench.start("slurm.sbatch", *wanted, *FLAGS, SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 0, done.stderr
+    submitted, job = bench.asked("sbatch", "srun")
+    assert submitted[1:3] == wanted[1:] and "--verb=sweep" in submitted
+    assert job[-len(FLAGS) - 2 :] == ["sweep", *FLAGS, "--index=2"]
 
 
 def test_slurm_options_are_those_of_the_head():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agfsync_jax import backbones, pair, train
+from agfsync_jax import backbones, checks, pair, report, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data import images, preferences, records
 from agfsync_jax.data.pair_rows import text_fields
 from agfsync_jax.data.pairs import read_features, read_pairs
+from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.tokenizers import ClipTokenizer
+from agfsync_jax.reports.candidates import read_gallery
 from configs import common, micro
 from tests.tiny_backbone import TinyBackbone
 from tests.twins import clip_tokenizer_files
@@ -448,6 +451,73 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
     assert np.isfinite(losses[1]) and losses[1] != losses[0]
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pairs_of_another_workdirs_candidates(config, workdir, tmp_path, capsys):
+    """Which are read where they lie; other settings make other pairs of them."""
+    before, scored = files_of(workdir), workdir / "round_000"
+    (workdir / "config.json").write_text('{"sample": {"height": 48}}')
+    other = tmp_path / "other"
+    config.pair.path = str(scored)
+    pair.main(config, other)
+    assert f"pairs of the candidates in {scored}" in capsys.readouterr().err
+    assert before.items() <= files_of(workdir).items() and not (scored / "pairs").exists()
+    card = (other / "round_000/pairs/README.md").read_text()
+    assert "AI feedback" in card and "sample.height` | `48`" in card and "sample.width" not in card
+    there = read(other)
+    pair.main(config, other)
+    assert "skipped 1 of 1 sets of pairs" in capsys.readouterr().err
+    config.pair.path = ""
+    pair.main(config, workdir)
+    for row, same in zip(there, read(workdir), strict=True):
+        assert all(np.array_equal(row[name], same[name]) for name in row)
+
+    config.pair.update({"path": str(scored), "strategy": "ranked", "min_questions": 3})
+    pair.main(config, other)
+    assert [row["pair_id"] for row in read(other)] == ["p0-0-1-2", "p1-0-1-2"]
+    config.pair.update({"strategy": "best_worst", "min_questions": 0, "images": False})
+    pair.main(config, other)
+    shown = read_gallery(other / "round_000", {}, 2, seed=0)
+    assert not shown.is_import and set(shown.scores) == {"vqa", "clip"}
+    sides = [each["sides"] for group in shown.examples.values() for each in group]
+    assert all(side["png"] and side["answers"] for pair in sides for side in pair)
+    (other / "config.json").write_text(json.dumps({"pair": {"path": str(scored)}}))
+    report.main(config, other)
+    page = (other / "report.html").read_text()
+    assert "evaluate)" in page and "scores (agfsync score)" not in page
+
+
+def test_candidates_of_another_workdir_that_are_not_scored(config, workdir, tmp_path):
+    scored = workdir / "round_000"
+    config.pair.path = str(scored)
+    assert list(checks.files(config, "run", downloads=False)) == []
+    assert scored_round(tmp_path, scored) is None and scored_round("", scored) == scored
+    with pytest.raises(ValueError, match="names light, and the scores of .* are vqa, vqa/color, c"):
+        check_scored(scored, {"light": 1.0, "none": 0.0})
+    (scored / "scores/00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 shards.*run `agfsync score`"):
+        pair.main(config, tmp_path / "other")
+    (line,) = checks.files(config, "run", downloads=False)
+    assert str(scored) in line and "run `agfsync score` to make them" in line
+    shutil.rmtree(scored / "scores")
+    (line,) = checks.files(config, "run", downloads=False)
+    assert line == f"No shard in {scored}/scores: run `agfsync score` first."
+    (scored / "candidates/00000-of-00002.tfrecord").unlink()
+    (line,) = checks.files(config, "run", downloads=False)
+    assert "run `agfsync sample` to make them" in line
+
+
+def test_what_is_judged_is_no_prompt_of_the_candidates(config, workdir):
+    config.pair.path = str(workdir / "round_000")
+    assert list(checks.prompts(config, "run", 0)) == []
+    (row,) = list(checks.held_out(config)[0].values())[:1]
+    records.write_jsonl(workdir / "round_000/prompts.jsonl", [row])
+    (line,) = checks.prompts(config, "run", 0)
+    assert "1 of 8 held-out prompts are among those that training draws" in line
+
+
 class FirstChannels:
     """The first channels of every eighth pixel, in place of an autoencoder."""
 
@@ -459,7 +529,7 @@ class FirstChannels:
 
 def test_imports_again_and_what_is_bad(config, tmp_path, monkeypatch):
     texts = functools.partial(text_fields, tokenize=backbones.tokenizer(config), encode=None)
-    monkeypatch.setattr(pair, "_load_encoders", lambda config: (texts, FirstChannels()))
+    monkeypatch.setattr(pair, "_load_encoders", lambda *_, **__: (texts, FirstChannels()))
     config.pair.path = str(tmp_path / "human.parquet")
     workdir = tmp_path / "work"
     rows = preference_table(9)

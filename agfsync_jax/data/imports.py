@@ -76,8 +76,8 @@ def find_files(path: str | Path, split: str) -> list[Path]:
     """
     if is_url(to_path(path)):
         raise FileNotFoundError(
-            f"config.pair.path={path} is a URL, and people's pairs are read from this machine: copy"
-            " them here first."
+            f"config.pair.path={path} is a URL where neither pairs lie nor a round's prompts.jsonl"
+            " and candidates, and people's pairs are read from this machine: copy them here first."
         )
     path = Path(path).expanduser()
     if path.is_file():
@@ -105,8 +105,9 @@ def find_files(path: str | Path, split: str) -> list[Path]:
         splits[file] = {stem, *file.relative_to(path).parts[:-1]}
     if not splits:
         raise FileNotFoundError(
-            f"config.pair.path={path}: expected a parquet file, a folder of them, or a folder that"
-            " `datasets.save_to_disk` wrote (state.json)."
+            f"config.pair.path={path}: expected a parquet file, a folder of them, a folder that"
+            " `datasets.save_to_disk` wrote (state.json), or of another workdir pairs/ or a round"
+            " folder with candidates and scores."
         )
     found = [file for file in splits if not split or split in splits[file]]
     if not found:

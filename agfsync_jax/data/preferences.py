@@ -192,8 +192,12 @@ def select(
     return kept, dropped
 
 
-def check_settings(settings) -> None:
-    """Raises ValueError for a `config.pair` that cannot be followed."""
+def check_settings(settings, *, of_people: bool) -> None:
+    """Raises ValueError for a `config.pair` that cannot be followed.
+
+    Args:
+        of_people: whether its path names choices of theirs, or pairs, and no scores.
+    """
 
     def expect(fits: bool, key: str, expected: str) -> None:
         if not fits:
@@ -207,13 +211,13 @@ def check_settings(settings) -> None:
         expect(settings[key] >= least, key, f"{least} or more")
     hub = 'the name that the Hugging Face Hub has for it, such as "cc-by-4.0" or "other"'
     expect(re.fullmatch(r"[A-Za-z0-9][\w.+-]*", settings.license), "license", hub)
-    for key in ("shuffle_labels", "path"):
-        if settings.strategy == "ranked" and settings[key]:
+    for key, is_set in (("shuffle_labels", settings.shuffle_labels), ("path", of_people)):
+        if settings.strategy == "ranked" and is_set:
             raise ValueError(
                 f"config.pair.{key}={settings[key]!r} makes pairs, and"
                 " config.pair.strategy='ranked' none: set another strategy."
             )
-    if not settings.path:
+    if not of_people:
         weights = settings.weights.values()
         finite = any(weights) and all(map(math.isfinite, weights))
         expect(finite, "weights", "numbers, one at least not 0")

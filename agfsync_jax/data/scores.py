@@ -6,6 +6,7 @@ They are read column by column, as a round has millions of answers.
 """
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,42 @@ from agfsync_jax.data.columns import KEYS
 from agfsync_jax.data.preferences import Scored
 from agfsync_jax.data.problems import OF_IMAGES
 from agfsync_jax.data.shards import shard_paths
+from agfsync_jax.utils.files import to_path
 from agfsync_jax.utils.statistics import tifa
+
+
+def scored_round(path: str | os.PathLike, own: Path) -> Path | None:
+    """The round folder whose candidates and scores become a round's pairs.
+
+    Args:
+        path: `config.pair.path`.
+        own: the round's own folder, which it is where `path` is empty.
+
+    Returns:
+        the folder; None where `path` names something else: pairs, or what people preferred.
+    """
+    if not path:
+        return own
+    folder = to_path(path).expanduser()
+    is_round = (folder / "prompts.jsonl").is_file() and (folder / "candidates").is_dir()
+    return folder if is_round else None
+
+
+def check_scored(folder: Path, weights: Mapping[str, float]) -> None:
+    """Looks whether pairs can be made of a round folder, before any are.
+
+    Raises:
+        FileNotFoundError: shards of candidates or scores are missing; names the verb.
+        ValueError: no score has a column that is among the `weights`.
+    """
+    shard_paths(folder / "candidates", ".tfrecord", "sample")
+    first, *_ = shard_paths(folder / "scores", ".parquet", "score")
+    columns = [name for name in records.read_table(first).column_names if name not in KEYS]
+    if missing := [name for name, weight in weights.items() if weight and name not in columns]:
+        raise ValueError(
+            f"config.pair.weights names {', '.join(missing)}, and the scores of"
+            f" config.pair.path={folder} are {', '.join(columns)}."
+        )
 
 
 def scores_path(candidates: Path) -> Path:

@@ -16,7 +16,7 @@ from agfsync_jax.reports import tallies
 from agfsync_jax.reports.formats import describe
 from agfsync_jax.reports.pictures import distinct, find_images
 from agfsync_jax.reports.rounds import label_of
-from agfsync_jax.utils.files import read_json
+from agfsync_jax.utils.files import read_json, to_path
 
 _ANSWERS = "prompt_id candidate scorer index question element_type expected answer correct".split()
 
@@ -110,10 +110,14 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
     Raises:
         FileNotFoundError: no pairs there.
     """
-    is_ranked = "candidates" in read_features(folder / "pairs")
-    found = _read_pairs(folder / "pairs", is_ranked)
-    scored, counts = _read_scored(folder, columns), read_json(folder / "pair.json")
+    features, counts = read_features(folder / "pairs"), read_json(folder / "pair.json")
     settings, _ = counts.pop("settings", {}), counts.pop("made_from", "")
+    is_ranked, path = "candidates" in features, settings.get("path")
+    # Pairs of another workdir's candidates have scores, and those of people none.
+    is_import = bool(path) and not any("scores/" in n or n.startswith("columns/") for n in features)
+    source = to_path(path).expanduser() if path and not is_import else folder
+    found = _read_pairs(folder / "pairs", is_ranked)
+    scored = _read_scored(source, columns)
     names = without_parts(scored.scores)
     names += [n for n in settings.get("weights", {}) if n in scored.scores and n not in names]
     scored.scores = {name: scored.scores[name] for name in names}
@@ -128,9 +132,9 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
         label=label_of(folder),
         counts=counts,
         settings=settings,
-        scoring=read_json(folder / "score.json"),
+        scoring=read_json(source / "score.json"),
         is_ranked=is_ranked,
-        is_import=bool(settings.get("path")),
+        is_import=is_import,
         pairs=pairs,
         prompts=scored.prompts,
         columns=describe(names, columns),
@@ -141,9 +145,9 @@ def read_gallery(folder: Path, columns: Mapping[str, Column], count: int, seed: 
     picked = _pick(gallery, found["prompt_id"], count, seed)
     shown = {place for places in picked.values() for place in places}
     gallery.answers, asked = _read_answers(
-        folder / "scores", scored, pairs, {found["prompt_id"][place] for place in shown}
+        source / "scores", scored, pairs, {found["prompt_id"][place] for place in shown}
     )
-    examples = _examples(folder, found, scored, asked, shown)
+    examples = _examples(folder, source, found, scored, asked, shown)
     gallery.examples = {name: [examples[i] for i in places] for name, places in picked.items()}
     return gallery
 
@@ -235,6 +239,7 @@ def _pick(
 
 def _examples(
     folder: Path,
+    source: Path,
     found: dict[str, Sequence],
     scored: SimpleNamespace,
     answers: dict[tuple[str, int], list[dict]],
@@ -247,7 +252,7 @@ def _examples(
         for pair in pairs.values()
         for candidate in pair["candidates"].tolist()
     }
-    images = find_images(folder, wanted, scored.shards)
+    images = find_images(folder / "pairs", source / "candidates", wanted, scored.shards)
 
     def side(pair: dict, candidate: int, total: float) -> dict:
         key = pair["prompt_id"], candidate

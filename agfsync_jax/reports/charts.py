@@ -24,6 +24,7 @@ from agfsync_jax.data.columns import Column
 from agfsync_jax.reports.formats import number, of_axis, percent, plain
 
 COLORS = ("#8b95a5", "#2457d6", "#d9730d", "#0f8a6d", "#8a3ffc", "#c2255c")  # the first is the base
+COLORS += ("#00879e", "#8a6d00", "#5c3d99", "#6b4226", "#3f7d20")
 ALL, BETTER, WORSE = "#c3cad6", "#0b7a4b", "#b3261e"  # of pairs
 INK, FAINT, GRID = "#1c2330", "#667085", "#e6e9ef"
 WIDTH, HEIGHT = 360, 190

@@ -53,22 +53,24 @@ def _read_stored(pairs: Path, wanted: Collection) -> dict[tuple[str, int], bytes
 
 
 def find_images(
-    folder: Path, wanted: Collection[tuple[str, str, int]], shards: Mapping[str, str]
+    pairs: Path,
+    candidates: Path,
+    wanted: Collection[tuple[str, str, int]],
+    shards: Mapping[str, str],
 ) -> dict[tuple[str, int], bytes]:
-    """PNGs of (pair_id, prompt_id, candidate): drawn here, else stored with the pairs.
+    """PNGs of (pair_id, prompt_id, candidate): of the candidates, else stored with the pairs.
 
     Args:
-        folder: of the round.
         shards: prompt_id -> the name of the shard that holds its candidates.
 
     Returns:
         (pair_id, candidate) -> PNG, of those that are there.
     """
     names = sorted({shards[prompt] for _, prompt, _ in wanted if prompt in shards})
-    paths = [folder / "candidates" / f"{name}.tfrecord" for name in names]
+    paths = [candidates / f"{name}.tfrecord" for name in names]
     keys = {(prompt, candidate) for _, prompt, candidate in wanted}
     paths = [path for path in paths if path.exists()]
     drawn = read_images(paths, [scores_path(path) for path in paths], keys)
     images = {(pair, c): drawn[prompt, c] for pair, prompt, c in wanted if (prompt, c) in drawn}
     left = {(pair, c) for pair, _, c in wanted} - images.keys()
-    return images | (_read_stored(folder / "pairs", left) if left else {})
+    return images | (_read_stored(pairs, left) if left else {})

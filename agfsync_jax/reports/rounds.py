@@ -10,6 +10,7 @@ from typing import Any
 from agfsync_jax.data import records
 from agfsync_jax.data.columns import KEYS, Column
 from agfsync_jax.data.pairs import is_pairs
+from agfsync_jax.data.scores import scored_round
 from agfsync_jax.reports.formats import describe, with_digits
 from agfsync_jax.utils.clock import read_stages
 from agfsync_jax.utils.files import absolute, date_of, read_json
@@ -39,7 +40,7 @@ class Round:
     stages: dict[str, dict[str, float]]  # verb -> seconds, items, items_per_second
     counts: dict[str, int]  # pair.json
     has_pairs: bool
-    draws: bool  # its own pictures for training; else the pairs are people's
+    draws: bool  # whether it is known which prompts it learns from; of people's pairs it is not
     curve: list[dict[str, float]]  # training's metrics, a row a step that was logged
     prompts: dict[str, dict]  # id -> row, of the held-out ones
     base: dict[str, dict]  # column -> interval, as the next three
@@ -156,7 +157,7 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column], p
         stages=read_stages(folder / "stages.json"),
         counts=read_json(folder / "pair.json"),
         has_pairs=(folder / "pairs" / "dataset_info.json").exists(),
-        draws=(folder / "prompts.jsonl").exists(),
+        draws=((scored_round(pairs, folder) or folder) / "prompts.jsonl").exists(),
         curve=read_metrics(folder / "checkpoints" / "metrics.jsonl"),
         prompts={row["id"]: row for row in rows("prompts.jsonl")},
         **found,

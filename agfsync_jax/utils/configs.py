@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,22 +41,10 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
         FileNotFoundError: no such file; lists those that ship.
         ValueError: no such key (close ones are listed), or a value of another type.
     """
-    match = re.fullmatch(r"(.+\.py)(?::(.*))?", spec)
-    if not match:
-        raise ValueError(f"--config={spec}: expected FILE.py or FILE.py:arg")
-    places = [Path(match[1]), BESIDE_PACKAGE / match[1]]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        shipped = sorted((BESIDE_PACKAGE / "configs").glob("[!_]*.py"))
-        known = ", ".join(f"configs/{file.name}" for file in shipped if file.stem != "common")
-        raise FileNotFoundError(f"--config={spec}: no file {match[1]}; shipped: {known}")
-    source = importlib.util.spec_from_file_location(f"agfsync_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(source)
-    with _told_with_its_line(spec, path):
-        source.loader.exec_module(module)
+    module, path, argument = _execute(spec)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config={spec}: {path} has no get_config()")
-    arguments = () if match[2] is None else (match[2],)
+    arguments = () if argument is None else (argument,)
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError:
@@ -70,6 +58,50 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
         raise ValueError(f"--config={spec}: get_config of {path} returns no ConfigDict")
     override(config, overrides)
     return config.lock()
+
+
+def sweep(spec: str) -> list[dict[str, str]]:
+    """What sweep() of the file in "FILE[:arg]" yields: the overrides of each run, as texts.
+
+    Raises:
+        FileNotFoundError: no such file; lists those that ship.
+        ValueError: no sweep() there, or it yields nothing, or something else than overrides.
+    """
+    module, path, _ = _execute(spec)
+    example = '`def sweep(): yield {"train.seed": 0}; yield {"train.seed": 1}`'
+    found = getattr(module, "sweep", None)
+    if not callable(found) or inspect.signature(found).parameters:
+        raise ValueError(f"--config={spec}: {path} has no sweep(), which says the runs: {example}")
+    with _told_with_its_line(spec, path):
+        yielded = found()
+        runs = list(yielded) if isinstance(yielded, Iterable) else []
+    if not runs:
+        raise ValueError(f"--config={spec}: sweep() of {path} yields no run; as in {example}")
+    for run in runs:
+        if not (isinstance(run, dict) and all(isinstance(key, str) for key in run)):
+            raise ValueError(
+                f"--config={spec}: sweep() of {path} yields {run!r}, expected the overrides of a"
+                f" run: {example}"
+            )
+    return [{key: str(value) for key, value in run.items()} for run in runs]
+
+
+def _execute(spec: str) -> tuple[ModuleType, Path, str | None]:
+    """The module of the file in "FILE[:arg]", where it lies, and the argument."""
+    match = re.fullmatch(r"(.+\.py)(?::(.*))?", spec)
+    if not match:
+        raise ValueError(f"--config={spec}: expected FILE.py or FILE.py:arg")
+    places = [Path(match[1]), BESIDE_PACKAGE / match[1]]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        shipped = sorted((BESIDE_PACKAGE / "configs").glob("[!_]*.py"))
+        known = ", ".join(f"configs/{file.name}" for file in shipped if file.stem != "common")
+        raise FileNotFoundError(f"--config={spec}: no file {match[1]}; shipped: {known}")
+    source = importlib.util.spec_from_file_location(f"agfsync_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(source)
+    with _told_with_its_line(spec, path):
+        source.loader.exec_module(module)
+    return module, path, match[2]
 
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:

@@ -88,6 +88,15 @@ def format_interval(interval: dict[str, float], digits: int = 3, signed: bool = 
     return f"{mean} [{low}, {high}]"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, whose columns stand below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def tifa(
     captions: Sequence[Any], element_types: Sequence[str], correct: Sequence[bool]
 ) -> dict[str, Any]:

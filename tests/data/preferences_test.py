@@ -288,10 +288,11 @@ def test_choose_refuses():
     ],
 )
 def test_check_settings(changes, message):
-    preferences.check_settings(settings())
-    preferences.check_settings(settings(path="a", weights={}))
+    preferences.check_settings(settings(), of_people=False)
+    preferences.check_settings(settings(path="a", weights={}), of_people=True)
+    preferences.check_settings(settings(path="a", strategy="ranked"), of_people=False)
     with pytest.raises(ValueError, match=message):
-        preferences.check_settings(settings(**changes))
+        preferences.check_settings(settings(**changes), of_people="path" in changes)
 
 
 def test_shuffle_labels_swaps_half_and_depends_on_the_pair_alone():

@@ -1,7 +1,7 @@
 """The parts of a page, a file each: whatever lies here is shown, at its place.
 
-A file exports `PANEL = Panel(...)`. Its function takes the page's data, which `rounds.Report` and
-`candidates.Gallery` are, and returns what its template is given.
+A file exports `PANEL = Panel(...)`. Its function takes the page's data, which `rounds.Report`,
+`candidates.Gallery` and `runs.Comparison` are, and returns what its template is given.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ class Panel:
     """A part of a page.
 
     Attributes:
-        page: "report" (its data a `rounds.Report`) or "pairs" (a `candidates.Gallery`).
+        page: "report" (its data a `rounds.Report`), "pairs" (a `candidates.Gallery`) or "compare"
+            (a `runs.Comparison`).
         place: where it stands: from top to bottom, lower numbers first.
         show: the page's data -> the variables of the template; {} where there is nothing to show.
             "note" among them is a line under the title that says how to read what follows.

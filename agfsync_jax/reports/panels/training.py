@@ -19,17 +19,17 @@ def show(report: Report) -> dict:
         return {}
     preferring = any("rewards/margin" in curve[0] for curve in curves.values())
     shown = [
-        _chart(
+        chart(
             name,
-            {label: _line(curve, name) for label, curve in curves.items()},
+            {label: line(curve, name) for label, curve in curves.items()},
             column=formats.SHARE if name == "rewards/accuracy" else charts.PLAIN,
             reference=level if preferring or name != "loss" else None,
         )
         for name, level in LEVELS.items()
     ]
     label, curve = list(curves.items())[-1]
-    sides = {name: _line(curve, name) for name in ("rewards/chosen", "rewards/rejected")}
-    shown.append(_chart(f"rewards, {label}", sides))
+    sides = {name: line(curve, name) for name in ("rewards/chosen", "rewards/rejected")}
+    shown.append(chart(f"rewards, {label}", sides))
     return {
         "charts": shown,
         "note": "Pale: every logged step; bold: the moving average. Accuracy is the share of pairs "
@@ -38,12 +38,14 @@ def show(report: Report) -> dict:
     }
 
 
-def _line(curve: list[dict], name: str) -> tuple[list, list]:
+def line(curve: list[dict], name: str) -> tuple[list, list]:
+    """Steps and values of a metric, of the rows that have it."""
     rows = [row for row in curve if name in row]
     return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def _chart(title: str, series: dict, **settings) -> charts.Chart | None:
+def chart(title: str, series: dict, **settings) -> charts.Chart | None:
+    """Lines over the steps, smoothed where they are long."""
     longest = max(len(steps) for steps, _ in series.values())
     smooth = max(1, longest // 20)
     return charts.lines(title, series, x_label="step", smooth=smooth, **settings)
