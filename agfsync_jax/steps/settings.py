@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax.steps.runner import Step
 from agfsync_jax.utils import files
-from agfsync_jax.utils.configs import flatten, public
+from agfsync_jax.utils.configs import defaults, flatten, public
 
 RUN_TIME = (
     *("rounds", "mesh.*", "sharding", "report.*", "export.*", "bench.*"),
@@ -74,6 +74,8 @@ def claim(
     text = json.dumps(public(config.to_dict()), indent=2)
     now = flatten(json.loads(text))  # tuples are lists in JSON
     before = flatten(files.read_json(path)) or now
+    if before is not now:  # an earlier version did what a key that it lacks has as its default
+        before = {key: value for key, value in defaults().items() if key in now} | before
     differ, stale, hint = [], set(), ""
     for key in sorted(before.keys() | now.keys()):
         was, new = before.get(key), now.get(key)

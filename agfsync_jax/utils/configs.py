@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
 import re
 import traceback
 from collections.abc import Iterable, Iterator
@@ -139,6 +140,12 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def defaults() -> dict[str, Any]:
+    """The flat keys of configs/common.py, as config.json would have them."""
+    common = BESIDE_PACKAGE / "configs" / "common.py"
+    return flatten(json.loads(load(str(common), {}).to_json()))
 
 
 def meanings() -> dict[str, str]:

@@ -42,6 +42,19 @@ def test_what_holds_nothing_holds_no_key(tmp_path):
         _claim(tmp_path)
 
 
+def test_an_earlier_version_did_what_a_new_key_has_as_its_default(tmp_path):
+    _claim(tmp_path)
+    make(tmp_path / "round_000" / "checkpoints" / "2")
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["train"]["flip"], stored["evaluate"]["sample"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="train.flip: false there, true now"):
+        _claim(tmp_path, **{"train.flip": "true"})
+    _claim(tmp_path)
+    assert json.loads(path.read_text())["train"]["flip"] is False
+
+
 def test_a_workdir_belongs_to_its_config(tmp_path):
     workdir = tmp_path / "a" / "b"
     _claim(workdir)
