@@ -193,6 +193,16 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                 f"config.train.best={spec.best!r} needs config.train.validate_every: only a"
                 " validation says which checkpoint is the best."
             )
+        if spec.held_out and not spec.validate_every:
+            yield (
+                f"config.train.held_out={spec.held_out} needs config.train.validate_every: only"
+                " validations look at the pairs that no step learns from."
+            )
+        if spec.validate_every and not (spec.num_validation_prompts or spec.held_out):
+            yield (
+                f"config.train.validate_every={spec.validate_every} has nothing to look at: set"
+                " config.train.num_validation_prompts or config.train.held_out."
+            )
         if spec.lora_rank and (spec.start or spec.reference == "first"):
             yield (
                 f"config.train.lora_rank={spec.lora_rank} with config.train.start or"
@@ -207,16 +217,20 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
         if spec.best and spec.best not in (known := validated(config)):
             has = ", ".join(known) or "none"
             yield (
-                f"config.train.best={spec.best!r} is no metric of a validation: config.scorers make"
+                f"config.train.best={spec.best!r} is no metric of a validation, which has"
                 f" {has}{_close(spec.best, known)}"
             )
 
 
 def validated(config: ConfigDict) -> list[str]:
-    """The metrics of a validation: the columns of the scorers."""
+    """The metrics of a validation: the columns of the scorers, and those of held-out pairs."""
     found: list[str] = []
-    for block, spec in config.scorers.items():
-        found += named(block, scorer_class(block, spec).columns)
+    if config.train.num_validation_prompts:
+        for block, spec in config.scorers.items():
+            found += named(block, scorer_class(block, spec).columns)
+    if config.train.held_out:
+        loss = load_loss(config.loss.name, config.loss.get(config.loss.name, {}))
+        found += ["held_out/loss", *["held_out/accuracy"] * loss.uses_reference]
     return found
 
 

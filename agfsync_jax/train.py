@@ -12,8 +12,10 @@ step) alone: stopped and started again, on any number of devices, the training g
 never stopped.
 """
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,13 @@ from agfsync_jax.training.checkpoints import (
     restore_denoiser,
     trained_rounds,
 )
-from agfsync_jax.training.loop import Training, fit, restore_state
+from agfsync_jax.training.loop import Training, conditioned, fit, restore_state
 from agfsync_jax.training.step import StepSpec
-from agfsync_jax.training.validation import Validation
+from agfsync_jax.training.validation import HeldOutPairs, Validation
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import read_json, to_path, write_text
+
+_DRAWS = 4  # of noise and timesteps, for each pair that is held out
 
 
 def train(job: Job) -> None:
@@ -170,8 +174,47 @@ def check_pairs(folder: Path, config: Any) -> None:
         )
 
 
-def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoader:
-    """The pairs, or rankings, in `folder`.
+def load_pairs(
+    folder: Path, config: Any, spec: StepSpec, mesh: Mesh
+) -> tuple[PairLoader, PairLoader | None]:
+    """The pairs, or rankings, in `folder` that are learned, and those that are held out.
+
+    Raises:
+        FileNotFoundError, RecordError: no pairs, or damaged ones.
+        ValueError: see `read_examples`; or `config.train.held_out` leaves none to learn, or to look
+            at.
+    """
+    train, examples = config.train, read_examples(folder, config, spec)
+    empty = backbones.tokenizer(config)([""])[0] if train.empty_prompts else None
+    more = {"empty": empty, "empty_prompts": train.empty_prompts, "flip": train.flip}
+    load = functools.partial(PairLoader, seed=spec.seed, mesh=mesh)
+    if not train.held_out:
+        return load(examples, train.batch_size, parts=spec.accumulate, **more), None
+    held = is_held_out(examples["token_ids"], train.held_out)
+    if held.all() or not held.any():
+        raise ValueError(
+            f"config.train.held_out={train.held_out} of {len(held)} pairs are"
+            f" {'all' if held.all() else 'none'} of them: set another share, or 0."
+        )
+    learned, kept = (
+        {
+            name: values if name.startswith("embeddings/") else np.asarray(values)[rows]
+            for name, values in examples.items()
+        }
+        for rows in (np.flatnonzero(~held), np.flatnonzero(held))
+    )
+    part = train.batch_size // spec.accumulate
+    return load(learned, train.batch_size, parts=spec.accumulate, **more), load(kept, part)
+
+
+def is_held_out(token_ids: np.ndarray, share: float) -> np.ndarray:
+    """Which rows' prompts are held out, bool [n]: by the prompt alone, whatever else there is."""
+    digests = [hashlib.sha256(np.asarray(ids, np.int32).tobytes()).digest() for ids in token_ids]
+    return np.array([int.from_bytes(each[:4], "big") < share * 2**32 for each in digests])
+
+
+def read_examples(folder: Path, config: Any, spec: StepSpec) -> dict[str, Any]:
+    """What `PairLoader` takes of the pairs, or rankings, in `folder`.
 
     A pair is a ranking of two for a loss that takes those.
 
@@ -213,16 +256,7 @@ def load_pairs(folder: Path, config: Any, spec: StepSpec, mesh: Mesh) -> PairLoa
         padded = {n: pad_rankings(pairs.pop(n), pairs["scores"]) for n in (*flipped, *latents)}
         pairs |= {name: found["latents"] for name, found in padded.items()}
         pairs |= {name: padded["latents"][name] for name in ("scores", "mask")}
-    return PairLoader(
-        pairs,
-        config.train.batch_size,
-        spec.seed,
-        mesh,
-        parts=spec.accumulate,
-        empty=backbones.tokenizer(config)([""])[0] if config.train.empty_prompts else None,
-        empty_prompts=config.train.empty_prompts,
-        flip=config.train.flip,
-    )
+    return pairs
 
 
 def prepare(
@@ -242,19 +276,20 @@ def prepare(
     mesh = program.create_train_mesh(config)
     spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
     check_pairs(round_dir, config)
-    loader = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
+    loader, kept = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     first = backbone.params.pop(backbone.denoiser_name)
     denoiser = restore_denoiser(before, first) if before else start_of(config, first, mesh)
     reference = first if is_reference_first(config, bool(before)) else denoiser
     del first
-    embeddings, text = None, {}
+    embeddings, of_kept, text = None, None, {}
     if spec.encode:
         text = {name: p for name, p in backbone.params.items() if name.startswith("text_encoder")}
     else:
         embeddings = embed_prompts(config, loader, backbone, mesh)
-    validation = Validation(config, mesh, backbone) if config.train.validate_every else None
+        of_kept = embed_prompts(config, kept, backbone, mesh) if kept else None
+    validation = Validation(config, mesh, backbone) if draws(config) else None
     backbone.params.clear()  # who needs them has them
 
     init = program.init_program(denoiser, spec, mesh, config.sharding)
@@ -268,6 +303,13 @@ def prepare(
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     step = program.step_program(state, frozen, spec, mesh)
+    held_out = None
+    if kept:
+        held_out = HeldOutPairs(
+            program.held_out_program(state, frozen, spec, mesh),
+            functools.partial(conditioned, kept, of_kept),
+            num_batches=math.ceil(_DRAWS * kept.num_pairs / kept.batch_size),
+        )
 
     def load_base():
         again = backbones.load(config, mesh, only=[backbone.denoiser_name])
@@ -275,7 +317,7 @@ def prepare(
         return restore_denoiser(before, base) if before else base
 
     return Training(
-        *(spec, state, frozen, step, loader, embeddings, validation),
+        *(spec, state, frozen, step, loader, embeddings, validation, held_out),
         higher_is_better=is_higher_better(config),
         load_base=load_base,
     )
@@ -313,9 +355,14 @@ def is_reference_first(config: Any, is_later: bool) -> bool:
 def load_backbone(config: Any, loader: PairLoader, mesh: Mesh) -> Any:
     """The backbone, or its denoiser alone where nothing is encoded and nothing drawn."""
     empty = bool(config.train.empty_prompts)  # which no pair has
-    if loader.stored_embeddings and not (config.train.validate_every or empty):
+    if loader.stored_embeddings and not (draws(config) or empty):
         return backbones.load(config, mesh, only=[backbones.backbone_class(config).denoiser_name])
     return backbones.load(config, mesh)
+
+
+def draws(config: Any) -> bool:
+    """Whether validations draw pictures."""
+    return bool(config.train.validate_every and config.train.num_validation_prompts)
 
 
 def embed_prompts(config: Any, loader: PairLoader, backbone: Any, mesh: Mesh) -> PromptEmbeddings:

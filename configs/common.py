@@ -104,7 +104,8 @@ def get_config() -> ConfigDict:
     c.train.save_every = 100  # steps
     c.train.keep = 2  # checkpoints, the newest
     c.train.validate_every = 0  # steps; 0: never. Held-out prompts are drawn and scored
-    c.train.num_validation_prompts = 16  # the first of the held-out ones
+    c.train.num_validation_prompts = 16  # the first of the held-out ones; 0: none are drawn
+    c.train.held_out = 0.0  # the share of prompts whose pairs no step learns, validations alone
     c.train.best = ""  # a validation's metric, such as vqa: the best checkpoint by it stays too
     c.train.patience = 0  # validations without a better one, after which training ends; 0: never
     c.train.tensorboard = True  # events in checkpoints/tensorboard

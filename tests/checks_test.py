@@ -62,6 +62,7 @@ def test_all_is_told_at_once():
         ("train", "train.optimizer", "sgd", "optimizer='sgd': expected adamw | adafactor | lion"),
         ("train", "train.remat", "some", "remat='some': expected none | dots | full"),
         ("train", "train.best", "vqa", "train.best='vqa' needs config.train.validate_every"),
+        ("train", "train.held_out", 0.1, "held_out=0.1 needs config.train.validate_every"),
         ("train", "loss.name", "dpo", "Did you mean 'diffusion_dpo'?"),
         ("train", "backbone.dtype", "fp16", "dtype='fp16': expected float32 | bfloat16 | float16"),
         ("train", "mesh.data", 3, "Mesh data=3, fsdp=1, tensor=1 does not fit 8"),

@@ -31,6 +31,7 @@ from agfsync_jax.training.checkpoints import (
     restore_denoiser,
     trained_rounds,
 )
+from agfsync_jax.training.objective import preference_loss
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from configs import common
@@ -479,7 +480,7 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     assert shown == FakeValidation.scores
     assert sorted(p.name for p in folder.iterdir() if p.name.isdecimal()) == ["4", "5"]
     assert decode_png((folder / "validation/000004.png").read_bytes())[0, 0, 0] == 4
-    assert "step 4, held-out prompts: vqa 0.9" in capsys.readouterr().err
+    assert "step 4, validation: vqa 0.9" in capsys.readouterr().err
     # Watching changes nothing.
     names = set(rows[0]) - {"seconds"}
     assert [{n: row[n] for n in names & set(row)} for row in rows] == [
@@ -490,6 +491,57 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     for name in (b"rewards/margin", b"validation/vqa", b"learning_rate", b"error_by_time/"):
         assert name in data
     assert data.count(b"\x89PNG") == 3
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
+    """They are those of whole prompts, nothing is learned of them, and validations tell of them."""
+    make_workdir(tmp_path, num_pairs=20, embeddings=embeddings)
+    changes = {"train.validate_every": 2, "train.num_validation_prompts": 0, "train.num_steps": 4}
+    config = make_config(**changes, **{"train.held_out": 0.4, "train.best": "held_out/loss"})
+    training = train.prepare(config, tmp_path / "round_000", [], None, 0)
+    mesh = create_mesh()
+    learned, kept = train.load_pairs(tmp_path / "round_000/pairs", config, training.spec, mesh)
+    prompts = [{tuple(ids) for ids in each.token_ids.tolist()} for each in (learned, kept)]
+    assert len(prompts[0]) + len(prompts[1]) == 5 and not prompts[0] & prompts[1]
+    assert learned.num_pairs + kept.num_pairs == 20 and kept.num_pairs == 4 * len(prompts[1]) > 0
+    assert training.loader.num_pairs == learned.num_pairs
+    assert train.is_held_out(np.array(sorted(prompts[1])), 0.4).all()
+    assert 70 < train.is_held_out(np.arange(3000).reshape(1000, 3), 0.1).sum() < 130
+
+    start = training.held_out(training.state, training.frozen)
+    assert start["held_out/loss"] == LN2 and start["held_out/accuracy"] == 0.5
+    names = {"loss", "accuracy", "chosen", "rejected", "margin", "margin_size", "weight"}
+    assert set(start) == {f"held_out/{name}" for name in names}
+    params = jax.tree.map(lambda leaf: leaf * 1.01, training.state.params)
+    moved = training.state._replace(params=params, step=jnp.int32(3))
+    now = training.held_out(moved, training.frozen)
+    assert now == training.held_out(moved._replace(step=jnp.int32(1)), training.frozen)
+    values = []
+    for index in range(training.held_out.num_batches):
+        batch = training.held_out.batch(index)
+        batch["latents"] = jnp.stack([batch.pop(f"{side}_latents") for side in _SIDES], axis=1)
+        value, _ = preference_loss(
+            *(params, training.frozen["base"], batch),
+            loss=training.spec.loss,
+            denoise=lambda p, *args: training.spec.backbone.denoise({"unet": p}, *args),
+            schedule=training.spec.backbone.schedule,
+            seed=training.spec.seed,
+            step=jnp.int32(index),
+        )
+        values.append(float(value))
+    assert now["held_out/loss"] == pytest.approx(np.mean(values), rel=1e-4) != LN2
+
+    train.main(config, tmp_path)
+    rows = {row["step"]: row.get("validation/held_out/loss") for row in metrics(tmp_path)}
+    assert rows[1] is None and rows[2] > 0 and rows[4] > 0
+    folder = tmp_path / "round_000/checkpoints"
+    best = find_step(folder, "best", 4, "held_out/loss", False)
+    assert rows[best] == min(rows[2], rows[4])
+
+    config.train.held_out = 1e-6
+    with pytest.raises(ValueError, match="held_out=1e-06 of 20 pairs are none of them"):
+        train.prepare(config, tmp_path / "round_000", [], None, 0)
 
 
 def whole(kernel):

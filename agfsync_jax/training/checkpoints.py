@@ -261,7 +261,9 @@ def find_step(
 def is_higher_better(config: Any) -> bool:
     """Of the metric `config.train.best`."""
     best = config.train.best
-    return not best or columns_of(config)[best].higher_is_better
+    if not best or best.startswith("held_out/"):
+        return best != "held_out/loss"
+    return columns_of(config)[best].higher_is_better
 
 
 def trained_rounds(

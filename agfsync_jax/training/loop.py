@@ -21,7 +21,7 @@ from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.training.objective import NUM_BINS
 from agfsync_jax.training.step import StepSpec, TrainState
 from agfsync_jax.training.symptoms import Symptoms
-from agfsync_jax.training.validation import Validation
+from agfsync_jax.training.validation import HeldOutPairs, Validation
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.clock import Progress, Stage
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
@@ -41,6 +41,7 @@ class Training:
     loader: PairLoader
     embeddings: PromptEmbeddings | None = None  #: of the loader's rows; None where steps make them
     validation: Validation | None = None  #: None where nothing is drawn
+    held_out: HeldOutPairs | None = None  #: None where no pair is
     higher_is_better: bool = True  #: of the metric `config.train.best`
     load_base: Callable[[], Any] | None = None  #: what the denoiser was where training started
 
@@ -50,11 +51,7 @@ class Training:
 
     def batch(self, index: int) -> dict[str, Any]:
         """What step `index` learns from."""
-        batch = self.loader.batch(index)
-        if self.embeddings:
-            del batch["token_ids"]
-            batch["conditioning"] = self.embeddings(self.loader.prompt_rows(index))
-        return batch
+        return conditioned(self.loader, self.embeddings, index)
 
     def denoiser(self, state: TrainState) -> Any:
         """The parameters that a state has come to, to compute with."""
@@ -85,6 +82,17 @@ class Training:
         """FLOP of a step by formula, on all devices."""
         denoiser = jax.eval_shape(self.denoiser, self.state)
         return program.step_flops(self.spec, denoiser, self.batch(0), self.frozen["text"])
+
+
+def conditioned(
+    loader: PairLoader, embeddings: PromptEmbeddings | None, index: int
+) -> dict[str, Any]:
+    """A loader's batch, with its prompts' embeddings if there are any."""
+    batch = loader.batch(index)
+    if embeddings:
+        del batch["token_ids"]
+        batch["conditioning"] = embeddings(loader.prompt_rows(index))
+    return batch
 
 
 def restore_state(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
@@ -152,7 +160,8 @@ class _Loop:
             self.report()  # the step before, while the one just dispatched runs
             self.unread, scores = (step, metrics), None
             stop, last = stop_together(step, bool(held)), step == spec.num_steps
-            if self.training.validation and not stop and (last or step % spec.validate_every == 0):
+            due = spec.validate_every and (last or step % spec.validate_every == 0)
+            if due and not stop:
                 jax.block_until_ready(metrics)  # else its time would count as the validation's
                 scores = self.validate(step, state)
             better = bool(scores and spec.best) and self.is_better(step, scores[spec.best])
@@ -200,16 +209,21 @@ class _Loop:
         )
 
     def validate(self, step: int, state: TrainState) -> dict[str, float]:
-        """Scores of held-out prompts; the pictures go to TensorBoard and to a file."""
+        """Scores of held-out prompts and of held-out pairs; the pictures go to TensorBoard and to a
+        file."""
+        training, scores, grid = self.training, {}, None
         with self.stage.pause():
-            scores, grid = self.training.validation(self.training.denoiser(state))
+            if training.validation:
+                scores, grid = training.validation(training.denoiser(state))
+            if training.held_out:
+                scores |= training.held_out(state, training.frozen)
             if grid is not None:
                 self.writer.write_image(step, "validation", grid)
                 if multihost.is_main():
                     path = self.checkpoints.folder / "validation" / f"{step:06d}.png"
                     write_file(path, [encode_png(grid)])
             listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self.stage.print(f"step {step}, held-out prompts: {listed}")
+            self.stage.print(f"step {step}, validation: {listed}")
         return scores
 
     def report(self, scores: Mapping[str, float] | None = None) -> None:

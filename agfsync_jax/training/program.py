@@ -22,7 +22,14 @@ from agfsync_jax.parallel.sharding import (
 )
 from agfsync_jax.training.objective import Noising, load_loss
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import StepSpec, TrainState, frozen_base, init_state, train_step
+from agfsync_jax.training.step import (
+    StepSpec,
+    TrainState,
+    frozen_base,
+    held_out_metrics,
+    init_state,
+    train_step,
+)
 from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
@@ -123,6 +130,19 @@ def step_program(
         in_shardings=(state, frozen, batch_sharding(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
+    )
+
+
+def held_out_program(
+    state: TrainState, frozen: Mapping[str, Any], spec: StepSpec, mesh: Mesh
+) -> Callable[..., dict[str, jax.Array]]:
+    """(state, frozen, batch, draw) -> metrics, see `held_out_metrics`."""
+    state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    everywhere = replicated(mesh)
+    return jax.jit(
+        functools.partial(held_out_metrics, spec=spec),
+        in_shardings=(state, frozen, batch_sharding(mesh), everywhere),
+        out_shardings=everywhere,
     )
 
 

@@ -112,46 +112,12 @@ def train_step(
             mask [b, k] of rankings, scores [b, 2] of pairs if the loss uses them; example [b];
             conditioning, a pytree of arrays [b, ...], or token_ids.
     """
-    batch = dict(batch)
-    if "latents" not in batch:
-        pair = batch.pop("chosen_latents"), batch.pop("rejected_latents")
-        batch["latents"] = jnp.stack(pair, axis=1)
-    backbone, name = spec.backbone, spec.backbone.denoiser_name
-
-    def denoise(params, *args):
-        if not spec.lora_rank:
-            params = _cast(params, backbone.dtype)
-        with rematerialized(spec.remat):
-            return backbone.denoise({name: params}, *args)
-
-    if backbone.dtype == jnp.float16:
-        denoise = _scaled_backward(denoise)
-
-    def whole(trained):
-        return lora.attach(frozen["base"], trained) if spec.lora_rank else trained
-
-    reference = whole(state.reference) if spec.reference_decay else frozen["base"]
+    batch = _stacked(batch)
     loss = spec.loss
     if spec.auto_beta:
         beta = auto_beta(state.margin, spec)
         loss = loss.with_beta(beta)
-
-    def objective(trained, part):
-        if spec.encode:
-            tokens = part.pop("token_ids")
-            part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
-        return preference_loss(
-            whole(trained),
-            reference,
-            part,
-            loss=loss,
-            denoise=denoise,
-            schedule=backbone.schedule,
-            seed=spec.seed,
-            step=state.step,
-            noising=spec.noising,
-        )
-
+    objective = _objective(state, frozen, loss, spec)
     differentiate = jax.grad(objective, has_aux=True)
     grads, metrics = _accumulated(differentiate, state.params, batch, spec.accumulate)
     metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
@@ -172,6 +138,73 @@ def train_step(
         size = metrics["rewards/margin_size"] / beta
         margin = _MARGIN_DECAY * margin + (1 - _MARGIN_DECAY) * size
     return TrainState(state.step + 1, params, opt_state, ema, moved, margin), metrics
+
+
+def held_out_metrics(
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    draw: Int[Array, ""],
+    *,
+    spec: StepSpec,
+) -> dict[str, Array]:
+    """The metrics of what training has made, on a batch that no step learns from.
+
+    Args:
+        state, frozen, batch: see `train_step`. Beta is the loss's own: validations are compared.
+        draw: of noise and timesteps, which are the same at every state.
+    """
+    state = state._replace(step=draw)
+    _, metrics = _objective(state, frozen, spec.loss, spec)(state.averaged, _stacked(batch))
+    return metrics
+
+
+def _stacked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of pairs with latents [b, 2, h, w, c], as rankings have them."""
+    batch = dict(batch)
+    if "latents" not in batch:
+        pair = batch.pop("chosen_latents"), batch.pop("rejected_latents")
+        batch["latents"] = jnp.stack(pair, axis=1)
+    return batch
+
+
+def _objective(
+    state: TrainState, frozen: Mapping[str, Any], loss: Loss, spec: StepSpec
+) -> Callable[[Any, dict[str, Any]], tuple[Array, dict[str, Array]]]:
+    """(what is trained, a part of a batch) -> the loss and metrics, at a state's noise."""
+    backbone, name = spec.backbone, spec.backbone.denoiser_name
+
+    def denoise(params, *args):
+        if not spec.lora_rank:
+            params = _cast(params, backbone.dtype)
+        with rematerialized(spec.remat):
+            return backbone.denoise({name: params}, *args)
+
+    if backbone.dtype == jnp.float16:
+        denoise = _scaled_backward(denoise)
+
+    def whole(trained):
+        return lora.attach(frozen["base"], trained) if spec.lora_rank else trained
+
+    reference = whole(state.reference) if spec.reference_decay else frozen["base"]
+
+    def objective(trained, part):
+        if spec.encode:
+            tokens = part.pop("token_ids")
+            part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
+        return preference_loss(
+            whole(trained),
+            reference,
+            part,
+            loss=loss,
+            denoise=denoise,
+            schedule=backbone.schedule,
+            seed=spec.seed,
+            step=state.step,
+            noising=spec.noising,
+        )
+
+    return objective
 
 
 def _accumulated(

@@ -1,6 +1,8 @@
 """Pictures while training: the same held-out prompts and seeds every time, and their scores."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +75,32 @@ class Validation:
             columns, _ = engine.score_images(self._scorers, images, self._prompts, self._questions)
             grid = draw_grid(images[:_SHOWN], self._prompts)
         return {name: _mean(values) for name, values in columns.items()}, grid
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutPairs:
+    """Pairs of prompts that no step learns from: whether the policy tells those apart, too.
+
+    They are taken with the same noise at every validation.
+    """
+
+    program: Callable[..., dict[str, Any]]  #: see `held_out_program`
+    batch: Callable[[int], dict[str, Any]]
+    num_batches: int
+
+    def __call__(self, state: Any, frozen: Any) -> dict[str, float]:
+        """held_out/loss and the loss's own metrics, such as held_out/accuracy."""
+        rows = jax.device_get(
+            [
+                self.program(state, frozen, self.batch(index), np.int32(index))
+                for index in range(self.num_batches)
+            ]
+        )
+        return {
+            f"held_out/{name.removeprefix('rewards/')}": float(np.mean([row[name] for row in rows]))
+            for name in rows[0]
+            if name == "loss" or name.startswith("rewards/")
+        }
 
 
 def _mean(values: np.ndarray) -> float:
