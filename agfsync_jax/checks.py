@@ -25,7 +25,7 @@ from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
 from agfsync_jax.training.objective import load_loss, timesteps_of
-from agfsync_jax.training.program import check_use
+from agfsync_jax.training.program import check_start, check_use
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import Unreachable, check_reachable, is_url, to_path
 from agfsync_jax.weights.places import is_local, resolve_path
@@ -59,6 +59,8 @@ def check(
         problems += prompts(config, verb, round_index)
     if not problems:
         problems += files(config, verb, downloads=True)
+    if not problems and verb in TRAINS and config.train.start:
+        problems += _told(lambda: start(config))
     if not problems and verb in TRAINS and config.train.timesteps:
         num = backbones.schedule(config).num_train_timesteps
         problems += _told(lambda: timesteps_of(config.train.timesteps, num))
@@ -273,6 +275,14 @@ def files(config: ConfigDict, verb: str, *, downloads: bool) -> Iterator[str]:
                 PreferenceSet(config.pair)
 
         yield from _told(look)
+
+
+def start(config: ConfigDict) -> None:
+    """Raises ValueError for a `config.train.start` that the backbone cannot hold."""
+    cls = backbones.backbone_class(config)
+    other = cls.inspect(cls.open(config.train.start, variant="", kind=""))
+    shapes = (found[cls.denoiser_name].abstract for found in (backbones.inspect(config), other))
+    check_start(config, *shapes)
 
 
 def room(config: ConfigDict, verb: str, workdir: Path) -> list[str]:

@@ -335,15 +335,7 @@ def start_of(config: Any, first: Any, mesh: Mesh) -> Any:
         return first
     name = backbones.backbone_class(config).denoiser_name
     other = backbones.load(config, mesh, path=path, variant="", kind="", lora=(), only=[name])
-    shapes = [
-        {jax.tree_util.keystr(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (first, other.params[name])
-    ]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"config.train.start={path} has a denoiser of other sizes than config.backbone.path="
-            f"{config.backbone.path}, the reference."
-        )
+    program.check_start(config, first, other.params[name])
     return other.params[name]
 
 

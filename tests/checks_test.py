@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from agfsync_jax import checks, cli
 from agfsync_jax.plans import _holdings
 from agfsync_jax.utils import configs, modules
+from configs import micro
+from tests import released_folders
 from tests.variants import RELEASED
 
 MICRO = "configs/micro.py:tiny"
@@ -348,6 +350,17 @@ def test_weights_that_do_not_fit_are_told(monkeypatch):
     assert told_of_memory(config, "sample") == []
     room(monkeypatch, memory=30 * 10**9)
     assert told_of_memory(config, "run") == []
+
+
+def test_a_policy_of_other_sizes_is_told(tmp_path):
+    released_folders.stable_diffusion(tmp_path / "sd15", "sd15")
+    config = micro.get_config("tiny")
+    config.backbone.path = config.train.start = str(tmp_path / "sd15")
+    checks.check(config, "train", num_devices=8)
+    config.train.start = "micro:stable-diffusion"
+    with pytest.raises(ValueError, match="micro:stable-diffusion has a denoiser of other sizes"):
+        checks.check(config, "train", num_devices=8)
+    checks.check(config, "sample", num_devices=8)  # which has no policy yet
 
 
 def test_weights_that_devices_share_fit(monkeypatch):

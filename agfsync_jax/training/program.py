@@ -87,6 +87,20 @@ def check_use(loss: Loss, config: Any) -> None:
         )
 
 
+def check_start(config: Any, first: Any, start: Any) -> None:
+    """Raises ValueError for a denoiser of `config.train.start` that is not shaped as `first`, that
+    of `config.backbone`; both are arrays, or their shapes."""
+    shapes = [
+        {jax.tree_util.keystr(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (first, start)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"config.train.start={config.train.start} has a denoiser of other sizes than"
+            f" config.backbone.path={config.backbone.path}, the reference."
+        )
+
+
 def num_parts(batch_size: int, device_batch_size: int, mesh: Mesh) -> int:
     """In how many parts, one after the other, a batch is taken.
 
