@@ -14,3 +14,5 @@ RELEASED = [
     for name, variants in VARIANTS.items()
     for variant in ("", *(f":{each}" for each in variants))
 ]
+# Variants combine.
+RELEASED += [f"configs/{name}.py:small,lcm" for name in VARIANTS if "lcm" in VARIANTS[name]]
