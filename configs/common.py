@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     c.train.noise_offset = 0.0  # of a constant beside the noise, for darker and lighter pictures
     c.train.min_snr_gamma = 0.0  # errors count min(SNR, gamma) / SNR; 5 is usual, 0: all alike
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
+    c.train.lora_alpha = 0.0  # adapters' product counts alpha / rank; 0: all of it, as alpha = rank
     c.train.lora_targets = "attention"  # or transformers, all of these; or all, convolutions too
     c.train.device_batch_size = 0  # pairs that a device takes at once; 0: all
     c.train.remat = "none"  # dots or full: blocks are run again for their gradient, for less memory

@@ -164,6 +164,7 @@ KEYS = {
     "train.optimizer": one_of("adamw", "adafactor", "lion"),
     "train.momentum_dtype": one_of("float32", "bfloat16"),
     "train.lora_rank": whole(0),
+    "train.lora_alpha": number(0),
     "train.lora_targets": one_of("attention", "transformers", "all"),
     "train.device_batch_size": whole(0),
     "train.remat": one_of("none", "dots", "full"),

@@ -544,6 +544,17 @@ def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
         train.prepare(config, tmp_path / "round_000", [], None, 0)
 
 
+@pytest.mark.parametrize("alpha, ratio", [(0.0, 1.0), (8.0, 4.0)])
+def test_adapters_learn_by_their_alpha(tmp_path, alpha, ratio):
+    """Adam's first step is as long as the learning rate, and B holds alpha / rank."""
+    make_workdir(tmp_path)
+    changes = {"train.lora_rank": 2, "train.lora_alpha": alpha, "train.warmup_steps": 0}
+    training = train.prepare(make_config(**changes), tmp_path / "round_000", [], None, 0)
+    state, _ = training.step(training.state, 0)
+    for factors in state.params.values():
+        np.testing.assert_allclose(np.median(np.abs(factors["B"])), ratio * 1e-3, rtol=1e-3)
+
+
 def whole(kernel):
     """A kernel with the adapter that it may have."""
     if isinstance(kernel, lora.Branched):

@@ -1,5 +1,8 @@
 """The optimizer of `config.train`: AdamW, Adafactor or Lion with warm-up, after clipping."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import optax
 
 
@@ -67,3 +70,27 @@ def make_optimizer(
     if max_grad_norm:
         update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
     return update, rate
+
+
+def with_lora_alpha(
+    optimizer: optax.GradientTransformation, ratio: float
+) -> optax.GradientTransformation:
+    """The optimizer of LoRA adapters {name: {"A", "B"}} whose product counts alpha / rank, `ratio`.
+
+    Elsewhere, as in PEFT and kohya's scripts, that is a factor on the product. Here A @ B is what
+    is added to a kernel, and the factor is within B: the optimizer sees B and its gradient as it
+    would see them there.
+    """
+
+    def scaled(adapters: Mapping[str, Any], by: float) -> dict[str, Any]:
+        return {name: {**pair, "B": by * pair["B"]} for name, pair in adapters.items()}
+
+    def init(params):
+        return optimizer.init(scaled(params, 1 / ratio))
+
+    def update(grads, state, params):
+        grads, params = scaled(grads, ratio), scaled(params, 1 / ratio)
+        updates, state = optimizer.update(grads, state, params)
+        return scaled(updates, ratio), state
+
+    return optax.GradientTransformation(init, update)

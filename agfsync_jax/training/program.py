@@ -21,7 +21,7 @@ from agfsync_jax.parallel.sharding import (
     replicated,
 )
 from agfsync_jax.training.objective import Noising, load_loss
-from agfsync_jax.training.optimizer import make_optimizer
+from agfsync_jax.training.optimizer import make_optimizer, with_lora_alpha
 from agfsync_jax.training.step import (
     StepSpec,
     TrainState,
@@ -55,6 +55,8 @@ def step_spec(
     """
     spec = config.train
     optimizer, learning_rate = make_optimizer(**{name: spec[name] for name in _OPTIMIZER})
+    if spec.lora_rank and spec.lora_alpha:
+        optimizer = with_lora_alpha(optimizer, spec.lora_alpha / spec.lora_rank)
     loss = load_loss(config.loss.name, config.loss.get(config.loss.name, {}))
     check_use(loss, config)
     # Each round has an order and a noise of its own.

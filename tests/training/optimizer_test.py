@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from agfsync_jax.training.optimizer import make_optimizer
+from agfsync_jax.training.optimizer import make_optimizer, with_lora_alpha
 
 
 def test_learning_rate_schedules():
@@ -109,3 +109,29 @@ def test_gradients_are_clipped_only_where_wanted():
         _, state = optimizer.update(grads, optimizer.init(grads), grads)
         (momentum,) = (x for x in jax.tree.leaves(state) if x.shape == (2,))
         np.testing.assert_allclose(jnp.linalg.norm(momentum), 0.01 * want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+def test_lora_alpha_is_a_factor_on_the_product(optimizer):
+    """Adapters that hold it learn as those of PEFT, which are multiplied by alpha / rank."""
+    rng, ratio = np.random.default_rng(0), 4.0
+    target, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (6, 2), (2, 5)))
+    made, _ = make_optimizer(
+        learning_rate=0.05, num_steps=9, optimizer=optimizer, weight_decay=0.1, max_grad_norm=3.0
+    )
+
+    def train(optimizer, adapters, factor):
+        def loss(tree):
+            return jnp.sum(jnp.square(factor * tree["q"]["A"] @ tree["q"]["B"] - target))
+
+        state = optimizer.init(adapters)
+        for _ in range(9):
+            updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)
+            adapters = optax.apply_updates(adapters, updates)
+        return factor * adapters["q"]["A"] @ adapters["q"]["B"]
+
+    theirs = train(made, {"q": {"A": a, "B": b}}, ratio)
+    ours = train(with_lora_alpha(made, ratio), {"q": {"A": a, "B": ratio * b}}, 1.0)
+    plain = train(made, {"q": {"A": a, "B": ratio * b}}, 1.0)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(plain - theirs).max() > 0.01
