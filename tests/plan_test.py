@@ -160,6 +160,18 @@ def test_training(config, capsys, monkeypatch):
     assert forward_passes(step_spec(config)) == 4
 
 
+def test_training_on_rankings(config):
+    """Each of a prompt's candidates costs what an image of a pair does."""
+    config.train.batch_size, config.sample.num_candidates = 8, 5
+    pairs = train_plan.work(config, jax.devices(), "here")
+    config.loss.name, config.pair.strategy = "dgpo", "ranked"
+    ranked = train_plan.work(config, jax.devices(), "here")
+    assert ranked.step_flops / pairs.step_flops == pytest.approx(5 / 2, rel=1e-3)
+    assert "8 rankings of 5 images, 20 passes of an image each" in ranked.notes[0]
+    config.pair.strategy = "best_worst"
+    assert train_plan.work(config, jax.devices(), "here").step_flops == pairs.step_flops
+
+
 class TestWithLibtpu:
     @pytest.fixture(autouse=True)
     def libtpu(self):

@@ -20,10 +20,10 @@ BATCH = "train.batch_size"
 
 
 def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
-    """One run of the program is a step on a batch of pairs.
+    """One run of the program is a step on a batch of pairs, or of rankings of all candidates.
 
     Raises:
-        ValueError: settings that training refuses; a loss of rankings, whose lengths are not known.
+        ValueError: settings that training refuses.
     """
     del name
     spec, mesh = config.train, program.create_train_mesh(config, devices)
@@ -31,10 +31,8 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     backbone = abstract_backbone(config, mesh, *source, param_dtype="float32")
     plain = backbone.plain()
     step = program.step_spec(config, mesh, backbone=backbone)
-    if step.loss.is_listwise:
-        raise ValueError(
-            f"config.loss.name={config.loss.name} is of rankings: plan knows pairs alone."
-        )
+    ranked = step.loss.is_listwise and config.pair.strategy == "ranked"
+    count = config.sample.num_candidates if ranked else 2
     base = backbone.params[backbone.denoiser_name]
     state = jax.eval_shape(program.init_program(base, step, mesh, config.sharding), base)
     frozen: dict[str, Any] = {"base": None, "text": {}}
@@ -46,15 +44,17 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
 
     shape = backbone.latent_shape(config.sample.height, config.sample.width)
     size = spec.batch_size
-    latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
-    batch = {
-        "chosen_latents": latents,
-        "rejected_latents": latents,
-        "example": jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
-    if step.loss.uses_scores:
-        batch["scores"] = jax.ShapeDtypeStruct((size, 2), jnp.float32)
+    batch = {"example": jax.ShapeDtypeStruct((size,), jnp.int32)}
+    if ranked:
+        batch["latents"] = jax.ShapeDtypeStruct((size, count, *shape), jnp.float32)
+    else:
+        latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+        batch |= {"chosen_latents": latents, "rejected_latents": latents}
+    if step.loss.uses_scores or step.loss.is_listwise:
+        batch["scores"] = jax.ShapeDtypeStruct((size, count), jnp.float32)
+    if step.loss.is_listwise:
+        batch["mask"] = jax.ShapeDtypeStruct((size, count), bool)
     if step.encode:
         batch["token_ids"] = tokens
     else:
@@ -83,7 +83,7 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         optimizer=(state.opt_state, state.ema, state.reference),
         unit=step.accumulate,
         notes=(
-            f"a step is of {size} pairs, {program.forward_passes(step)} passes of an image each by"
-            " formula.",
+            f"a step is of {size} {f'rankings of {count} images' if ranked else 'pairs'},"
+            f" {program.forward_passes(step) * count // 2} passes of an image each by formula.",
         ),
     )
