@@ -1,6 +1,7 @@
 """Every test runs on 8 fake CPU devices and fails on implicit rank promotion."""
 
 import functools
+import gc
 import os
 import signal
 from pathlib import Path
@@ -26,8 +27,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish(session):
+    gc.freeze()  # what is imported stays, and is a million objects to look through otherwise
+
+
 # Minutes each: begun last, one of them would leave the other process waiting.
-_LONGEST = ("pod_test", "plan_test", "step_test", "unet_test", "bench_test", "train_test")
+_LONGEST = (
+    "pod_test",
+    "plan_test",
+    "step_test",
+    "unet_test",
+    "bench_test",
+    "train_test",
+    "export_test",
+)
 
 
 def pytest_collection_modifyitems(items):

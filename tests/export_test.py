@@ -206,7 +206,7 @@ print(json.dumps(multihost.is_main()))
 """
 
 
-@pytest.mark.parametrize("layout", ["", "kohya"])
+@pytest.mark.parametrize("layout", [pytest.param("", marks=pytest.mark.slow), "kohya"])
 def test_two_processes_write_and_verify_one_model(config, adapted, layout):
     if config.backbone.name.endswith("xl"):
         pytest.skip("the other backbone shows it")

@@ -59,6 +59,7 @@ def test_the_verbs_run_in_order(tmp_path, monkeypatch, capsys):
     assert names == "prompts questions sample score pair train evaluate".split()
     monkeypatch.setattr(run, "ROUND", [verb(name) for name in names])
     monkeypatch.setattr(agfsync_jax, "report", verb("report"), raising=False)
+    monkeypatch.setattr(run.jax, "clear_caches", lambda: None)  # other tests have a use for them
     config = configs.load("configs/micro.py", {"rounds": "2"})
     run.main(config, tmp_path, repair=True, step="best")
     each = [(name, index, True) for index in range(2) for name in names]

