@@ -183,7 +183,8 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
         loss = load_loss(config.loss.name, config.loss.get(config.loss.name, {}))
         yield from _told(lambda: check_use(loss, config))
         path, makes = config.pair.path, f"config.loss.name={config.loss.name} learns from scores"
-        if loss.uses_scores and path and not is_pairs(path):
+        of_people = path and not (is_pairs(path) or scored_round(path, to_path(path)))
+        if loss.uses_scores and of_people:
             yield (
                 f"{makes}, and config.pair.path={path} has none: those are choices of people. Take"
                 " another loss, such as diffusion_dpo."

@@ -130,6 +130,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.train.num_steps = c.train.save_every = STEPS
     c.train.warmup_steps = 0
     c.train.validate_every = min(c.train.validate_every, STEPS)
+    if c.train.held_out:  # of so few prompts it may be none, or all
+        c.train.held_out, c.train.best, c.train.patience = 0.0, "", 0
+        c.train.validate_every *= bool(c.train.num_validation_prompts)
     c.train.wandb, c.export.output = "", ""
     judged = max(processes, math.ceil(drawn / c.evaluate.num_seeds))
     c.evaluate.num_prompts = min(judged, len(held_out(config)[0]))

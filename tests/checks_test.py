@@ -155,6 +155,12 @@ def test_what_a_loss_cannot_do(overrides, message):
         check("plan", loss__name=name, train__auto_beta=0.2)
 
 
+def test_scores_of_another_workdir_are_scores(tmp_path):
+    (tmp_path / "candidates").mkdir()
+    (tmp_path / "prompts.jsonl").touch()
+    check("train", loss__name="smpo", pair__path=str(tmp_path))
+
+
 def test_lora_files_are_looked_for(tmp_path):
     missing = str(tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="config.backbone.lora: .*lora.safetensors"):

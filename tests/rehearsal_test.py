@@ -118,6 +118,16 @@ def test_the_least_work_fills_a_batch_of_every_verb():
         assert str(whole) == str(least), key
 
 
+def test_no_pair_is_held_out_of_the_few_of_a_rehearsal():
+    changes = {"train.held_out": "0.1", "train.validate_every": "50", "train.patience": "3"}
+    config = configs.load("configs/micro.py", changes | {"train.best": "held_out/loss"})
+    small = shrink(config)
+    assert (small.train.held_out, small.train.best, small.train.patience) == (0, "", 0)
+    assert small.train.validate_every == 2
+    config.train.num_validation_prompts = 0
+    assert shrink(config).train.validate_every == 0
+
+
 def test_the_table_tells_the_whole_run():
     config = configs.load("configs/micro.py", {})  # 384 prompts, 8 candidates, 200 steps
     least = amounts(config) | {"sample": 64, "train": 2}
