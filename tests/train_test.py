@@ -410,7 +410,7 @@ from agfsync_jax.parallel import multihost
 from tests.train_test import TinyBackbone, make_config
 multihost.initialize()
 backbones.backbone_class = lambda config: TinyBackbone
-config = make_config()
+config = make_config(**json.loads(sys.argv[2]))
 config.mesh.update(data=2, fsdp=2)
 config.sharding = ((r"(to_q|to_out\\.0)\\.kernel$", ("fsdp", None)),)
 train.main(config, Path(sys.argv[1]))
@@ -420,8 +420,22 @@ print(json.dumps("done"))
 
 def test_two_processes_train_the_same(run, tmp_path):
     make_workdir(tmp_path)
-    run_processes(TWO_PROCESSES, tmp_path)
+    run_processes(TWO_PROCESSES, tmp_path, "{}")
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
+
+
+def test_two_processes_share_what_moves_and_what_is_held_out(tmp_path):
+    changes = {"train.reference_decay": 0.9, "train.auto_beta": 0.2, "train.held_out": 0.4}
+    changes |= {"train.validate_every": 2, "train.num_validation_prompts": 0}
+    one, two = (make_workdir(tmp_path / name) for name in ("one", "two"))
+    train.main(make_config(**changes), one)
+    run_processes(TWO_PROCESSES, two, json.dumps(changes))
+    assert largest_difference(tuned(two), tuned(one)) < 1e-5
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() & {"beta", "validation/held_out/loss"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-3)
+    assert "validation/held_out/loss" in left
 
 
 def test_a_training_that_unlearns_both_images_says_so_once(tmp_path, monkeypatch, capsys):
