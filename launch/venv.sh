@@ -45,7 +45,8 @@ prepare() {
   fi
   echo "installing into $venv (minutes, the first time)" >&2
   for requirement in "$@" "--editable=$repo${extra:+[$extra]}"; do
-    pip install "$requirement" ||
+    # Python compiles what is imported when it is: all of it would be a minute more.
+    pip install --no-compile "$requirement" ||
       fail "could not install $requirement (pip says why above); the same command tries again"
   done
   printf '%s\n' "$want" >"$done_file"

@@ -56,9 +56,13 @@ def compile_once(tmp_path_factory):
     programs = os.environ.get("AGFSYNC_CACHE", str(Path.home() / ".cache/agfsync_jax/tests"))
     programs = programs or str(tmp_path_factory.mktemp("programs"))
     os.environ["AGFSYNC_CACHE"] = programs
-    jax.config.update("jax_compilation_cache_dir", programs)
-    jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    for name, value in (
+        ("jax_compilation_cache_dir", programs),
+        ("jax_compilation_cache_max_size", 4 * 2**30),
+        ("jax_persistent_cache_min_compile_time_secs", 0.2),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for programs that are not the command line's
 
 
 @pytest.fixture

@@ -347,5 +347,4 @@ def test_every_released_config_and_variant_runs_in_a_test():
     assert {name: list(each) for name, each in VARIANTS.items()} == released_configs()
     (mark,) = released_configs_test.test_all_verbs_of.pytestmark
     assert set(RELEASED) < {each.values[0] for each in mark.args[1]}
-    always = {spec.partition(":")[0] for spec in released_configs_test.SOON}
-    assert always == {"configs/sd15.py", "configs/sdxl.py"}  # a backbone each; all take 20 minutes
+    assert released_configs_test.SOON  # all take 20 minutes

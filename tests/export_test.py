@@ -21,8 +21,14 @@ from tests.processes import run_processes
 from tests.schedulers import SAMPLERS
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
+_BACKBONES = ["stable_diffusion", "stable_diffusion_xl"]
+# What a backbone has no part in.
+of_one_backbone = pytest.mark.parametrize(
+    "config", [_BACKBONES[0], pytest.param(_BACKBONES[1], marks=pytest.mark.slow)], indirect=True
+)
 
-@pytest.fixture(scope="module", params=["stable_diffusion", "stable_diffusion_xl"])
+
+@pytest.fixture(scope="module", params=_BACKBONES)
 def config(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
     make = tiny_stable_diffusion_xl if request.param.endswith("xl") else tiny_stable_diffusion
@@ -74,6 +80,7 @@ def test_a_pipeline_draws_the_same_in_diffusers(config, trained, dtype, capsys):
         export.main(config, trained)
 
 
+@of_one_backbone
 @pytest.mark.parametrize("sampler", ["lcm", "dpmsolver_sde"])
 def test_the_folder_draws_with_the_sampler_of_the_config(config, trained, sampler, capsys):
     """Its files alone say so; one that draws noise at each step draws the same in diffusers."""
@@ -112,7 +119,9 @@ def test_a_lora_of_other_layers_draws_the_same_in_diffusers(config, adapted, cap
     assert "verified" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize(
+    "layout", ["diffusers", "kohya", pytest.param("peft", marks=pytest.mark.slow)]
+)
 def test_a_lora_holds_all_rounds(config, adapted, layout, capsys):
     """Round 1 begins where round 0 ended: base + file = what round 1 has made."""
     if config.backbone.name.endswith("xl") != (layout == "kohya"):
@@ -139,6 +148,7 @@ def distance(left, right):
     return float(optax.global_norm(jax.tree.map(jnp.subtract, left, right)))
 
 
+@of_one_backbone
 def test_a_verification_fails_when_a_round_is_left_out(config, adapted, monkeypatch):
     config = config.copy_and_resolve_references()
     config.train.lora_rank, config.export.lora = 4, "kohya"
@@ -151,6 +161,7 @@ def test_a_verification_fails_when_a_round_is_left_out(config, adapted, monkeypa
         export.main(config, adapted, verify=True)
 
 
+@of_one_backbone
 def test_a_verification_fails_when_the_base_is_written(config, trained, monkeypatch):
     """diffusers and we would draw the same from it."""
     config = config.copy_and_resolve_references()
@@ -165,6 +176,7 @@ def test_a_verification_fails_when_the_base_is_written(config, trained, monkeypa
         export.main(config, trained, verify=True)
 
 
+@of_one_backbone
 def test_a_step_that_is_named_is_exported(config, trained):
     params = backbones.backbone_class(config).load(config.backbone.path).params["unet"]
     with Checkpoints(trained / "round_000/checkpoints", keep=3, best="vqa") as checkpoints:
@@ -181,6 +193,7 @@ def test_a_step_that_is_named_is_exported(config, trained):
         np.testing.assert_allclose(weight, scale * params["conv_in"]["bias"][...], rtol=1e-6)
 
 
+@of_one_backbone
 def test_a_verification_fails_when_the_images_differ(config, trained, monkeypatch):
     draw = export._draw
 

@@ -16,6 +16,7 @@ from agfsync_jax.scorers import Scorer
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils import modules
 from configs import micro
+from tests.tiny_backbone import DrawingBackbone
 
 VERBS = {verb.__name__.rpartition(".")[2]: verb for verb in (prompts, questions, sample, score)}
 VERBS |= {"pair": pair, "evaluate": evaluate}
@@ -51,9 +52,10 @@ def config():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_scorer():
+def quick_models():
     load = modules.load
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "backbone_class", lambda config: DrawingBackbone)
         fake = SimpleNamespace(Scorer=Asker)
         patch.setattr(
             modules, "load", lambda room, name: fake if room == "scorers" else load(room, name)

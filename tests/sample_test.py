@@ -19,8 +19,8 @@ from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.training.checkpoints import Checkpoints
 from agfsync_jax.utils.clock import read_stages
 from configs import micro
+from tests import released_folders
 from tests.processes import ROOT, run_processes
-from tests.twins import tiny_stable_diffusion
 
 PROMPTS = {"p0": "red circle", "p1": "blue square", "p2": "circle", "p3": "red", "p4": "blue"}
 
@@ -28,7 +28,7 @@ PROMPTS = {"p0": "red circle", "p1": "blue square", "p2": "circle", "p3": "red",
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stable_diffusion")
-    tiny_stable_diffusion(folder)
+    released_folders.stable_diffusion(folder, "sd15")
     return folder
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def config(folder):
     config = micro.get_config("tiny")
     config.backbone.path = str(folder)
-    config.sample.update({"height": 32, "width": 32, "num_inference_steps": 2})
+    config.sample.update({"height": 8, "width": 8, "num_inference_steps": 2})
     config.sample.update({"num_candidates": 3, "prompts_per_shard": 2})
     return config
 
@@ -67,8 +67,8 @@ def test_candidates_of_every_prompt(workdir, config):
     assert [(row["prompt_id"], row["candidate"]) for row in rows] == expected
     for row in rows:
         assert row["seed"] == row_seed(config.seed, 0, row["prompt_id"], row["candidate"])
-        assert decode_png(row["image"]).shape == (32, 32, 3)
-        assert row["latents"].shape == (16, 16, 4) and row["latents"].dtype == np.float16
+        assert decode_png(row["image"]).shape == (8, 8, 3)
+        assert row["latents"].shape == (8, 8, 4) and row["latents"].dtype == np.float16
     assert read_stages(workdir / "round_000" / "stages.json")["sample"]["items"] == 15
 
 
@@ -182,7 +182,14 @@ from ml_collections import ConfigDict
 sharding._SMALL = 0
 config, workdir = ConfigDict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
 sample.main(config, workdir)
-print(json.dumps({"process": multihost.is_main()}))
+lost = workdir / "round_000/candidates" / sys.argv[3]
+whole = lost.read_bytes()
+multihost.barrier("whole")
+if multihost.is_main():
+    lost.unlink()
+multihost.barrier("lost")
+sample.main(config, workdir)  # though the other has less to do
+print(json.dumps({"process": multihost.is_main(), "same": lost.read_bytes() == whole}))
 """
 
 
@@ -191,21 +198,15 @@ def test_two_processes_draw_what_one_draws(workdir, config, tmp_path):
     config.mesh, config.sharding = {"data": 1, "fsdp": -1, "tensor": 1}, (("kernel$", "fsdp"),)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     start(tmp_path)
-    outs = run_processes(TOGETHER, tmp_path / "config.json", tmp_path)
-    assert [out["process"] for out in outs] == [True, False]
-    folder = tmp_path / "round_000" / "candidates"
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     names, rows = read(workdir)
-    assert sorted(whole) == names
+    outs = run_processes(TOGETHER, tmp_path / "config.json", tmp_path, names[2])
+    # What one of them has lost came back the same.
+    assert outs == [{"process": True, "same": True}, {"process": False, "same": True}]
+    assert read(tmp_path)[0] == names
     for ours, theirs in zip(read(tmp_path)[1], rows, strict=True):
         assert (ours["prompt_id"], ours["candidate"]) == (theirs["prompt_id"], theirs["candidate"])
         close = dict(rtol=1e-3, atol=1e-4)  # an ulp of float16
         np.testing.assert_allclose(ours["latents"], theirs["latents"], **close)
-    # What one of them has lost comes back the same, though the other has less to do.
-    lost = folder / names[2]
-    lost.unlink()
-    run_processes(TOGETHER, tmp_path / "config.json", tmp_path)
-    assert lost.read_bytes() == whole[names[2]]
 
 
 def test_what_was_chosen_and_what_was_cut_is_told(config, tmp_path, capsys):
@@ -225,12 +226,13 @@ def test_what_is_missing_is_said(config, tmp_path):
     with pytest.raises(FileNotFoundError, match="run `agfsync train` first"):
         sample.main(config, tmp_path, round_index=1)
     start(tmp_path)
-    for key, value, message in (
-        ("height", 30, "30x32 pixels"),
-        ("sampler", "magic", "'magic' is not in agfsync_jax/samplers"),
-        ("num_candidates", 0, "num_candidates=0"),
+    micro_model = {"backbone.path": "micro:stable-diffusion"}
+    for changes, message in (
+        (micro_model | {"sample.height": 30}, "30x8 pixels"),
+        ({"sample.sampler": "magic"}, "'magic' is not in agfsync_jax/samplers"),
+        ({"sample.num_candidates": 0}, "num_candidates=0"),
     ):
         wrong = config.copy_and_resolve_references()
-        wrong.sample[key] = value
+        wrong.update_from_flattened_dict(changes)
         with pytest.raises(ValueError, match=message):
             sample.main(wrong, tmp_path)

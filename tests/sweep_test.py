@@ -5,8 +5,6 @@ import shlex
 import signal
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from agfsync_jax import backbones, checks, cli, compare, prompts, run, sample, sweep, train
@@ -15,7 +13,7 @@ from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers import Scorer
 from agfsync_jax.utils import configs, modules
 from agfsync_jax.utils.files import read_json
-from tests.tiny_backbone import TinyBackbone
+from tests.tiny_backbone import DrawingBackbone
 
 FILE = """
 from configs import micro
@@ -54,26 +52,6 @@ class Light(Scorer):
         return {"light": images.mean((1, 2, 3))}
 
 
-class Backbone(TinyBackbone):
-    """Draws, too: 64x64 images of 16x16x4 latents."""
-
-    def latent_shape(self, height, width):
-        return height // 4, width // 4, 4
-
-    def tokenize(self, prompts):
-        return self.tokenizer(None)(prompts)
-
-    def decode_latents(self, params, latents):
-        pixels = jnp.repeat(jnp.repeat(latents[..., :3], 4, axis=1), 4, axis=2)
-        return jnp.round(jax.nn.sigmoid(pixels) * 255).astype(jnp.uint8)
-
-    def describe(self):
-        return []
-
-    def count_truncated(self, prompts):
-        return 0
-
-
 @pytest.fixture(scope="module", autouse=True)
 def quick_models():
     """Models that compile in a second, whose sizes nothing knows beforehand."""
@@ -82,7 +60,7 @@ def quick_models():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGFSYNC_CACHE", "")
         patch.setattr(checks, "room", lambda *_: [])
-        patch.setattr(backbones, "backbone_class", lambda config: Backbone)
+        patch.setattr(backbones, "backbone_class", lambda config: DrawingBackbone)
         patch.setattr(
             modules, "load", lambda room, name: fake if room == "scorers" else load(room, name)
         )

@@ -90,6 +90,26 @@ class TinyBackbone:
         return unet(latents, timesteps, conditioning["encoder_hidden_states"])
 
 
+class DrawingBackbone(TinyBackbone):
+    """Draws, too: 64x64 images of 16x16x4 latents."""
+
+    def latent_shape(self, height, width):
+        return height // 4, width // 4, 4
+
+    def tokenize(self, prompts):
+        return self.tokenizer(None)(prompts)
+
+    def decode_latents(self, params, latents):
+        pixels = jnp.repeat(jnp.repeat(latents[..., :3], 4, axis=1), 4, axis=2)
+        return jnp.round(jax.nn.sigmoid(pixels) * 255).astype(jnp.uint8)
+
+    def describe(self):
+        return []
+
+    def count_truncated(self, prompts):
+        return 0
+
+
 def assert_equal(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     jax.tree.map(np.testing.assert_array_equal, left, right)

@@ -680,10 +680,10 @@ def test_killed_five_times_and_resumed_is_the_same_to_the_bit(tmp_path):
     "changes",
     [
         {},
-        {"train.ema_decay": 0.9},
-        {"train.lora_rank": 2},
-        {"train.lora_rank": 2, "train.ema_decay": 0.9},
-        {"train.reference_decay": 0.9},
+        pytest.param({"train.ema_decay": 0.9}, marks=pytest.mark.slow),
+        pytest.param({"train.lora_rank": 2}, marks=pytest.mark.slow),
+        pytest.param({"train.lora_rank": 2, "train.ema_decay": 0.9}, marks=pytest.mark.slow),
+        pytest.param({"train.reference_decay": 0.9}, marks=pytest.mark.slow),
         {"train.lora_rank": 2, "train.ema_decay": 0.9, "train.reference_decay": 0.8}
         | {"train.auto_beta": 0.2},
     ],

@@ -1,6 +1,16 @@
 """Tiny random torch models: what the networks of this repository must equal."""
 
+import jax
+import numpy as np
 import torch
+
+
+def random_params(params, seed=0):
+    """Numbers for the shapes of a network (`abstract_model`), without a compilation."""
+    rng = np.random.default_rng(seed)
+    return jax.device_put(
+        jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), params)
+    )
 
 
 def tiny_t5(seed=0, **changes):

@@ -215,7 +215,6 @@ def test_candidates_are_the_same_on_one_device_and_on_eight(folder, pipeline, mo
     drawn = {}
     for name, spec, rules in (
         ("one", {"data": 1}, ()),
-        ("fsdp", {"data": 1, "fsdp": 8}, [(r"kernel$", "fsdp")]),
         (
             "all",
             {"data": 2, "fsdp": 2, "tensor": 2},

@@ -23,7 +23,7 @@ SIZES = {
 VARIANTS = {"sd": {}, "no quant conv": {"use_quant_conv": False, "use_post_quant_conv": False}}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["sd", pytest.param("no quant conv", marks=pytest.mark.slow)])
 def test_forward_gradient_and_weights(tmp_path, variant):
     twin = spread(TorchVAE(**SIZES | VARIANTS[variant]))
     twin.save_pretrained(tmp_path / "torch")
