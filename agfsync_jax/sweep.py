@@ -9,6 +9,7 @@
 Each run has a workdir of its own, DIR/loss.beta=1000.0 and so on. Prompts, questions, candidates
 and scores are made once for all runs that agree on what those depend on: they lie in DIR/shared
 (DIR/shared-2, ... where runs differ in it), and the runs begin with their pairs (config.pair.path).
+The base model's images of the evaluation are copied from the first run that is finished.
 Runs that bring pairs, or have more than one round, share nothing: later rounds draw their own.
 
 All runs are checked before the first one starts. The same command goes on where it was stopped, and
@@ -33,6 +34,7 @@ import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import checks, compare, run
+from agfsync_jax.data import records
 from agfsync_jax.data.scores import check_scored
 from agfsync_jax.parallel import multihost
 from agfsync_jax.steps import settings
@@ -112,8 +114,12 @@ def main(
         tell(f"run {number + 1} of {len(chosen)}: {part.workdir}{' is done' * (part not in todo)}")
         if part not in todo:
             continue
+        base = next((each for each in chosen if each.is_finished and same_base(each, part)), None)
         try:
             with opened(part):
+                if base and multihost.is_main():
+                    copy_base(base, part)
+                multihost.barrier("sweep base")
                 run.main(part.config, part.workdir, repair=repair, step=step)
         except FloatingPointError as error:
             diverged.append(f"{part.workdir}: {error}")
@@ -187,6 +193,31 @@ def check(parts: Sequence[Part], num_devices: int | None) -> None:
             raise
         except (ValueError, OSError) as error:
             raise ValueError(f"run {part.workdir.name}: {error}") from error
+
+
+def same_base(one: Part, other: Part) -> bool:
+    """Whether both runs judge the same images of the base model."""
+    decides = BLOCKS | {"evaluate"}
+    flat = [
+        {
+            key: value
+            for key, value in configs.flatten(part.config).items()
+            if key.partition(".")[0] in decides and not settings.is_run_time(key)
+        }
+        for part in (one, other)
+    ]
+    return flat[0] == flat[1]
+
+
+def copy_base(done: Part, part: Part) -> None:
+    """The images of the base model and their scores, which are drawn once for all runs that may
+    have them; nothing where the run has begun its own."""
+    source, target = (each.workdir / "round_000" / "evals" for each in (done, part))
+    if target.exists():
+        return
+    tell(f"the base model's images are those of {done.workdir}")
+    for path in (*source.glob("*.jsonl"), *source.glob("base/*")):
+        records.write_file(target / path.relative_to(source), [path.read_bytes()])
 
 
 def check_there(part: Part, command: str) -> None:

@@ -8,7 +8,7 @@ prepare test "torch==2.13.0"
 # tokenizer are compared with ours.
 open_clip="open_clip_torch==3.3.0"
 if [[ ! -f "$venv/.installed-$open_clip" ]]; then
-  pip install --no-compile --no-deps "$open_clip" || fail "could not install $open_clip (pip says why above)"
+  pip install --no-deps "$open_clip" || fail "could not install $open_clip (pip says why above)"
   touch "$venv/.installed-$open_clip"
 fi
 cd "$repo"

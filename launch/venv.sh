@@ -45,8 +45,7 @@ prepare() {
   fi
   echo "installing into $venv (minutes, the first time)" >&2
   for requirement in "$@" "--editable=$repo${extra:+[$extra]}"; do
-    # Python compiles what is imported when it is: all of it would be a minute more.
-    pip install --no-compile "$requirement" ||
+    pip install "$requirement" ||
       fail "could not install $requirement (pip says why above); the same command tries again"
   done
   printf '%s\n' "$want" >"$done_file"

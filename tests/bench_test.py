@@ -50,6 +50,7 @@ def test_both_sides_load(config, tmp_path, capsys):
     assert not (tmp_path / "bench" / "tiny").exists()  # the weights are removed
 
 
+@pytest.mark.slow
 def test_both_sides_draw(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
     config.bench.model = "tiny-xl"

@@ -99,6 +99,11 @@ def test_candidates_are_drawn_once(swept):
     }
     drawn = [path.relative_to(folder).as_posix() for path in folder.rglob("candidates")]
     assert drawn == ["shared/round_000/candidates"]
+    first, second = (files_of(folder / f"loss.beta={b}/round_000/evals/base") for b in (1e3, 4e3))
+    assert first == second and len(first) >= 2
+    times = [read_json(folder / f"loss.beta={b}/round_000/stages.json") for b in (1e3, 4e3)]
+    # 4 images of each model, and the second run has those of the base.
+    assert [each["evaluate"]["items"] for each in times] == [8, 4]
     for beta in (1000.0, 4000.0):
         config = read_json(folder / f"loss.beta={beta}" / "config.json")
         assert config["loss"]["diffusion_dpo"]["beta"] == beta
@@ -251,7 +256,7 @@ def test_names_are_those_of_folders():
         ("    yield 3", [], "yields 3, expected the overrides"),
         ("    yield {3: 4}", [], "yields {3: 4}, expected the overrides"),
         ("    return None", [], "yields no run"),
-        ("    return None\ndef sweep(arg): ...", [], "has no sweep(), which says the runs"),
+        ("    return None\ndef sweep(arg, more): ...", [], "has no sweep(), which says the runs"),
         ("    yield {'seed': 1 / 0}", [], "ZeroDivisionError"),
         (
             "    yield {'train.seed': 0}\n    yield {}",

@@ -418,6 +418,7 @@ print(json.dumps("done"))
 """
 
 
+@pytest.mark.slow  # pod_test does so, in a whole loop
 def test_two_processes_train_the_same(run, tmp_path):
     make_workdir(tmp_path)
     run_processes(TWO_PROCESSES, tmp_path, "{}")

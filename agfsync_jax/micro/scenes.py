@@ -1,6 +1,7 @@
 """The scenes that there are, all of them or drawn at random, and those that are nearly the same.
 
-A fifth of all scenes (`is_heldout`) is kept out of all training.
+A fifth of all scenes (`is_heldout`) is kept out of all training: half of it, the split
+"validation", is there to choose settings by, the other half, "test", to judge what was chosen.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from agfsync_jax.micro.grammar import (
     in_reading_order,
 )
 
-SPLITS = ("train", "heldout", "all")
+SPLITS = ("train", "heldout", "validation", "test", "all")
 _KIND_SHARES = (0.25, 0.5, 0.25)
 # Kind -> what `mutate` changes, and its values.
 _LOOKS = {"color": tuple(COLORS), "shape": SHAPES}
@@ -41,15 +42,21 @@ def stable_hash(text: str) -> int:
 
 
 @functools.cache
+def _tenth(scene: Scene) -> int:
+    """0 to 9. "A above B" and "B below A" are one picture: they are in one split."""
+    return stable_hash(in_reading_order(scene).caption()) % 10
+
+
 def is_heldout(scene: Scene) -> bool:
     """Whether a scene belongs to the fifth that is kept out of all training."""
-    # "A above B" and "B below A" are one picture, so they share a split.
-    return stable_hash(in_reading_order(scene).caption()) % 5 == 0
+    return _tenth(scene) % 5 == 0
 
 
 def _in_split(scene: Scene, split: str) -> bool:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; expected one of: {', '.join(SPLITS)}")
+    if split in ("validation", "test"):
+        return _tenth(scene) == (0 if split == "validation" else 5)
     return split == "all" or is_heldout(scene) == (split == "heldout")
 
 

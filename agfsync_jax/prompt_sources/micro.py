@@ -11,7 +11,7 @@ from agfsync_jax.prompt_sources import prompt_id
 def prompts(num_prompts: int, *, split: str, seed: int, round_index: int) -> list[dict]:
     """`num_prompts` different captions of a split of the world; the category is the scene's kind.
 
-    The split "test" is the world's "heldout": no shipped network has seen its captions.
+    No shipped network has seen the captions of "heldout", whose halves are "validation" and "test".
 
     Raises:
         ValueError: the world has no such split, or fewer captions in it.
@@ -19,8 +19,7 @@ def prompts(num_prompts: int, *, split: str, seed: int, round_index: int) -> lis
     if not num_prompts:
         raise ValueError("num_prompts=0: the micro world has no end of prompts, say how many.")
     rng = np.random.default_rng([seed, round_index])
-    part = "heldout" if split == "test" else split
-    scenes = sample_scenes(rng, num_prompts, split=part, unique=True)
+    scenes = sample_scenes(rng, num_prompts, split=split, unique=True)
     return [
         {
             "id": prompt_id(split, round_index, index),

@@ -210,7 +210,12 @@ def _objective(
 def _accumulated(
     differentiate: Callable, params: Any, batch: Mapping[str, Any], parts: int
 ) -> tuple[Any, dict]:
-    """Gradients and metrics of a batch, computed in parts; metrics that are arrays are sums."""
+    """Gradients and metrics of a batch, computed in parts; metrics that are arrays are sums.
+
+    From two parts on they have the gradient's noise and signal (arXiv:1812.06162, appendix A.1):
+    the trace of the covariance of an example's gradient, and the squared norm of the mean of all
+    that there could be. Both are unbiased and rough: the signal may be below zero.
+    """
     if parts == 1:
         return differentiate(params, batch)
 
@@ -222,11 +227,17 @@ def _accumulated(
 
     def add(total, part):
         grads, metrics = differentiate(params, part)
+        metrics["grad_norm"] = optax.global_norm(grads)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
     grads = jax.tree.map(lambda x: x / parts, grads)
-    return grads, {name: x.sum(0) if x.ndim > 1 else x.mean() for name, x in metrics.items()}
+    size = jax.tree.leaves(batch)[0].shape[1]
+    of_parts, of_all = jnp.mean(metrics.pop("grad_norm") ** 2), optax.global_norm(grads) ** 2
+    metrics = {name: x.sum(0) if x.ndim > 1 else x.mean() for name, x in metrics.items()}
+    metrics["gradient/noise"] = (of_parts - of_all) * size * parts / (parts - 1)
+    metrics["gradient/signal"] = (of_all * parts - of_parts) / (parts - 1)
+    return grads, metrics
 
 
 def _scaled_backward(denoise: Callable) -> Callable:

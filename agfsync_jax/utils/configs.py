@@ -62,19 +62,21 @@ def load(spec: str, overrides: dict[str, str]) -> ConfigDict:
 
 
 def sweep(spec: str) -> list[dict[str, str]]:
-    """What sweep() of the file in "FILE[:arg]" yields: the overrides of each run, as texts.
+    """What sweep() of the file in "FILE[:arg]" yields: the overrides of each run, as texts. It may
+    take the argument, as get_config does.
 
     Raises:
         FileNotFoundError: no such file; lists those that ship.
         ValueError: no sweep() there, or it yields nothing, or something else than overrides.
     """
-    module, path, _ = _execute(spec)
+    module, path, arg = _execute(spec)
     example = '`def sweep(): yield {"train.seed": 0}; yield {"train.seed": 1}`'
     found = getattr(module, "sweep", None)
-    if not callable(found) or inspect.signature(found).parameters:
+    takes = len(inspect.signature(found).parameters) if callable(found) else 2
+    if takes > 1:
         raise ValueError(f"--config={spec}: {path} has no sweep(), which says the runs: {example}")
     with _told_with_its_line(spec, path):
-        yielded = found()
+        yielded = found(arg) if takes else found()
         runs = list(yielded) if isinstance(yielded, Iterable) else []
     if not runs:
         raise ValueError(f"--config={spec}: sweep() of {path} yields no run; as in {example}")

@@ -29,8 +29,8 @@ def test_a_fifth_is_held_out_and_the_splits_are_disjoint():
     test = {s.caption() for s in sample_scenes(np.random.default_rng(0), 1500, "heldout")}
     assert not train & heldout
     assert test <= heldout
-    with pytest.raises(ValueError, match="split 'test' is unknown"):
-        sample_scene(np.random.default_rng(0), "test")
+    with pytest.raises(ValueError, match="split 'dev' is unknown"):
+        sample_scene(np.random.default_rng(0), "dev")
 
 
 def test_a_pair_told_from_its_other_object_shares_the_split():

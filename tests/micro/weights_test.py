@@ -154,6 +154,7 @@ def test_scorers_meet_their_floors_on_clean_renders():
     assert (own > clip(images, changed, asked)["clip"]).mean() >= 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [32])
 def test_the_base_model_draws_recognizable_imperfect_scenes(count):
     scenes = sample_scenes(np.random.default_rng(5), count, "heldout", unique=True)

@@ -19,7 +19,7 @@ from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
 from agfsync_jax.training.objective import draw_noise
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import StepSpec, auto_beta, init_state, train_step
+from agfsync_jax.training.step import StepSpec, _accumulated, auto_beta, init_state, train_step
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import load_model
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
@@ -199,6 +199,27 @@ def test_less_memory_is_the_same_step(backbone, changes):
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
     assert float(jnp.sum(got["count_by_time"])) == 8
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_noise_and_signal_of_the_gradient(parts):
+    """On the mean of many batches, what is true of the numbers that are drawn."""
+    mean, deviation = np.array([[0.5, -1.0, 0.0]]), np.array([[1.0, 2.0, 0.5]])
+
+    def differentiate(params, batch):
+        return batch["x"].mean(0), {"loss": batch["x"].sum(1).mean()}
+
+    @jax.jit
+    @jax.vmap
+    def metrics(key):
+        x = mean + deviation * jax.random.normal(key, (8, 3))
+        grads, metrics = _accumulated(differentiate, jnp.zeros(3), {"x": x}, parts)
+        return grads - x.mean(0), metrics
+
+    wrong, found = metrics(jax.random.split(jax.random.key(0), 20_000))
+    assert abs(wrong).max() < 1e-6 and found.keys() == {"loss", "gradient/noise", "gradient/signal"}
+    assert found["gradient/noise"].mean() == pytest.approx((deviation**2).sum(), rel=0.03)
+    assert found["gradient/signal"].mean() == pytest.approx((mean**2).sum(), rel=0.05)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
