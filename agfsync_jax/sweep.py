@@ -87,10 +87,10 @@ def main(
         FloatingPointError: trainings that diverged, when all others are done.
     """
     del config, round_index  # of each run its own
-    chosen = plan(spec, overrides, runs, to_path(workdir))
-    if index not in ("", "shared", *map(str, range(len(chosen)))):
-        raise ValueError(f"--index={index}: expected shared, or a number, 0 to {len(chosen) - 1}.")
-    chosen = [chosen[int(index)]] if index.isdecimal() else chosen
+    every = plan(spec, overrides, runs, to_path(workdir))
+    if index not in ("", "shared", *map(str, range(len(every)))):
+        raise ValueError(f"--index={index}: expected shared, or a number, 0 to {len(every) - 1}.")
+    chosen = [every[int(index)]] if index.isdecimal() else every
     todo = [part for part in chosen if repair or step != "last" or not part.is_finished]
     check(chosen if dry_run else todo, num_devices=None if dry_run else jax.device_count())
     if dry_run:
@@ -114,7 +114,7 @@ def main(
         tell(f"run {number + 1} of {len(chosen)}: {part.workdir}{' is done' * (part not in todo)}")
         if part not in todo:
             continue
-        base = next((each for each in chosen if each.is_finished and same_base(each, part)), None)
+        base = next((each for each in every if each.is_finished and same_base(each, part)), None)
         try:
             with opened(part):
                 if base and multihost.is_main():

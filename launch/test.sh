@@ -3,6 +3,9 @@
 #   bash launch/test.sh tests/models -k unet        bash launch/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+# Dozens of processes import the same files: the first that does compiles them, and keeps that.
+unset PYTHONDONTWRITEBYTECODE
+export PIP_COMPILE=0
 prepare test "torch==2.13.0"
 # Without what it requires: its torchvision must be of torch's own build, and only its networks and
 # tokenizer are compared with ours.
