@@ -233,6 +233,23 @@ def test_what_is_shared(tmp_path):
     assert found[3].workdir.name == "sample.guidance_scale=2.0,loss.name=ipo,loss.beta=0.1"
 
 
+def test_whose_base_images_are_the_same(tmp_path):
+    found = parts(
+        tmp_path,
+        """
+    yield {}
+    yield {"train.seed": 1, "pair.normalize": "rank", "score.device_batch_size": 2}
+    yield {"loss.name": "ipo"}
+    yield {"evaluate.num_seeds": 3}
+    yield {"evaluate.split": "test"}
+    yield {"sample.guidance_scale": 2.0}
+    yield {"seed": 1}
+""",
+    )
+    same = [sweep.same_base(found[0], part) for part in found]
+    assert same == [True, True, True, False, False, False, False]
+
+
 def test_names_are_those_of_folders():
     assert sweep.name_of({"train.timesteps": "0:200"}).startswith("train.timesteps=0_200-")
     long, other = ({"train.start": f"{'a/' * 200}{n}"} for n in range(2))
