@@ -1,8 +1,11 @@
 """Which loss learns most from the same candidates: all of them, at an equal number of passes of the
-denoiser. First each loss's learning rate is chosen on validation prompts, then three seeds of each
-are judged on test prompts, which neither a network nor that choice has seen.
+denoiser. First three learning rates of each are tried on validation prompts:
 
     agfsync sweep --config=configs/micro_losses.py:rates --workdir=runs/losses/rates
+
+The best belong into CHOSEN below. Then three seeds of each loss are judged on test prompts, which
+neither a network nor that choice has seen:
+
     agfsync sweep --config=configs/micro_losses.py --workdir=runs/losses/judged
 
 Hours on 2 CPU cores each; both go on where they were stopped.
@@ -22,6 +25,7 @@ PASSES = dict.fromkeys(PAIRS, 8) | dict.fromkeys(WITHOUT_REFERENCE, 6) | dict.fr
 EXAMPLES = {8: 32, 6: 32, 32: 8}  # in a batch
 
 RATES = (1e-5, 2e-5, 4e-5)
+CHOSEN: dict[str, float] = {}  # loss -> the rate that the first sweep found best; others: 2e-5
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -52,4 +56,7 @@ def sweep(arg: str | None) -> Iterator[dict]:
         return
     for seed in range(3):
         for name in PASSES:
-            yield of_loss(name, 200) | {"train.learning_rate": 2e-5, "train.seed": seed}
+            yield of_loss(name, 200) | {
+                "train.learning_rate": CHOSEN.get(name, 2e-5),
+                "train.seed": seed,
+            }
