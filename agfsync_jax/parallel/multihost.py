@@ -65,6 +65,8 @@ def initialize(
     if values:
         # XLA's CPU backend has no cross-process collectives of its own.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # Two programs in flight would talk through the same sockets, and mix up what they say.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     # It would take SIGTERM from whoever saves the work.
     jax.config.update("jax_enable_preemption_service", False)
     address, count, index = values.values() or (None, None, None)
