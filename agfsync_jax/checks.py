@@ -174,6 +174,8 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                 "config.train.flip=True wants pairs with latents of mirrored images: set"
                 " config.pair.flips=True."
             )
+    if verb in (*TRAINS, "plan", "export") and spec.lora_text_encoder:
+        yield from _text_encoder(config)
     if verb in (*TRAINS, "plan"):
         if spec.schedule == "cosine" and spec.warmup_steps >= spec.num_steps:
             yield (
@@ -212,6 +214,11 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                 " config.train.reference='first': adapters belong to the model that they start"
                 " from, which is the reference then. Leave both as they are, or lora_rank=0."
             )
+        if spec.lora_dropout and not spec.lora_rank:
+            yield (
+                f"config.train.lora_dropout={spec.lora_dropout} is for adapters, and"
+                " config.train.lora_rank is 0: set it, or no dropout."
+            )
         if spec.patience and not spec.best:
             yield (
                 f"config.train.patience={spec.patience} needs config.train.best: the metric that no"
@@ -223,6 +230,25 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                 f"config.train.best={spec.best!r} is no metric of a validation, which has"
                 f" {has}{_close(spec.best, known)}"
             )
+
+
+def _text_encoder(config: ConfigDict) -> Iterator[str]:
+    """What does not go with adapters of the text encoders."""
+    spec, key = config.train, "config.train.lora_text_encoder"
+    if not spec.lora_rank:
+        yield f"{key} is for adapters, and config.train.lora_rank is 0: set it, such as 8."
+    if spec.embeddings != "step":
+        yield f"{key} changes embeddings in every step: set config.train.embeddings='step'."
+    if config.backbone.dtype == "float16":
+        yield (
+            f"{key} with config.backbone.dtype=float16: its gradients would be too small for"
+            " float16. Take bfloat16 or float32."
+        )
+    if config.export.lora == "peft":
+        yield (
+            f"{key} with config.export.lora='peft': a folder of PEFT has one network's adapters."
+            " Take diffusers or kohya."
+        )
 
 
 def validated(config: ConfigDict) -> list[str]:

@@ -25,12 +25,12 @@ from agfsync_jax.evaluation.prompts import check_apart, check_frozen, freeze, he
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
-from agfsync_jax.training.checkpoints import as_read, restore_denoiser, trained_rounds
+from agfsync_jax.training.checkpoints import as_read, restore_trained, trained_rounds
 
 
 class Plan(NamedTuple):
     """What is drawn and judged: rows of prompts and of questions by prompt id, shards by model; and
-    what the tuned one is, see `restore_denoiser`."""
+    what the tuned one is, see `restore_trained`."""
 
     prompts: dict[str, dict]
     questions: dict[str, list[dict]]
@@ -104,13 +104,12 @@ def evaluate(job: Job) -> None:
 
 
 def _draw(job: Job, shards: dict[str, list[Shard]]) -> None:
-    """Draws what is missing; the two models share all networks but the denoiser."""
+    """Draws what is missing; the two models share all networks that are not trained."""
     config = backbones.as_judged(job.config)
     mesh = create_mesh(config.mesh)
     backbone = backbones.load(config, mesh, param_dtype=config.sample.param_dtype)
-    name = backbone.denoiser_name
-    tuned = restore_denoiser(job.plan.trained, backbone.params[name])
-    params = {"base": backbone.params, "tuned": backbone.params | {name: tuned}}
+    tuned = restore_trained(job.plan.trained, backbone.params, backbone.denoiser_name)
+    params = {"base": backbone.params, "tuned": tuned}
     num_images = largest_batch(job.plan.shards["base"], jax.process_count())
     draw_images(
         *(config, mesh, backbone, params, shards, job.missing, job.plan.texts, job.stage),

@@ -31,7 +31,8 @@ from agfsync_jax.diffusion.denoising import guide
 from agfsync_jax.models import lora
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.training.checkpoints import restore_adapters, restore_denoiser, trained_rounds
+from agfsync_jax.training import program
+from agfsync_jax.training.checkpoints import restore_adapters, restore_trained, trained_rounds
 from agfsync_jax.utils.clock import Stage
 from agfsync_jax.utils.files import copy_tree, local_folder, to_path
 from agfsync_jax.weights.lora_files import LAYOUTS, write_lora
@@ -109,9 +110,8 @@ def main(
 
 def _write_pipeline(config: Any, trained: Trained, output: Path) -> None:
     backbone = backbones.load(config, create_mesh(config.mesh))
-    name = backbone.denoiser_name
-    tuned = restore_denoiser(trained, backbone.params[name])
-    params, dtype = backbone.params | {name: tuned}, jnp.dtype(config.export.dtype)
+    params = restore_trained(trained, backbone.params, backbone.denoiser_name)
+    dtype = jnp.dtype(config.export.dtype)
     backbone.save(output, params, dtype=dtype, scheduler=_scheduler(config, backbone))
 
 
@@ -123,12 +123,22 @@ def _scheduler(config: Any, backbone: backbones.Backbone) -> dict[str, Any] | No
 
 def _write_lora(config: Any, trained: Trained, output: Path) -> None:
     """The adapters of all rounds, whose products add up."""
-    name = backbones.backbone_class(config).denoiser_name
-    found = [restore_adapters(*each) for each in trained]
+    denoiser, *others = _trained_networks(config)
+    made = lora.concatenate([restore_adapters(*each) for each in trained])
     if multihost.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        spec, made = config.export, lora.concatenate(found)
-        write_lora(output, {name: made}, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
+        spec = config.export
+        own = {denoiser: lora.of_network(made)}
+        own |= {name: lora.of_network(made, name) for name in others}
+        write_lora(output, own, layout=spec.lora, dtype=jnp.dtype(spec.dtype))
+
+
+def _trained_networks(config: Any) -> list[str]:
+    """The denoiser, and the text encoders where they have adapters."""
+    cls = backbones.backbone_class(config)
+    if not config.train.lora_text_encoder:
+        return [cls.denoiser_name]
+    return [cls.denoiser_name, *program.text_encoders(backbones.inspect(config))]
 
 
 def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[float, bytes] | None:
@@ -137,20 +147,25 @@ def _verify(config: Any, prompt: str, output: Path, trained: Trained) -> tuple[f
 
     Every process calls it, the main one compares; the others get None.
     """
+    networks = _trained_networks(config)
     with tempfile.TemporaryDirectory(prefix="agfsync-") as aside:
         folder, file, base = output, None, None
-        if config.export.lora:  # beside the model that it adapts
-            folder, file = Path(aside) / "base", output
+        if config.train.lora_rank:
             whole = backbones.load(config, create_mesh(devices=jax.local_devices()[:1]))
-            whole.save(folder, whole.params, scheduler=_scheduler(config, whole))
-            base = whole.params[whole.denoiser_name]
+            base = {name: whole.params[name] for name in networks}
+            if config.export.lora:  # beside the model that it adapts
+                folder, file = Path(aside) / "base", output
+                whole.save(folder, whole.params, scheduler=_scheduler(config, whole))
+            del whole
         if not multihost.is_main():
             return None
         backbone = backbones.backbone_class(config).load(folder, lora=[(file, 1.0)] if file else ())
-        written = backbone.params[backbone.denoiser_name]
-        tuned = restore_denoiser(trained, written if base is None else base, alone=True)
-        _check_weights(written, tuned, base, config.export.dtype, output)
-        del written, tuned, base
+        written = {name: backbone.params[name] for name in networks}
+        name = backbone.denoiser_name
+        tuned = restore_trained(trained, written if base is None else base, name, alone=True)
+        start = base if config.export.lora else None
+        _check_weights(written, tuned, start, config.export.dtype, output)
+        del written, tuned, base, start
         ours, noise = _draw(config, prompt, backbone)
         theirs = _draw_diffusers(config, prompt, noise, folder, file)
     difference = float(np.abs(ours.astype(np.float64) - theirs).mean())

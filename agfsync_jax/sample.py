@@ -23,12 +23,12 @@ from agfsync_jax.data.scores import drop_incomplete, repair_images, scores_path
 from agfsync_jax.diffusion.generation import row_seed
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps.runner import Job, Step, of_process
-from agfsync_jax.training.checkpoints import as_read, restore_denoiser, trained_rounds
+from agfsync_jax.training.checkpoints import as_read, restore_trained, trained_rounds
 
 
 class Plan(NamedTuple):
     """What a round draws: {prompt id: text}, and all its shards; and what draws it, see
-    `restore_denoiser`: nothing in round 0."""
+    `restore_trained`: nothing in round 0."""
 
     prompts: dict[str, str]
     shards: list[Shard]
@@ -76,8 +76,7 @@ def draw(job: Job) -> None:
     generator = backbones.generator(config, mesh, backbone, num_images=num_images)
     params = backbone.params
     if job.plan.trained:
-        name = backbone.denoiser_name
-        params = params | {name: restore_denoiser(job.plan.trained, params[name])}
+        params = restore_trained(job.plan.trained, params, backbone.denoiser_name)
     if config.sample.lora:
         backbone.params = params = backbone.add_lora(params, config.sample.lora)
     for line in backbone.describe():

@@ -36,6 +36,7 @@ from agfsync_jax.training.checkpoints import (
     Checkpoints,
     is_higher_better,
     restore_denoiser,
+    restore_trained,
     trained_rounds,
 )
 from agfsync_jax.training.loop import Training, conditioned, fit, restore_state
@@ -280,19 +281,26 @@ def prepare(
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     first = backbone.params.pop(backbone.denoiser_name)
-    denoiser = restore_denoiser(before, first) if before else start_of(config, first, mesh)
+    if before:
+        known = {backbone.denoiser_name: first, **program.text_encoders(backbone.params)}
+        tuned = restore_trained(before, known, backbone.denoiser_name)
+        denoiser = tuned.pop(backbone.denoiser_name)
+        backbone.params |= tuned
+        del known, tuned
+    else:
+        denoiser = start_of(config, first, mesh)
     reference = first if is_reference_first(config, bool(before)) else denoiser
     del first
     embeddings, of_kept, text = None, None, {}
     if spec.encode:
-        text = {name: p for name, p in backbone.params.items() if name.startswith("text_encoder")}
+        text = program.text_encoders(backbone.params)
     else:
         embeddings = embed_prompts(config, loader, backbone, mesh)
         of_kept = embed_prompts(config, kept, backbone, mesh) if kept else None
     validation = Validation(config, mesh, backbone) if draws(config) else None
     backbone.params.clear()  # who needs them has them
 
-    init = program.init_program(denoiser, spec, mesh, config.sharding)
+    init = program.init_program(denoiser, spec, mesh, config.sharding, text)
     if start:
         state = restore_state(checkpoints, start, jax.eval_shape(init, denoiser))
     else:

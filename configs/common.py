@@ -98,6 +98,8 @@ def get_config() -> ConfigDict:
     c.train.lora_rank = 0  # 0: all of the denoiser is trained
     c.train.lora_alpha = 0.0  # adapters' product counts alpha / rank; 0: all of it, as alpha = rank
     c.train.lora_targets = "attention"  # or transformers, all of these; or all, convolutions too
+    c.train.lora_dropout = 0.0  # the share of activations that adapters do not see in a step
+    c.train.lora_text_encoder = False  # that of text encoders, too; wants embeddings="step"
     c.train.device_batch_size = 0  # pairs that a device takes at once; 0: all
     c.train.remat = "none"  # dots or full: blocks are run again for their gradient, for less memory
     c.train.embeddings = "cached"  # step: the text encoder runs in every step

@@ -166,6 +166,8 @@ KEYS = {
     "train.lora_rank": whole(0),
     "train.lora_alpha": number(0),
     "train.lora_targets": one_of("attention", "transformers", "all"),
+    "train.lora_dropout": DECAY,
+    "train.lora_text_encoder": FLAG,
     "train.device_batch_size": whole(0),
     "train.remat": one_of("none", "dots", "full"),
     "train.embeddings": one_of("cached", "step"),

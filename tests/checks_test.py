@@ -36,6 +36,19 @@ def test_every_key_has_a_rule_and_every_rule_a_key():
     assert known.keys() - flat.keys() == {"pair.weights"}
 
 
+def test_adapters_of_text_encoders_want_what_they_need():
+    good = {"train__lora_rank": 4, "train__lora_text_encoder": True, "train__embeddings": "step"}
+    check("run", **good)
+    for key, value, message in (
+        ("train__lora_rank", 0, "lora_text_encoder is for adapters, and config.train.lora_rank"),
+        ("train__embeddings", "cached", "set config.train.embeddings='step'"),
+        ("backbone__dtype", "float16", "too small for float16"),
+        ("export__lora", "peft", "one network's adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check("export" if key == "export__lora" else "run", **good | {key: value})
+
+
 def test_all_is_told_at_once():
     with pytest.raises(ValueError) as told:
         check("run", train__num_steps=-5, loss__name="dpo", score__max_bad=2)
@@ -65,6 +78,13 @@ def test_all_is_told_at_once():
         ("train", "train.remat", "some", "remat='some': expected none | dots | full"),
         ("train", "train.best", "vqa", "train.best='vqa' needs config.train.validate_every"),
         ("train", "train.held_out", 0.1, "held_out=0.1 needs config.train.validate_every"),
+        ("train", "train.lora_dropout", 1, "lora_dropout=1.0: expected a number from 0 to below"),
+        (
+            "train",
+            "train.lora_dropout",
+            0.1,
+            "lora_dropout=0.1 is for adapters, and config.train.l",
+        ),
         ("train", "loss.name", "dpo", "Did you mean 'diffusion_dpo'?"),
         ("train", "backbone.dtype", "fp16", "dtype='fp16': expected float32 | bfloat16 | float16"),
         ("train", "mesh.data", 3, "Mesh data=3, fsdp=1, tensor=1 does not fit 8"),

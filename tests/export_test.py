@@ -11,10 +11,20 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from agfsync_jax import backbones, export
+from agfsync_jax import backbones, export, train
+from agfsync_jax.data.pairs import pair_features, write_pairs
 from agfsync_jax.diffusion.schedules import NOISE
 from agfsync_jax.models import lora
-from agfsync_jax.training.checkpoints import Checkpoints, restore_adapters, restore_denoiser
+from agfsync_jax.training.checkpoints import (
+    Checkpoints,
+    restore_adapters,
+    restore_denoiser,
+    restore_trained,
+    trained_rounds,
+)
+from agfsync_jax.training.program import step_spec
+from agfsync_jax.training.step import init_state
+from agfsync_jax.utils.metrics import read_metrics
 from agfsync_jax.weights.networks import read_json
 from configs import micro
 from tests.processes import run_processes
@@ -144,6 +154,66 @@ def test_a_lora_holds_all_rounds(config, adapted, layout, capsys):
     assert distance(first, base) > 0.1 * distance(base, tuned)
 
 
+@of_one_backbone
+def test_adapters_of_text_encoders_are_trained_and_written(config, tmp_path, capsys):
+    """Round 1 begins where round 0 ended; what the next verb reads is what is written."""
+    config = config.copy_and_resolve_references()
+    config.pair.path = str(write_random_pairs(tmp_path / "people", config))
+    config.train.update(lora_rank=4, lora_text_encoder=True, embeddings="step", batch_size=4)
+    config.train.update(learning_rate=1e-2, warmup_steps=0, num_steps=2, save_every=1)
+    backbone = backbones.backbone_class(config).load(config.backbone.path)
+    base, name = backbone.params, backbone.denoiser_name
+    names = [key for key in base if key.startswith(("unet", "text_encoder"))]
+    text = {key: base[key] for key in names if key != name}
+    adapters = init_state(base[name], step_spec(config), text).params
+    adapters = {key: pair | {"B": pair["B"] + 0.1} for key, pair in adapters.items()}
+    with Checkpoints(tmp_path / "round_000" / "checkpoints") as checkpoints:
+        merged = lora.merge(base[name], lora.of_network(adapters))
+        checkpoints.save(2, {"params": merged, "adapters": adapters})
+
+    train.main(config, tmp_path, round_index=1)
+    first, *_ = read_metrics(tmp_path / "round_001/checkpoints/metrics.jsonl")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)  # policy = reference
+    ends = [base]
+    for index, step in ((0, "last"), (1, "1"), (1, "last")):  # step 1 holds adapters alone
+        trained = trained_rounds(tmp_path, index, config, step)
+        ends.append(restore_trained(trained, base, name))
+        for network in names:
+            assert distance(*(end[network] for end in ends[-2:])) > 1e-3, (index, step, network)
+        assert distance(ends[-1]["vae"], base["vae"]) == 0
+    is_xl = config.backbone.name.endswith("xl")
+    for layout, step in (("", "1"), ("kohya" if is_xl else "diffusers", "last")):
+        config.export.lora, config.export.output = layout, str(tmp_path / f"as {layout}")
+        export.main(config, tmp_path, round_index=1, step=step, verify=True)
+        assert "verified" in capsys.readouterr().err
+        given = {"lora": [(config.export.output, 1.0)]} if layout else {}
+        path = config.backbone.path if layout else config.export.output
+        written = backbones.backbone_class(config).load(path, **given).params
+        end = ends[-1] if layout else ends[-2]
+        for network in names:
+            missing = distance(written[network], end[network])
+            assert missing <= 1e-5 * distance(base[network], end[network]), network
+
+
+def write_random_pairs(folder, config):
+    """Pairs of three prompts, of noise."""
+    backbone = backbones.backbone_class(config).load(config.backbone.path)
+    shape, rng = backbone.latent_shape(32, 32), np.random.default_rng(0)
+    rows = []
+    for index in range(6):
+        prompt = f"a picture of number {index % 3}"
+        latents = rng.standard_normal((2, *shape)).astype(np.float16)
+        rows.append(
+            {"pair_id": f"{index}", "prompt_id": f"{index % 3}", "prompt": prompt}
+            | {"token_ids": backbone.tokenize([prompt])[0], "margin": 1.0}
+            | {f"{side}_latents": latents[i] for i, side in enumerate(("chosen", "rejected"))}
+            | {f"{side}_candidate": i for i, side in enumerate(("chosen", "rejected"))}
+            | {"chosen_score": 1.0, "rejected_score": 0.0}
+        )
+    write_pairs(folder / "pairs", rows, {}, pair_features(images=False))
+    return folder / "pairs"
+
+
 def distance(left, right):
     return float(optax.global_norm(jax.tree.map(jnp.subtract, left, right)))
 
@@ -167,11 +237,11 @@ def test_a_verification_fails_when_the_base_is_written(config, trained, monkeypa
     config = config.copy_and_resolve_references()
     seen = []
 
-    def restore(trained, params, alone=False):
+    def restore(trained, params, name, alone=False):
         seen.append(1)
-        return params if len(seen) == 1 else restore_denoiser(trained, params, alone)
+        return params if len(seen) == 1 else restore_trained(trained, params, name, alone)
 
-    monkeypatch.setattr(export, "restore_denoiser", restore)
+    monkeypatch.setattr(export, "restore_trained", restore)
     with pytest.raises(ValueError, match="does not hold the checkpoint's model: .* tensors diff"):
         export.main(config, trained, verify=True)
 

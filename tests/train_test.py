@@ -477,7 +477,7 @@ class FakeValidation:
     def __init__(self, config, mesh, backbone):
         assert set(backbone.params) == {"text_encoder"}  # all but the denoiser
 
-    def __call__(self, denoiser):
+    def __call__(self, networks):
         step = self.steps.pop(0)
         return {"vqa": self.scores[step]}, np.full((4, 6, 3), step, np.uint8)
 
@@ -587,10 +587,10 @@ def test_a_training_ends_where_nothing_gets_better_and_its_best_step_is_read(
     class Watched(FakeValidation):
         scores = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.8}
 
-        def __call__(self, denoiser):
+        def __call__(self, networks):
             is_pair = lambda x: isinstance(x, lora.Branched)  # noqa: E731
-            seen[self.steps[0]] = jax.tree.map(whole, denoiser, is_leaf=is_pair)
-            return super().__call__(denoiser)
+            seen[self.steps[0]] = jax.tree.map(whole, networks["unet"], is_leaf=is_pair)
+            return super().__call__(networks)
 
     make_workdir(tmp_path)
     monkeypatch.setattr(train, "Validation", Watched)

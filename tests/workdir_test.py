@@ -303,7 +303,7 @@ def test_tensorboard(bucket, tmp_path):
 
 def test_export_is_copied(bucket, monkeypatch, capsys):
     monkeypatch.setattr(export, "trained_rounds", lambda *args: [])
-    monkeypatch.setattr(export, "restore_denoiser", lambda trained, params: params)
+    monkeypatch.setattr(export, "restore_trained", lambda trained, params, name: params)
     config = make_config("")
     with pytest.raises(OSError, match="network"):
         Bucket.broken = "model_index.json"

@@ -182,7 +182,7 @@ def _product(
         return hook.activations(function(x, hook.weights(kernel), *args, **kwargs))
     wide = {"preferred_element_type": jnp.float32}  # the adapter's part would be lost in a rounding
     out = function(x, hook.weights(kernel.kernel), *args, **kwargs | wide)
-    low = function(x, kernel.A, *args, **kwargs)
+    low = function(kernel.drop(x), kernel.A, *args, **kwargs)
     out += jnp.tensordot(low, kernel.B, axes=1, **wide)
     return hook.activations(out.astype(x.dtype))
 
@@ -194,7 +194,7 @@ def _promote(args: tuple, *, dtype: Any = None, inexact: bool = True) -> tuple:
         return promote_dtype(args, dtype=dtype, inexact=inexact)
     parts = inputs, kernel.kernel, kernel.A, kernel.B, bias
     inputs, weights, a, b, bias = promote_dtype(parts, dtype=dtype, inexact=inexact)
-    return inputs, Branched(weights, a, b), bias
+    return inputs, dataclasses.replace(kernel, kernel=weights, A=a, B=b), bias
 
 
 # One object each: what holds them compares equal.

@@ -13,6 +13,7 @@ convolution by `A @ B` [height, width, in, out].
 import dataclasses
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxtyping import Array, Float, PyTree
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
 _TRANSFORMER = r"proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
 _RESNETS = r"conv1|conv2|conv_shortcut|time_emb_proj|(down|up)samplers\.0\.conv"
+# Which kernels of CLIP's text encoders are, as diffusers' scripts and kohya's attention.
+TEXT_TARGETS = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)\.kernel$"
 # Which kernels of a UNet are adapted, by name.
 TARGETS = {
     "attention": rf"(^|\.)({_ATTENTION})\.kernel$",  # as diffusers' own scripts
@@ -36,7 +39,7 @@ Adapters = dict[str, dict[str, Float[Array, "..."]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Branched:
-    """A kernel and its adapter, which a layer keeps apart: `x W + (x A) B`.
+    """A kernel and its adapter, which a layer keeps apart: `x W + (drop(x) A) B`.
 
     The sum of the two takes no memory, and beside a kernel in bfloat16 an adapter keeps its own
     precision.
@@ -45,10 +48,19 @@ class Branched:
     kernel: Float[Array, "..."]
     A: Float[Array, "..."]
     B: Float[Array, "rank out"]
+    key: Array | None = None  # of what is dropped; None: nothing is
+    rate: float = dataclasses.field(default=0.0, metadata={"static": True})  # the share of it
 
     def __getitem__(self, index: Any) -> "Branched":
         """Itself: layers read their variables with [...]."""
         return self
+
+    def drop(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What the adapter sees of activations: the rest counts more, so that the mean stays."""
+        if self.key is None:
+            return x
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 def init_adapters(
@@ -108,9 +120,32 @@ def concatenate(parts: Sequence[Adapters]) -> Adapters:
     }
 
 
-def attach(params: PyTree[Array], adapters: Adapters) -> PyTree[Array]:
-    """`params` with `Branched` kernels where there are adapters; raises as `merge`."""
-    return _with_adapters(params, adapters, Branched)
+def of_network(adapters: Adapters, network: str = "") -> Adapters:
+    """Those of a network beside the denoiser, such as "text_encoder", whose names begin with it;
+    of the denoiser's own modules without one."""
+    if not network:
+        return {name: own for name, own in adapters.items() if not name.startswith("text_encoder")}
+    start = f"{network}."
+    return {n.removeprefix(start): own for n, own in adapters.items() if n.startswith(start)}
+
+
+def attach(
+    params: PyTree[Array], adapters: Adapters, key: Array | None = None, dropout: float = 0.0
+) -> PyTree[Array]:
+    """`params` with `Branched` kernels where there are adapters; raises as `merge`.
+
+    Args:
+        key, dropout: the share of activations that each adapter does not see (as in PEFT), drawn
+            from the key and the module's name.
+    """
+
+    def branch(name, kernel, a, b):
+        if not dropout:
+            return Branched(kernel, a, b)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return Branched(kernel, a, b, own, dropout)
+
+    return _with_adapters(params, adapters, branch)
 
 
 def merge(
@@ -126,7 +161,7 @@ def merge(
         ValueError: adapters of no kernel of `params`, or of another shape than theirs; all listed.
     """
 
-    def add(kernel, a, b):
+    def add(_, kernel, a, b):
         # Not in an accelerator's default precision, whose error would stay in a fused kernel.
         product = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
@@ -135,7 +170,7 @@ def merge(
 
 
 def _with_adapters(params: PyTree[Array], adapters: Adapters, join: Callable) -> PyTree[Array]:
-    """`join(kernel, A, B)`, float32 the last two, in place of every adapted kernel."""
+    """`join(module, kernel, A, B)`, float32 the last two, in place of every adapted kernel."""
     unused, unfit = set(adapters), []
 
     def adapted(keys, leaf):
@@ -148,7 +183,7 @@ def _with_adapters(params: PyTree[Array], adapters: Adapters, join: Callable) ->
         if (*a.shape[:-1], *b.shape[1:]) != leaf.shape or a.shape[-1] != b.shape[0]:
             unfit.append(f"{name} A {a.shape} B {b.shape}, the kernel is {leaf.shape}")
             return leaf
-        return join(leaf, a, b)
+        return join(name, leaf, a, b)
 
     merged = jax.tree_util.tree_map_with_path(adapted, params)
     if unused or unfit:

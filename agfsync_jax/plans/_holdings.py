@@ -41,7 +41,9 @@ def training_bytes(config: Any, devices: list[jax.Device]) -> tuple[int, int]:
     backbone = abstract_backbone(config, mesh, spec.path, spec.kind, param_dtype="float32")
     step = program.step_spec(config, mesh, backbone=backbone)
     base = backbone.params[backbone.denoiser_name]
-    state = jax.eval_shape(program.init_program(base, step, mesh, config.sharding), base)
+    text = program.text_encoders(backbone.params)
+    init = program.init_program(base, step, mesh, config.sharding, text)
+    state = jax.eval_shape(init, base)
     # the gradient, and where a batch is taken in parts the sum of theirs
     held = param_bytes(state) + param_bytes(state.params) * (1 + (step.accumulate > 1))
     if step.needs_base:

@@ -34,13 +34,13 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     ranked = step.loss.is_listwise and config.pair.strategy == "ranked"
     count = config.sample.num_candidates if ranked else 2
     base = backbone.params[backbone.denoiser_name]
-    state = jax.eval_shape(program.init_program(base, step, mesh, config.sharding), base)
     frozen: dict[str, Any] = {"base": None, "text": {}}
+    if step.encode:
+        frozen["text"] = program.text_encoders(backbone.params)
+    init = program.init_program(base, step, mesh, config.sharding, frozen["text"])
+    state = jax.eval_shape(init, base)
     if step.needs_base:
         frozen["base"] = jax.eval_shape(program.freeze_program(base, step), base)
-    if step.encode:
-        text = (name for name in backbone.params if name.startswith("text_encoder"))
-        frozen["text"] = {name: backbone.params[name] for name in text}
 
     shape = backbone.latent_shape(config.sample.height, config.sample.width)
     size = spec.batch_size

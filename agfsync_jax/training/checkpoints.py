@@ -314,10 +314,32 @@ def restore_denoiser(
         name = _result_at(leaves)
         if not _adapters_at(leaves, name):
             return checkpoints.restore(step, {name: base})[name]
-    adapters = restore_adapters(folder, step, like=base, alone=alone)
+    adapters = lora.of_network(restore_adapters(folder, step, like=base, alone=alone))
     start = restore_denoiser(trained[:-1], base, alone) if len(trained) > 1 else base
     places = jax.tree.map(lambda leaf: leaf.sharding, start)
     return jax.jit(lora.merge, out_shardings=places)(start, adapters)
+
+
+def restore_trained(
+    trained: Sequence[tuple[Path, int]],
+    params: Mapping[str, PyTree],
+    name: str,
+    alone: bool = False,
+) -> dict[str, PyTree]:
+    """`params` of a backbone's networks, with what rounds' trainings have come to in place: of the
+    denoiser, `name`, and of text encoders that have adapters; see `restore_denoiser`."""
+    tuned = dict(params) | {name: restore_denoiser(trained, params[name], alone)}
+    for folder, step in trained:
+        with Checkpoints(folder, alone=alone) as checkpoints:
+            known = checkpoints.leaves(step)
+        if not any(".text_encoder" in leaf for leaf in known):
+            continue
+        adapters = restore_adapters(folder, step, like=params[name], alone=alone)
+        for network, own in params.items():
+            if added := lora.of_network(adapters, network):
+                places = jax.tree.map(lambda leaf: leaf.sharding, own)
+                tuned[network] = jax.jit(lora.merge, out_shardings=places)(tuned[network], added)
+    return tuned
 
 
 def restore_adapters(

@@ -53,11 +53,16 @@ class Training:
         """What step `index` learns from."""
         return conditioned(self.loader, self.embeddings, index)
 
-    def denoiser(self, state: TrainState) -> Any:
-        """The parameters that a state has come to, to compute with."""
-        if not self.spec.lora_rank:
-            return state.averaged
-        return lora.attach(self.frozen["base"], state.averaged)
+    def networks(self, state: TrainState) -> dict[str, Any]:
+        """The parameters that a state has come to, to compute with: of each network trained."""
+        spec, made = self.spec, state.averaged
+        name = spec.backbone.denoiser_name
+        if not spec.lora_rank:
+            return {name: made}
+        found = {name: lora.attach(self.frozen["base"], lora.of_network(made))}
+        for network, own in self.frozen["text"].items() if spec.lora_text_encoder else ():
+            found[network] = lora.attach(own, lora.of_network(made, network))
+        return found
 
     def result(self, state: TrainState) -> Any:
         """What the last checkpoint holds: other verbs read a whole denoiser, named "params".
@@ -73,15 +78,16 @@ class Training:
         return made | {"state": state._replace(ema=None)}
 
     def merged(self, adapters: lora.Adapters) -> Any:
-        """The base, as it is in its files and not as steps read it, with adapters added."""
-        base = self.load_base()
+        """The denoiser, as it is in its files and not as steps read it, with its adapters added."""
+        base, adapters = self.load_base(), lora.of_network(adapters)
         places = jax.tree.map(lambda leaf: leaf.sharding, base)
         return jax.jit(lora.merge, donate_argnums=0, out_shardings=places)(base, adapters)
 
     def step_flops(self) -> int:
         """FLOP of a step by formula, on all devices."""
-        denoiser = jax.eval_shape(self.denoiser, self.state)
-        return program.step_flops(self.spec, denoiser, self.batch(0), self.frozen["text"])
+        spec = self.spec
+        denoiser = jax.eval_shape(self.networks, self.state)[spec.backbone.denoiser_name]
+        return program.step_flops(spec, denoiser, self.batch(0), self.frozen["text"])
 
 
 def conditioned(
@@ -214,7 +220,7 @@ class _Loop:
         training, scores, grid = self.training, {}, None
         with self.stage.pause():
             if training.validation:
-                scores, grid = training.validation(training.denoiser(state))
+                scores, grid = training.validation(training.networks(state))
             if training.held_out:
                 scores |= training.held_out(state, training.frozen)
             if grid is not None:

@@ -123,8 +123,9 @@ def preference_loss(
     Args:
         policy, reference: what `denoise` takes first.
         batch: latents [b, k, h, w, c] (chosen, then rejected; or a ranking), example int [b],
-            conditioning, a pytree of arrays [b, ...]; of rankings scores and mask [b, k] too, and
-            scores [b, 2] of pairs if the loss uses them.
+            conditioning, a pytree of arrays [b, ...], and reference_conditioning if the reference
+            has another one; of rankings scores and mask [b, k] too, and scores [b, 2] of pairs if
+            the loss uses them.
         denoise: (parameters, latents, timesteps, conditioning) -> prediction.
         seed, step: of noise and timesteps.
         noising: which of it is learned.
@@ -152,14 +153,17 @@ def preference_loss(
     noisy = schedule.add_noise(rows(latents), noise, times)
     target = schedule.target(rows(latents), noise, times)
     conditioning = jax.tree.map(each, batch["conditioning"])
+    of_reference = conditioning
+    if "reference_conditioning" in batch:
+        of_reference = jax.tree.map(each, batch["reference_conditioning"])
 
-    def residual(params):
+    def residual(params, conditioning):
         prediction = denoise(params, noisy, times, conditioning).astype(jnp.float32)
         return (prediction - target).reshape(latents.shape)
 
     residuals = Residuals(
-        residual(policy),
-        residual(reference) if loss.uses_reference else None,
+        residual(policy, conditioning),
+        residual(reference, of_reference) if loss.uses_reference else None,
         batch.get("scores"),
         batch.get("mask"),
         schedule.clean_scale(drawn),

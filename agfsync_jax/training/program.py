@@ -34,7 +34,8 @@ from agfsync_jax.utils import flops
 
 _OPTIMIZER = """optimizer learning_rate num_steps warmup_steps schedule weight_decay max_grad_norm
     momentum_dtype""".split()
-_STEP = ("lora_rank", "lora_targets", "ema_decay", "reference_decay", "auto_beta", "remat")
+_STEP = """lora_rank lora_targets lora_text_encoder lora_dropout ema_decay reference_decay auto_beta
+    remat""".split()
 
 
 def create_train_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -115,11 +116,21 @@ def num_parts(batch_size: int, device_batch_size: int, mesh: Mesh) -> int:
     return next(parts for parts in range(1, own + 1) if own % parts == 0 and own <= parts * limit)
 
 
+def text_encoders(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a backbone's networks that read prompts."""
+    return {name: own for name, own in params.items() if name.startswith("text_encoder")}
+
+
 def init_program(
-    base: Any, spec: StepSpec, mesh: Mesh, rules: Sequence[Rule]
+    base: Any, spec: StepSpec, mesh: Mesh, rules: Sequence[Rule], text: Mapping[str, Any] = {}
 ) -> Callable[[Any], TrainState]:
-    """base -> the state before the first step; adapters are small, and whole on every device."""
-    init = functools.partial(init_state, spec=spec)
+    """base -> the state before the first step; adapters are small, and whole on every device.
+
+    Args:
+        text: the text encoders' parameters, or their shapes, where they have adapters.
+    """
+    text = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(text))
+    init = functools.partial(init_state, spec=spec, text=text)  # whose values no adapter reads
     places = infer_shardings(jax.eval_shape(init, base), mesh, () if spec.lora_rank else rules)
     return jax.jit(init, out_shardings=places)
 

@@ -42,6 +42,8 @@ class StepSpec(NamedTuple):
     seed: int  # of noise and timesteps
     lora_rank: int = 0  # all of the denoiser is trained
     lora_targets: str = "attention"  # which kernels have adapters; models/lora.py, TARGETS
+    lora_text_encoder: bool = False  # the text encoders' attention has adapters, too; wants encode
+    lora_dropout: float = 0.0  # the share of activations that adapters do not see in a step
     accumulate: int = 1  # parts that a batch is taken in, one after the other
     ema_decay: float = 0.0  # no moving average
     reference_decay: float = 0.0  # of the reference, which stays where it is
@@ -57,12 +59,21 @@ class StepSpec(NamedTuple):
         return bool(self.lora_rank or self.loss.uses_reference and not self.reference_decay)
 
 
-def init_state(base: Any, spec: StepSpec) -> TrainState:
-    """The state before the first step, with parameters of its own: steps overwrite them."""
+def init_state(base: Any, spec: StepSpec, text: Mapping[str, Any] = {}) -> TrainState:
+    """The state before the first step, with parameters of its own: steps overwrite them.
+
+    Args:
+        base: the denoiser's parameters.
+        text: those of the text encoders, where they have adapters, too.
+    """
     if spec.lora_rank:
-        key = jax.random.key(spec.seed)
+        key, rank = jax.random.key(spec.seed), spec.lora_rank
         targets = lora.TARGETS[spec.lora_targets]
-        params = lora.init_adapters(key, base, rank=spec.lora_rank, targets=targets)
+        params = lora.init_adapters(key, base, rank=rank, targets=targets)
+        for network, own in text.items() if spec.lora_text_encoder else ():
+            key = jax.random.fold_in(key, len(params))
+            made = lora.init_adapters(key, own, rank=rank, targets=lora.TEXT_TARGETS)
+            params |= {f"{network}.{name}": pair for name, pair in made.items()}
     else:
         params = jax.tree.map(jnp.copy, base)
     ema, reference = (
@@ -117,7 +128,7 @@ def train_step(
     if spec.auto_beta:
         beta = auto_beta(state.margin, spec)
         loss = loss.with_beta(beta)
-    objective = _objective(state, frozen, loss, spec)
+    objective = _objective(state, frozen, loss, spec, spec.lora_dropout)
     differentiate = jax.grad(objective, has_aux=True)
     grads, metrics = _accumulated(differentiate, state.params, batch, spec.accumulate)
     metrics["grad_norm"] = optax.global_norm(grads)  # before clipping
@@ -169,9 +180,12 @@ def _stacked(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _objective(
-    state: TrainState, frozen: Mapping[str, Any], loss: Loss, spec: StepSpec
+    state: TrainState, frozen: Mapping[str, Any], loss: Loss, spec: StepSpec, dropout: float = 0.0
 ) -> Callable[[Any, dict[str, Any]], tuple[Array, dict[str, Array]]]:
-    """(what is trained, a part of a batch) -> the loss and metrics, at a state's noise."""
+    """(what is trained, a part of a batch) -> the loss and metrics, at a state's noise.
+
+    What adapters drop depends on the seed, the step and a part's first example.
+    """
     backbone, name = spec.backbone, spec.backbone.denoiser_name
 
     def denoise(params, *args):
@@ -183,17 +197,34 @@ def _objective(
     if backbone.dtype == jnp.float16:
         denoise = _scaled_backward(denoise)
 
-    def whole(trained):
-        return lora.attach(frozen["base"], trained) if spec.lora_rank else trained
+    def whole(trained, *drop):
+        if not spec.lora_rank:
+            return trained
+        return lora.attach(frozen["base"], lora.of_network(trained), *drop)
+
+    def encode(tokens, trained=None, *drop):
+        text = frozen["text"]
+        if trained is not None and spec.lora_text_encoder:
+            text = {
+                network: lora.attach(own, lora.of_network(trained, network), *drop)
+                for network, own in text.items()
+            }
+        return backbone.encode_prompt(text, tokens)
 
     reference = whole(state.reference) if spec.reference_decay else frozen["base"]
 
     def objective(trained, part):
+        drop = ()
+        if dropout:
+            key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+            drop = jax.random.fold_in(key, part["example"][0]), dropout
         if spec.encode:
             tokens = part.pop("token_ids")
-            part["conditioning"] = backbone.encode_prompt(frozen["text"], tokens)
+            part["conditioning"] = encode(tokens, trained, *drop)
+            if spec.lora_text_encoder and loss.uses_reference:
+                part["reference_conditioning"] = encode(tokens, state.reference)
         return preference_loss(
-            whole(trained),
+            whole(trained, *drop),
             reference,
             part,
             loss=loss,

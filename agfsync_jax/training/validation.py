@@ -47,7 +47,7 @@ class Validation:
         self._prompts = [rows[i]["prompt"] for i in own]
         self._questions = [asked.get(i, []) for i in own]
         self._seeds = [row_seed(config.seed, 0, i, 0) for i in own]
-        self._name, self._frozen = backbone.denoiser_name, dict(backbone.params)
+        self._frozen = dict(backbone.params)
         num_images = round_up(len(ids), jax.process_count())
         self._generator = backbones.generator(
             backbones.as_judged(config),
@@ -63,9 +63,11 @@ class Validation:
             batch_size=engine.batch_size(config, own_mesh, max(len(own), 1)),
         )
 
-    def __call__(self, denoiser: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"] | None]:
+    def __call__(
+        self, trained: dict[str, Any]
+    ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"] | None]:
         """Mean scores over all prompts, and a grid of this process's first images."""
-        params = self._frozen | {self._name: denoiser}
+        params = self._frozen | trained
         # Processes may have one prompt more or less, and call the generator alike.
         perturb = [False] * len(self._prompts)
         batches = list(self._generator.stream(params, self._prompts, self._seeds, perturb))

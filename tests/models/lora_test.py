@@ -233,6 +233,43 @@ def test_a_branch_is_the_merged_kernel_and_has_its_gradient():
             np.testing.assert_allclose(ours[name][factor], gradient, rtol=0, atol=1e-5 * scale)
 
 
+def test_what_adapters_drop(net):
+    """The rest counts more; each adapter has its own, and another key others."""
+    graph, params = net
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=2, targets=KERNELS)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4000, 8)), jnp.float32)
+    kernel = lora.attach(params, adapters, jax.random.key(1), 0.25)
+    found = [leaf for leaf in jax.tree.leaves(kernel, is_leaf=is_branched) if is_branched(leaf)]
+    assert len(found) == len(adapters) > 1
+    masks = [np.asarray(each.drop(x) != 0) for each in found]
+    for mask, each in zip(masks, found, strict=True):
+        assert abs(mask.mean() - 0.75) < 0.01
+        np.testing.assert_allclose(each.drop(x), np.where(mask, x / 0.75, 0), rtol=1e-6)
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+    other = lora.attach(params, adapters, jax.random.key(2), 0.25)
+    first = next(leaf for leaf in jax.tree.leaves(other, is_leaf=is_branched) if is_branched(leaf))
+    assert (np.asarray(first.drop(x) != 0) != masks[0]).mean() > 0.3
+
+
+def is_branched(leaf):
+    return isinstance(leaf, lora.Branched)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_drops_before_its_adapter_alone(dtype):
+    graph, params = nnx.split(One(dtype))
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=4, targets=KERNELS)
+    adapters["linear"]["B"] = adapters["linear"]["B"] + 0.1
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    joined = lora.attach(params, adapters, jax.random.key(1), 0.5)
+    branch = joined["linear"]["kernel"][...]
+    got = jax.jit(lambda joined, x: nnx.merge(graph, joined)(x))(joined, x)
+    pair = adapters["linear"]
+    wanted = x @ params["linear"]["kernel"][...] + branch.drop(x) @ pair["A"] @ pair["B"]
+    np.testing.assert_allclose(got, wanted, atol=1e-5 if dtype == jnp.float32 else 0.03)
+
+
 class One(nnx.Module):
     def __init__(self, dtype):
         self.linear = layers.Linear(64, 64, dtype=dtype, rngs=nnx.Rngs(0))

@@ -7,19 +7,29 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models import lora
+from agfsync_jax.models.layers import Linear
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
 from agfsync_jax.training import program
-from agfsync_jax.training.objective import draw_noise
+from agfsync_jax.training.objective import draw_noise, preference_loss
 from agfsync_jax.training.optimizer import make_optimizer
-from agfsync_jax.training.step import StepSpec, _accumulated, auto_beta, init_state, train_step
+from agfsync_jax.training.step import (
+    StepSpec,
+    _accumulated,
+    auto_beta,
+    held_out_metrics,
+    init_state,
+    train_step,
+)
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import load_model
 from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
@@ -178,6 +188,133 @@ def test_adapters_train_beside_a_base_that_stays(backbone):
     names = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"}
     assert set(state.params) == names
     assert all(float(jnp.abs(factors["B"]).max()) > 0 for factors in state.params.values())
+
+
+class Reader(nnx.Module):
+    """A text encoder with one layer."""
+
+    def __init__(self):
+        self.self_attn = nnx.Dict(q_proj=Linear(6, 6, rngs=nnx.Rngs(1)))
+
+    def __call__(self, x):
+        return self.self_attn["q_proj"](x)
+
+
+class ReadingBackbone(TinyBackbone):
+    @classmethod
+    def load(cls, path):
+        self = super().load(path)
+        self.table = self.params["text_encoder"]["table"]
+        self.reader, self.params["text_encoder"] = nnx.split(Reader())
+        return self
+
+    def encode_prompt(self, params, tokens):
+        read = nnx.merge(self.reader, params["text_encoder"])
+        return {"encoder_hidden_states": read(self.table[tokens])}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5], ids=["frozen reference", "one that follows"])
+def test_adapters_of_a_text_encoder(decay):
+    """The loss and its gradient are those of merged networks; the reference reads its own text."""
+    backbone = ReadingBackbone.load("")
+    base, text = backbone.params["unet"], {"text_encoder": backbone.params["text_encoder"]}
+    keep = optax.GradientTransformation(  # the state is the last gradient
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, _, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+    )
+    spec = StepSpec(
+        diffusion_dpo.LOSS.configured(beta=BETA), keep, lambda step: 0.0, 7, backbone=backbone
+    )
+    spec = spec._replace(lora_rank=2, lora_text_encoder=True, encode=True, reference_decay=decay)
+    state, rng = init_state(base, spec, text), np.random.default_rng(0)
+    assert "text_encoder.self_attn.q_proj" in state.params and len(state.params) == 5
+
+    def some():
+        return {
+            name: pair | {"B": 0.3 * rng.standard_normal(pair["B"].shape, np.float32)}
+            for name, pair in state.params.items()
+        }
+
+    trained, moved = some(), some()
+    state = state._replace(params=trained, reference=moved if decay else None)
+    batch = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8)
+    tokens = jnp.arange(6).reshape(2, 3)
+    given = {name: batch[name] for name in batch if name != "conditioning"} | {"token_ids": tokens}
+    frozen = {"base": base, "text": text}
+    after, metrics = jax.jit(functools.partial(train_step, spec=spec))(state, frozen, given)
+
+    def networks(adapters):
+        read = lora.merge(text["text_encoder"], lora.of_network(adapters, "text_encoder"))
+        return lora.merge(base, lora.of_network(adapters)), read
+
+    def wanted(adapters):
+        nets = [networks(adapters), networks(moved) if decay else (base, text["text_encoder"])]
+        rows = {"latents": jnp.stack([batch["chosen_latents"], batch["rejected_latents"]], 1)}
+        rows |= {"example": batch["example"], "conditioning": {}}
+
+        def denoise(both, latents, times, _):
+            hidden = backbone.encode_prompt({"text_encoder": both[1]}, tokens)
+            hidden = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), hidden)
+            return backbone.denoise({"unet": both[0]}, latents, times, hidden)
+
+        return preference_loss(
+            *(nets[0], nets[1], rows),
+            loss=spec.loss,
+            denoise=denoise,
+            schedule=backbone.schedule,
+            seed=spec.seed,
+            step=state.step,
+        )
+
+    gradient, expected = jax.jit(jax.grad(wanted, has_aux=True))(trained)
+    assert abs(float(expected["loss"]) - math.log(2)) > 0.01
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+    for name, pair in gradient.items():
+        for factor, value in pair.items():
+            scale = float(jnp.abs(value).max())
+            assert scale > 0
+            np.testing.assert_allclose(after.opt_state[name][factor], value, atol=1e-4 * scale)
+
+
+def test_dropout_is_of_the_step_and_not_of_validations(backbone):
+    batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
+    losses = {}
+    for rate in (0.0, 0.5):
+        changes = {"lora_rank": 2, "lora_dropout": rate}
+        init, step = make_step(backbone, changes=changes, learning_rate=1e-2)
+        state = init(base)
+        params = {name: pair | {"B": pair["B"] + 0.3} for name, pair in state.params.items()}
+        own = {"loss": diffusion_dpo.LOSS.configured(beta=BETA), "lora_rank": 2}
+        spec = step_spec_of(backbone)._replace(lora_dropout=rate, **own)
+        looked = jax.jit(functools.partial(held_out_metrics, spec=spec))
+        state = state._replace(params=params)
+        held = looked(state, {"base": base, "text": {}}, batch, jnp.int32(0))["loss"]
+        losses[rate] = [float(held)]
+        for index in (0, 0):
+            at = jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(index))
+            losses[rate].append(float(step(at, base, batch)[1]["loss"]))
+    (held, first, again), (of_dropped, dropped, same) = losses.values()
+    assert held == pytest.approx(first, rel=1e-5) and first == again
+    assert of_dropped == pytest.approx(held, rel=1e-5)
+    assert dropped == same and abs(dropped - first) > 1e-3
+
+
+def test_another_step_and_another_part_drop_others(backbone, monkeypatch):
+    batch, base = make_batch(backbone, jnp.arange(6).reshape(2, 3), 8), backbone.params["unet"]
+    seen, attach = [], lora.attach
+
+    def watch(params, adapters, key, rate):
+        seen.append((jax.random.key_data(key).tolist(), rate))
+        return attach(params, adapters, key, rate)
+
+    monkeypatch.setattr(lora, "attach", watch)
+    spec = step_spec_of(backbone)._replace(lora_rank=2, lora_dropout=0.5)
+    state, frozen = init_state(base, spec), {"base": base, "text": {}}
+    for index, part in ((0, slice(0, 1)), (1, slice(0, 1)), (0, slice(1, 2)), (0, slice(0, 1))):
+        given = jax.tree.map(lambda x, part=part: x[part], batch)
+        train_step(state._replace(step=jnp.int32(index)), frozen, given, spec=spec)
+    keys = [tuple(key) for key, _ in seen]
+    assert len(set(keys[:3])) == 3 and keys[3] == keys[0] and {rate for _, rate in seen} == {0.5}
 
 
 @pytest.mark.parametrize(
