@@ -24,6 +24,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
+from agfsync_jax.training.inversion import wanted
 from agfsync_jax.training.objective import load_loss, timesteps_of
 from agfsync_jax.training.program import check_start, check_use
 from agfsync_jax.utils import configs, modules
@@ -61,9 +62,12 @@ def check(
         problems += files(config, verb, downloads=True)
     if not problems and verb in TRAINS and config.train.start:
         problems += _told(lambda: start(config))
-    if not problems and verb in TRAINS and config.train.timesteps:
-        num = backbones.schedule(config).num_train_timesteps
+    if not problems and verb in TRAINS and (config.train.timesteps or config.train.inversion_steps):
+        schedule = backbones.schedule(config)
+        num = schedule.num_train_timesteps
         problems += _told(lambda: timesteps_of(config.train.timesteps, num))
+        if config.train.inversion_steps and not problems:
+            problems += _told(lambda: wanted(config, schedule))
     if not problems and workdir:
         problems += room(config, verb, workdir)
     refuse(problems)
@@ -214,6 +218,13 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                 " config.train.reference='first': adapters belong to the model that they start"
                 " from, which is the reference then. Leave both as they are, or lora_rank=0."
             )
+        for key in ("flip", "noise_offset") if spec.inversion_steps else ():
+            if spec[key]:
+                yield (
+                    f"config.train.inversion_steps={spec.inversion_steps} gives each image noise of"
+                    f" its own, and config.train.{key}={spec[key]} wants other noise: set one of"
+                    " them to 0 or False."
+                )
         if spec.lora_dropout and not spec.lora_rank:
             yield (
                 f"config.train.lora_dropout={spec.lora_dropout} is for adapters, and"
@@ -370,6 +381,8 @@ def disk(config: ConfigDict, verb: str, workdir: Path, checkpoint: int) -> Itera
     if verb in TRAINS:
         saves = max(1, config.train.num_steps // config.train.save_every)
         wanted["checkpoints"] = checkpoint * min(config.train.keep + 1, saves)
+        if config.train.inversion_steps:
+            wanted["inversion"] = _holdings.inversion_bytes(config)
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     rounds = config.rounds if verb == "run" else 1

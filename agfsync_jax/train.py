@@ -30,7 +30,7 @@ from agfsync_jax.data.loader import PairLoader, pad_rankings
 from agfsync_jax.data.pairs import is_pairs, read_features, read_pairs, repair_pairs
 from agfsync_jax.parallel import multihost
 from agfsync_jax.steps.runner import Job, Step
-from agfsync_jax.training import program
+from agfsync_jax.training import inversion, program
 from agfsync_jax.training.checkpoints import (
     STARTED_FROM,
     Checkpoints,
@@ -310,6 +310,16 @@ def prepare(
     del denoiser
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
+    if config.train.inversion_steps:
+        of_round = [(each.parent.name, step) for each, step in before]
+        made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
+        params = reference if base is None else base
+        for each, known, name in ((loader, embeddings, ""), (kept, of_kept, "_held_out")):
+            if each:
+                folder = round_dir / f"inversion{name}"
+                each.noise = invert(config, params, text, spec, each, known, folder, made_by, mesh)
+        del params
+    del reference
     step = program.step_program(state, frozen, spec, mesh)
     held_out = None
     if kept:
@@ -329,6 +339,30 @@ def prepare(
         higher_is_better=is_higher_better(config),
         load_base=load_base,
     )
+
+
+def invert(
+    config: Any,
+    params: Any,
+    text: Any,
+    spec: StepSpec,
+    loader: PairLoader,
+    embeddings: PromptEmbeddings | None,
+    folder: Path,
+    made_by: Any,
+    mesh: Mesh,
+) -> inversion.InvertedNoise:
+    """The noise of a loader's examples by inversion, made or read; see training/inversion.py."""
+    schedule = spec.backbone.schedule
+    wanted = inversion.wanted(config, schedule)
+    timesteps = inversion.grid(schedule, config.train.inversion_steps)
+    timesteps = timesteps[timesteps <= wanted[-1]]  # later ones lead to none of them
+    compiled = program.inversion_program(params, text, spec, mesh, timesteps, wanted)
+
+    def noise_of(examples):
+        return compiled(params, text, conditioned(loader, embeddings, examples=examples))
+
+    return inversion.inverted_noise(folder, loader, noise_of, wanted, made_by)
 
 
 def start_of(config: Any, first: Any, mesh: Mesh) -> Any:

@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     c.train.timesteps = ""  # all; "0:200", those of a refiner; or a list, "249,499,749,999"
     c.train.optimizer = "adamw"  # or adafactor, lion
     c.train.momentum_dtype = "float32"  # bfloat16: the first moment takes half the memory
+    c.train.inversion_steps = 0  # 10: images' own noise, by DDIM inversion (InPO); 0: random noise
     c.train.noise_offset = 0.0  # of a constant beside the noise, for darker and lighter pictures
     c.train.min_snr_gamma = 0.0  # errors count min(SNR, gamma) / SNR; 5 is usual, 0: all alike
     c.train.lora_rank = 0  # 0: all of the denoiser is trained

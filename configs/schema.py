@@ -159,6 +159,7 @@ KEYS = {
     "train.empty_prompts": SHARE,
     "train.flip": FLAG,
     "train.timesteps": TIMESTEPS,
+    "train.inversion_steps": whole(0),
     "train.noise_offset": number(0),
     "train.min_snr_gamma": number(0),
     "train.optimizer": one_of("adamw", "adafactor", "lion"),

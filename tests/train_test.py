@@ -23,7 +23,7 @@ from agfsync_jax.models import lora
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.steps import settings
-from agfsync_jax.training import symptoms
+from agfsync_jax.training import inversion, symptoms
 from agfsync_jax.training.checkpoints import (
     Checkpoints,
     find_step,
@@ -32,6 +32,7 @@ from agfsync_jax.training.checkpoints import (
     trained_rounds,
 )
 from agfsync_jax.training.objective import preference_loss
+from agfsync_jax.training.step import inversion_step
 from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from configs import common
@@ -427,6 +428,7 @@ def test_two_processes_train_the_same(run, tmp_path):
 
 def test_two_processes_share_what_moves_and_what_is_held_out(tmp_path):
     changes = {"train.reference_decay": 0.9, "train.auto_beta": 0.2, "train.held_out": 0.4}
+    changes |= {"train.inversion_steps": 4}
     changes |= {"train.validate_every": 2, "train.num_validation_prompts": 0}
     one, two = (make_workdir(tmp_path / name) for name in ("one", "two"))
     train.main(make_config(**changes), one)
@@ -916,6 +918,54 @@ def test_three_rounds_of_adapters_add_up(tmp_path):
         assert largest_difference(start, end) > 1e-4
     whole = lora.merge(ends[0], lora.concatenate(own))
     assert largest_difference(whole, ends[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("embeddings", ["cached", "step"])
+def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
+    tmp_path, monkeypatch, embeddings, capsys
+):
+    made, invert = [], inversion.invert
+    monkeypatch.setattr("agfsync_jax.training.step.invert", lambda *a: made.append(a) or invert(*a))
+    config = make_config(
+        **{"train.inversion_steps": 10, "train.timesteps": "300:900", "train.held_out": 0.4},
+        **{"train.validate_every": 2, "train.num_validation_prompts": 0, "train.num_steps": 2},
+        **{"train.embeddings": embeddings},
+    )
+    make_workdir(tmp_path, num_pairs=12)
+    train.main(config, tmp_path)
+    folder = tmp_path / "round_000/inversion"
+    assert len(made) == 2 and len(list(folder.glob("*.npy"))) == 1  # those held out have their own
+    first, *_ = metrics(tmp_path)
+    assert first["loss"] == LN2
+    assert {int(key[14:16]) for key in first if key.startswith("error_by_time")} <= set(
+        range(30, 90)
+    )
+    config.train.num_steps = 3
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    train.main(config, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(made) == 2 and "inversion: skipped 8 of 8 pairs" in capsys.readouterr().err
+    # What a step is given of an example is what the reference's inversion is.
+    training = train.prepare(config, tmp_path / "round_000", [], None, 0)
+    batch, noise = training.batch(1), training.loader.noise
+    np.testing.assert_array_equal(noise.timesteps, [300, 400, 500, 600, 700, 800])
+    given = training.loader.examples(rows := training.loader.rows(1))
+    if training.embeddings:
+        given["conditioning"] = training.embeddings(rows)
+    spec, text = training.spec, training.frozen["text"]
+    every = np.arange(0, 900, 100)
+    again = jax.jit(functools.partial(inversion_step, spec=spec, timesteps=every, wanted=every))(
+        training.frozen["base"], text, given
+    )
+    place = np.asarray(batch["timesteps"]) // 100
+    wanted = np.asarray(again)[np.arange(len(rows)), :, place]
+    np.testing.assert_allclose(batch["noise"], wanted, atol=4e-3)
+    # Other pairs, other noise.
+    made.clear()
+    shutil.rmtree(tmp_path / "round_000/pairs")
+    make_workdir(tmp_path, num_pairs=16)
+    train.prepare(config, tmp_path / "round_000", [], None, 0)
+    assert len(made) == 2
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(

@@ -3,18 +3,30 @@
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 
 # What a batch holds, of pairs and of rankings.
 FIELDS = ("chosen_latents", "rejected_latents", "latents", "scores", "mask", "token_ids")
 _FLIPPED = "_flipped"  # of a field: the latents of the mirrored images
+
+
+class Noise(Protocol):
+    """Noise of each example at some timesteps, in place of random noise."""
+
+    timesteps: Int[np.ndarray, " n"]
+    shape: tuple[int, ...]  #: of an example's, [k, h, w, c]
+
+    def __call__(
+        self, examples: Int[np.ndarray, " b"], places: Int[np.ndarray, " b"]
+    ) -> Float[np.ndarray, "b k h w c"]:
+        """That of examples, each at the timestep of a place among `timesteps`."""
 
 
 class PairLoader:
@@ -58,7 +70,7 @@ class PairLoader:
                 f"(data x fsdp of the mesh {dict(mesh.shape)}){taken}: make it a multiple."
             )
         self.num_pairs = len(pairs["pair_id"])
-        self.batch_size = batch_size
+        self.batch_size, self.part_size = batch_size, batch_size // parts
         self.seed = seed
         self._sharding = batch_sharding(mesh)
         self._arrays = {name: np.asarray(pairs[name]) for name in FIELDS if name in pairs}
@@ -76,7 +88,16 @@ class PairLoader:
             if name.startswith("embeddings/")
         }
         self.prompt_row = pairs.get("prompt_row")  # [n], which row of them is a pair's
+        self.noise: Noise | None = None  # random: each step draws it
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """Of an example's images, [k, h, w, c]."""
+        ranked = self._arrays.get("latents")
+        return (
+            (2, *self._arrays["chosen_latents"].shape[1:]) if ranked is None else ranked.shape[1:]
+        )
 
     def rows(self, step: int) -> np.ndarray:
         """Which pairs the global batch of a step holds, int64 [batch_size]."""
@@ -97,7 +118,8 @@ class PairLoader:
         Returns:
           chosen_latents, rejected_latents float32 [b, h, w, c], or latents [b, k, h, w, c]; scores
           float32 and mask bool [b, k] if the pairs have them; token_ids int32 [b, n]; example int32
-          [b], a number that belongs to the pair wherever it turns up (for noise keys).
+          [b], a number that belongs to the pair wherever it turns up (for noise keys). If the
+          examples have noise of their own, noise float32 [b, k, h, w, c] and timesteps int [b].
         """
         rows = self.rows(step)
         mirrors, batch = self._generator(step, 2), {}
@@ -108,7 +130,28 @@ class PairLoader:
                 flipped = self._flipped[name], mirrors.random(images) < 0.5
             batch[name] = put_rows(each, rows, self._sharding, flipped)
         batch["token_ids"] = put_rows(self.token_ids, self.prompt_rows(step), self._sharding)
+        if noise := self.noise:
+            places = self._generator(step, 3).integers(len(noise.timesteps), size=len(rows))
+            batch["timesteps"] = put_rows(noise.timesteps, places, self._sharding)
+            batch["noise"] = jax.make_array_from_callback(
+                (len(rows), *noise.shape),
+                self._sharding,
+                lambda part: noise(rows[part[0]], places[part[0]]),
+            )
         return batch
+
+    def examples(self, rows: np.ndarray) -> dict[str, jax.Array]:
+        """`batch` of these pairs, each with its prompt and as it is."""
+        named = self._arrays.items()
+        batch = {name: put_rows(each, rows, self._sharding) for name, each in named}
+        return batch | {"token_ids": put_rows(self.token_ids, rows, self._sharding)}
+
+    def fingerprint(self) -> str:
+        """Of the pairs and their latents, in their order."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, array in sorted(self._arrays.items()):
+            found.update(name.encode() + np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def _generator(self, step: int, use: int) -> np.random.Generator:
         """Of what is drawn for a step; the order of an epoch is use 0."""

@@ -69,3 +69,11 @@ def drawn_bytes(config: Any) -> int:
     pixels = config.sample.height * config.sample.width
     images = config.prompts.num_prompts * config.sample.num_candidates
     return round(images * pixels * (PNG_BYTES + 4 * 2 / 64))
+
+
+def inversion_bytes(config: Any) -> int:
+    """Bytes of inverted noise on the disk, in float16: of a pair, or a ranking, of each prompt."""
+    images = config.sample.num_candidates if config.pair.strategy == "ranked" else 2
+    pixels = config.sample.height * config.sample.width
+    values = config.prompts.num_prompts * images * pixels * 4 / 64
+    return round(2 * values * config.train.inversion_steps)

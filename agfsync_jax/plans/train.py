@@ -51,6 +51,9 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     else:
         latents = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
         batch |= {"chosen_latents": latents, "rejected_latents": latents}
+    if spec.inversion_steps:
+        batch["noise"] = jax.ShapeDtypeStruct((size, count, *shape), jnp.float32)
+        batch["timesteps"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     if step.loss.uses_scores or step.loss.is_listwise:
         batch["scores"] = jax.ShapeDtypeStruct((size, count), jnp.float32)
     if step.loss.is_listwise:

@@ -91,13 +91,18 @@ class Training:
 
 
 def conditioned(
-    loader: PairLoader, embeddings: PromptEmbeddings | None, index: int
+    loader: PairLoader,
+    embeddings: PromptEmbeddings | None,
+    index: int = 0,
+    *,
+    examples: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A loader's batch, with its prompts' embeddings if there are any."""
-    batch = loader.batch(index)
+    """A loader's batch, or these examples, with their prompts' embeddings if there are any."""
+    batch = loader.batch(index) if examples is None else loader.examples(examples)
     if embeddings:
         del batch["token_ids"]
-        batch["conditioning"] = embeddings(loader.prompt_rows(index))
+        prompts = loader.prompt_rows(index) if examples is None else examples
+        batch["conditioning"] = embeddings(prompts)
     return batch
 
 

@@ -123,6 +123,7 @@ def preference_loss(
     Args:
         policy, reference: what `denoise` takes first.
         batch: latents [b, k, h, w, c] (chosen, then rejected; or a ranking), example int [b],
+            noise [b, k, h, w, c] and timesteps int [b] where they are not drawn;
             conditioning, a pytree of arrays [b, ...], and reference_conditioning if the reference
             has another one; of rankings scores and mask [b, k] too, and scores [b, 2] of pairs if
             the loss uses them.
@@ -138,9 +139,12 @@ def preference_loss(
     b, k, *shape = latents.shape
     copies = 1 if loss.same_noise else k
     possible = timesteps_of(noising.timesteps, schedule.num_train_timesteps)
-    noise, drawn = draw_noise(
-        *(seed, step, batch["example"], tuple(shape), possible, copies, noising.noise_offset)
-    )
+    if "noise" in batch:
+        noise, drawn = batch["noise"], batch["timesteps"]
+    else:
+        noise, drawn = draw_noise(
+            *(seed, step, batch["example"], tuple(shape), possible, copies, noising.noise_offset)
+        )
 
     def rows(x):
         # Example by example: with a sharded batch all rows of one then stay on its device.

@@ -28,6 +28,7 @@ from agfsync_jax.training.step import (
     frozen_base,
     held_out_metrics,
     init_state,
+    inversion_step,
     train_step,
 )
 from agfsync_jax.utils import flops
@@ -170,6 +171,22 @@ def held_out_program(
         functools.partial(held_out_metrics, spec=spec),
         in_shardings=(state, frozen, batch_sharding(mesh), everywhere),
         out_shardings=everywhere,
+    )
+
+
+def inversion_program(
+    params: Any,
+    text: Mapping[str, Any],
+    spec: StepSpec,
+    mesh: Mesh,
+    timesteps: np.ndarray,
+    wanted: np.ndarray,
+) -> Callable[..., jax.Array]:
+    """(params, text, batch) -> noise, see `inversion_step`, whole on every process."""
+    places = jax.tree.map(lambda x: x.sharding, (params, text))
+    step = functools.partial(inversion_step, spec=spec, timesteps=timesteps, wanted=wanted)
+    return jax.jit(
+        step, in_shardings=(*places, batch_sharding(mesh)), out_shardings=replicated(mesh)
     )
 
 

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from agfsync_jax.losses import Loss
 from agfsync_jax.models import lora
 from agfsync_jax.models.layers import rematerialized
+from agfsync_jax.training.inversion import invert
 from agfsync_jax.training.objective import ALL_NOISE, Noising, preference_loss
 
 _MARGIN_DECAY = 0.99  # a step, of the mean that sets beta
@@ -168,6 +170,40 @@ def held_out_metrics(
     state = state._replace(step=draw)
     _, metrics = _objective(state, frozen, spec.loss, spec)(state.averaged, _stacked(batch))
     return metrics
+
+
+def inversion_step(
+    params: Any,
+    text: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    *,
+    spec: StepSpec,
+    timesteps: Int[np.ndarray, " t"],
+    wanted: Int[np.ndarray, " n"],
+) -> Float[Array, "b k n h w c"]:
+    """The noise of a batch's images by inversion; see inversion.py.
+
+    Args:
+        params: the denoiser's.
+        text, batch: see `train_step`.
+        timesteps: of the inversion.
+        wanted: those of them whose noise is given.
+    """
+    batch, backbone = _stacked(batch), spec.backbone
+    latents = batch["latents"]
+    b, k = latents.shape[:2]
+    conditioning = batch.get("conditioning")
+    if conditioning is None:
+        conditioning = backbone.encode_prompt(text, batch["token_ids"])
+    conditioning = jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), conditioning)
+
+    def denoise(x, times):
+        return backbone.denoise({backbone.denoiser_name: params}, x, times, conditioning)
+
+    rows = latents.reshape(b * k, *latents.shape[2:])
+    noise = invert(denoise, backbone.schedule, rows, timesteps)
+    noise = noise[:, np.flatnonzero(np.isin(timesteps, wanted))]
+    return noise.reshape(b, k, *noise.shape[1:])
 
 
 def _stacked(batch: Mapping[str, Any]) -> dict[str, Any]:
