@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from agfsync_jax import backbones
 from agfsync_jax.data import preferences, records
 from agfsync_jax.data.embeddings import BatchEncoder
-from agfsync_jax.data.imports import PreferenceSet
+from agfsync_jax.data.imports import PreferenceSet, bucket_sizes
 from agfsync_jax.data.pair_rows import imported_rows, pair_rows, text_fields
 from agfsync_jax.data.pairs import is_pairs, pair_features, repair_pairs, write_pairs
 from agfsync_jax.data.scores import read_scores, scored_round
@@ -35,7 +35,7 @@ from agfsync_jax.utils.files import read_json, to_path
 _PROMPTS = 32  # encoded at a time
 _PIXELS = 2**20  # encoded at a time on a device: an encoder's activations take 50 times as much
 _OF_SCORES = "weights normalize strategy k min_margin max_pairs min_questions".split()
-_OF_IMPORTS = "path split columns max_rows max_bad".split()
+_OF_IMPORTS = "path split columns buckets max_rows max_bad".split()
 
 Row = dict[str, Any]
 Texts = Callable[[Sequence[str]], list[Row]]  # `text_fields` of texts alone
@@ -150,7 +150,7 @@ def _of_people(job: Job) -> _Source:
     """Pairs of what people preferred."""
     config, stage, spec = job.config, job.stage, job.config.pair
     stage.unit = "rows"
-    height, width = config.sample.height, config.sample.width
+    sizes = bucket_sizes(config.sample.height, config.sample.width, spec.buckets)
     found = PreferenceSet(spec)
     counts = dict.fromkeys(preferences.COUNTS, 0)
 
@@ -159,7 +159,7 @@ def _of_people(job: Job) -> _Source:
 
     def rows(texts, encode, done):
         for row in imported_rows(
-            *(found.read(height, width, done), encode, texts),
+            *(found.read(sizes, done), encode, texts),
             with_images=spec.images,
             is_swapped=is_swapped,
             with_flips=spec.flips,
@@ -170,10 +170,13 @@ def _of_people(job: Job) -> _Source:
         if not counts["pairs"]:
             told = preferences.told(counts)
             raise ValueError(f"no pair is left of {found.num_rows} rows ({told}).")
+        if len(found.sizes) > 1:
+            told = (f"{h}x{w}: {count}" for (h, w), count in found.sizes.most_common())
+            stage.print(f"{len(found.sizes)} sizes of images, and their pairs: {', '.join(told)}")
         if bad := found.bad_rows():
             stage.print(f"dropped as bad: {bad}")
 
-    return _Source(repr((found.fingerprint(), height, width)), found.num_rows, (), counts, rows)
+    return _Source(repr((found.fingerprint(), sizes)), found.num_rows, (), counts, rows)
 
 
 def _card(config, scored: Path | None) -> dict[str, Any]:
@@ -215,7 +218,8 @@ def _load_encoders(config, *, of_people: bool) -> tuple[Texts, BatchEncoder | No
         prompts = encoder(backbone.encode_prompt, batch_size=round_up(_PROMPTS, shards))
     if encodes:
         height, width = config.sample.height, config.sample.width
-        backbone.latent_shape(height, width)  # raises for a size that does not fit
+        for size in bucket_sizes(height, width, spec.buckets):
+            backbone.latent_shape(*size)  # raises for a size that does not fit
         most = shards * max(1, _PIXELS // (height * width))
         size = max(2, min(config.sample.device_batch_size * shards, most))
         images = encoder(backbone.encode_image, batch_size=size)

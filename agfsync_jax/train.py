@@ -70,6 +70,7 @@ def train(job: Job) -> None:
             pin_start(job, start, before)
             training = prepare(job.config, job.folder, before, checkpoints, start)
             tell_repeats(job.stage, training.loader)
+            tell_shapes(job.stage, training.loader)
             tell_pairs(job, training.spec)
             fit(spec, training, start, job.stage, checkpoints)
 
@@ -142,11 +143,21 @@ def pin_start(job: Job, start: int, before: Sequence[tuple[Path, int]]) -> None:
 
 def tell_repeats(stage: Stage, loader: PairLoader) -> None:
     """Says so where a batch holds pairs more than once."""
-    if loader.batch_size > loader.num_pairs:
+    if loader.batch_size > loader.fewest:
+        of_shape = " of a shape" if len(loader.shapes) > 1 else ""
         stage.print(
-            f"config.train.batch_size={loader.batch_size} is more than the {loader.num_pairs} pairs"
-            " that there are: a batch has the same pairs several times, with the same noise, and"
-            " teaches no more than a smaller one"
+            f"config.train.batch_size={loader.batch_size} is more than the {loader.fewest} pairs"
+            f" that there are{of_shape}: a batch has the same pairs several times, with the same"
+            " noise, and teaches no more than a smaller one"
+        )
+
+
+def tell_shapes(stage: Stage, loader: PairLoader) -> None:
+    """Says so where images have several shapes."""
+    if len(loader.shapes) > 1:
+        stage.print(
+            f"images have {len(loader.shapes)} shapes: a batch has one of them, and the step is"
+            " compiled once for each when its turn comes first"
         )
 
 
@@ -311,6 +322,11 @@ def prepare(
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     if config.train.inversion_steps:
+        if len(loader.shapes) > 1:
+            raise ValueError(
+                "config.train.inversion_steps wants images of one shape, and these pairs have"
+                f" {len(loader.shapes)}: make them with config.pair.buckets=0."
+            )
         of_round = [(each.parent.name, step) for each, step in before]
         made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
         params = reference if base is None else base

@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     c.pair.columns.first = "jpg_0"  # an image
     c.pair.columns.second = "jpg_1"
     c.pair.columns.label = "label_0"  # 1: the first image is preferred, 0: the second, 0.5: a tie
+    c.pair.buckets = 0  # 64: images keep their shapes, with sides that are multiples of it; 0: one
     c.pair.max_rows = 0  # of that folder; 0: all
     c.pair.max_bad = 0.01  # share of rows without a caption, or whose images cannot be decoded
 

@@ -148,6 +148,7 @@ KEYS = {
     "pair.columns.label": NAME,
     "pair.max_rows": whole(0),
     "pair.max_bad": SHARE,
+    "pair.buckets": whole(0),
     "loss.name": NAME,
     "train.batch_size": whole(1),
     "train.num_steps": whole(1),

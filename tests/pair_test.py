@@ -1,6 +1,7 @@
 """`agfsync pair`: from scores to a TFDS dataset of pairs, again and again without scoring."""
 
 import functools
+import io
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, ImageOps
 
 from agfsync_jax import backbones, checks, pair, report, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
@@ -449,6 +451,50 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(2), abs=1e-4)
     assert np.isfinite(losses[1]) and losses[1] != losses[0]
+
+
+def test_images_keep_their_shapes(micro_config, tmp_path, monkeypatch, capsys):
+    """Latents are those of the nearest shape; a step has one, and is compiled for each once."""
+    sizes = [(60, 100), (64, 64), (61, 99), (100, 60), (64, 64)]  # height, width
+    table = preference_table(15).to_pydict()
+    for n in range(15):
+        for side in range(2):
+            shape = sizes[n % 5] if side else (sizes[n % 5][0] // 2, sizes[n % 5][1] // 2)
+            pixels = np.random.default_rng(2 * n + side).integers(0, 256, (*shape, 3), np.uint8)
+            table[f"jpg_{side}"][n] = {"bytes": images.encode_png(pixels)}
+    pq.write_table(pa.table(table), tmp_path / "human.parquet")
+    config, workdir = micro_config, tmp_path / "work"
+    config.pair.update(path=str(tmp_path / "human.parquet"), weights={}, buckets=16)
+    config.sample.device_batch_size = 2
+    pair.main(config, workdir)
+    told = capsys.readouterr().err
+    assert "3 sizes of images, and their pairs: 48x80: 4, 64x64: 4, 80x48: 2" in told
+    rows = {int(row["pair_id"].split("-")[1]): row for row in read(workdir)}
+    assert len(rows) == 10
+    backbone = StableDiffusion.load("micro:stable-diffusion")
+    for number in (1, 10):  # of two shapes, enlarged and cut
+        row, size = rows[number], (48, 80) if number == 10 else (64, 64)
+        for side in ("chosen", "rejected"):
+            data = table[f"jpg_{row[f'{side}_candidate']}"][number]["bytes"]
+            picture = Image.open(io.BytesIO(data))
+            fitted = np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
+            np.testing.assert_array_equal(images.decode_png(row[f"{side}_image"]), fitted)
+            wanted = backbone.encode_image(backbone.params, fitted[None])[0]
+            np.testing.assert_allclose(row[f"{side}_latents"], wanted, rtol=5e-3, atol=5e-3)
+
+    monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
+    config.train.update(num_steps=6, batch_size=8, warmup_steps=0, save_every=6)
+    taken, fit = [], train.fit
+    monkeypatch.setattr(
+        train, "fit", lambda spec, training, *a: taken.append(training) or fit(spec, training, *a)
+    )
+    train.main(config, workdir)
+    assert "images have 3 shapes: a batch has one of them" in capsys.readouterr().err
+    shapes = [taken[0].batch(index)["chosen_latents"].shape[1:3] for index in range(6)]
+    assert len(set(shapes)) == taken[0].compiled_step._cache_size() == 3
+    config.pair.path, config.pair.weights = str(workdir / "round_000"), {"vqa": 1.0}
+    with pytest.raises(ValueError, match="pair.buckets=16: expected 0, as candidates have one"):
+        preferences.check_settings(config.pair, of_people=False)
 
 
 def files_of(folder):

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,22 +47,52 @@ class Preference(NamedTuple):
     chosen: int  # 0 or 1, which of them
 
 
-def fit_image(data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image, turned as its EXIF says, to RGB of this size.
+def bucket_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
+    """The sizes [height, width] of images that keep their shapes; 0: this one alone.
 
-    It is resized until it just covers that size, by PIL with a Lanczos kernel (antialiased) on the
-    host, and its center is cut out; an image of that size stays as it is.
-
-    Raises:
-        ValueError: bytes that are no whole image.
+    As other trainers have them: sides are multiples of `multiple`, of at most this area together
+    and at most twice as long as the other; of each width the largest height.
     """
+    if not multiple:
+        return [(height, width)]
+    area, found = height * width, []
+    for wide in range(multiple, int((2 * area) ** 0.5) + 1, multiple):
+        high = min(area // wide, 2 * wide) // multiple * multiple
+        if high and wide <= 2 * high:
+            found.append((high, wide))
+    return found
+
+
+def nearest_size(
+    sizes: Sequence[tuple[int, int]], images: Sequence[Image.Image]
+) -> tuple[int, int]:
+    """The size for all of these images: of the shape nearest to their mean, so that as little is
+    cut off of one as of another; of two alike, the larger."""
+    shape = np.mean([np.log(image.height / image.width) for image in images])
+    return min(sizes, key=lambda s: (round(abs(np.log(s[0] / s[1]) - shape), 6), -s[0] * s[1]))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An image, turned as its EXIF says, in RGB; ValueError for bytes that are no whole image."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{len(data)} bytes are no image that PIL knows") from error
     except Exception as error:  # what PIL's decoders raise is anything that broken bytes lead to
         raise ValueError(f"{len(data)} bytes are not a whole image: {error}") from error
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def fit_images(
+    images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]
+) -> tuple[UInt8[np.ndarray, "h w 3"], ...]:
+    """Images of one size among `sizes` (height, width), the nearest.
+
+    Each is resized until it just covers that size, by PIL with a Lanczos kernel (antialiased) on
+    the host, and its center is cut out; an image of that size stays as it is.
+    """
+    height, width = nearest_size(sizes, images)
+    size, kernel = (width, height), Image.Resampling.LANCZOS
+    return tuple(np.asarray(ImageOps.fit(image, size, kernel)) for image in images)
 
 
 def find_files(path: str | Path, split: str) -> list[Path]:
@@ -126,6 +156,7 @@ class PreferenceSet:
         files, num_rows: what will be read.
         counts: what reading has dropped so far, as "unlabelled", "ties", "empty_captions" and
             "bad_images", and how many distinct captions ("prompts") there were.
+        sizes: how many of the rows so far have images of a size (height, width).
 
     Raises:
         FileNotFoundError: see `find_files`.
@@ -137,6 +168,7 @@ class PreferenceSet:
         self.folder = path if path.is_dir() else path.parent
         self.files = find_files(path, settings.split)
         self.counts: Counter = Counter()
+        self.sizes: Counter = Counter()
         self._columns, self._max_bad = settings.columns.to_dict(), settings.max_bad
         total = sum(_look_at(file, self._columns) for file in self.files)
         self.num_rows = min(total, settings.max_rows or total)
@@ -149,12 +181,14 @@ class PreferenceSet:
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def read(
-        self, height: int, width: int, done: Callable[[int], None] = lambda count: None
+        self,
+        sizes: Sequence[tuple[int, int]],
+        done: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Preference]:
         """Decodes the rows that count, some ahead of whoever asks for them.
 
         Args:
-            height, width: of the images, see `fit_image`.
+            sizes: (height, width) that images may have, see `fit_images`.
             done: called with a number of rows once they are read, dropped ones too.
 
         Raises:
@@ -165,8 +199,9 @@ class PreferenceSet:
         with ThreadPoolExecutor(_THREADS) as pool:
             for row, cells in enumerate(itertools.islice(self._rows(), self.num_rows)):
                 chosen = self._chosen(row, cells)
-                sides = () if chosen is None else (cells["first"], cells["second"])
-                images = [pool.submit(self._image, each, height, width) for each in sides]
+                images = None
+                if chosen is not None:
+                    images = pool.submit(self._images, (cells["first"], cells["second"]), sizes)
                 pending.append((row, cells["caption"], images, chosen))
                 if len(pending) > _ROWS_AHEAD:
                     yield from self._decoded(*pending.popleft())
@@ -176,13 +211,15 @@ class PreferenceSet:
                 done(1)
 
     def _decoded(self, row, caption, images, chosen) -> Iterator[Preference]:
+        if images is None:
+            return
         try:
-            images = tuple(image.result() for image in images)
+            images = images.result()
         except ValueError as error:
             self._drop("bad_images", f"row {row}: {error}")
         else:
-            if images:
-                yield Preference(row, caption, images, chosen)
+            self.sizes[images[0].shape[:2]] += 1
+            yield Preference(row, caption, images, chosen)
 
     def _chosen(self, row: int, cells: Mapping[str, Any]) -> int | None:
         """Which image is preferred; None for a row that is dropped, which is counted."""
@@ -219,7 +256,10 @@ class PreferenceSet:
         more = len(self._bad) - _TOLD
         return "; ".join(self._bad[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
 
-    def _image(self, cell: Any, height: int, width: int) -> np.ndarray:
+    def _images(self, cells: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> Any:
+        return fit_images([self._image(cell) for cell in cells], sizes)
+
+    def _image(self, cell: Any) -> Image.Image:
         """Decodes bytes, or {"bytes", "path"} with a path in the set's folder."""
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
         if data is None and path:
@@ -229,7 +269,7 @@ class PreferenceSet:
                 raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         if data is None:
             raise ValueError("there is no image")
-        return fit_image(data, height, width)
+        return decode_image(data)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """The cells "caption", "first", "second", "label" and "has_label" of all rows."""

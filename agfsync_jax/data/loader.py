@@ -1,5 +1,6 @@
 """Preference pairs as sharded batches, in an order that depends on (seed, step) alone."""
 
+import bisect
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ class PairLoader:
 
     Step s holds rows s*b to (s+1)*b of an endless stream: one permutation of the pairs after
     another, each drawn from (seed, epoch). A batch may span two epochs, so no pair is left out.
+    Where latents have several shapes, a batch has one of them: each shape has a stream of its own,
+    and as many of an epoch's steps as it has pairs, in an order drawn from (seed, epoch).
 
     Args:
       pairs: what `pairs.read_pairs` gives: at least pair_id, token_ids and latents (those of chosen
@@ -89,7 +92,14 @@ class PairLoader:
         }
         self.prompt_row = pairs.get("prompt_row")  # [n], which row of them is a pair's
         self.noise: Noise | None = None  # random: each step draws it
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
+        latents = self._arrays.get("latents", self._arrays.get("chosen_latents"))
+        every = [latents.shape[1:]] * self.num_pairs
+        if latents.dtype == object:
+            every = [each.shape for each in latents]
+        self.shapes = sorted(set(every))  # of latents
+        self._of_shape = [np.flatnonzero([e == shape for e in every]) for shape in self.shapes]
+        self.fewest = min(map(len, self._of_shape))  # pairs of a shape
+        self._permutation = functools.lru_cache(2 * len(self.shapes))(self._draw_permutation)
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
@@ -101,10 +111,27 @@ class PairLoader:
 
     def rows(self, step: int) -> np.ndarray:
         """Which pairs the global batch of a step holds, int64 [batch_size]."""
-        stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, positions = np.divmod(stream, self.num_pairs)
-        drawn = zip(map(self._permutation, epochs.tolist()), positions, strict=True)
-        return np.array([order[position] for order, position in drawn])
+        shape, index = self._turn(step) if len(self.shapes) > 1 else (0, step)
+        pairs = self._of_shape[shape]
+        stream = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        epochs, positions = np.divmod(stream, len(pairs))
+        orders = (self._permutation(epoch, shape) for epoch in epochs.tolist())
+        drawn = zip(orders, positions, strict=True)
+        return pairs[[order[position] for order, position in drawn]]
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """Which shape's turn a step is, and how many it has had before."""
+        counts = np.array([len(pairs) for pairs in self._of_shape])
+
+        def turns(epochs):  # that each shape has had after so many epochs
+            return epochs * counts // self.batch_size
+
+        enough = range((step + len(counts) + 1) * self.batch_size // counts.sum() + 2)
+        epoch = bisect.bisect_right(enough, step, key=lambda e: turns(e).sum()) - 1
+        before, after = turns(epoch), turns(epoch + 1)
+        order = np.repeat(np.arange(len(counts)), after - before)
+        order, at = self._generator(epoch, 4).permutation(order), step - before.sum()
+        return int(order[at]), int(before[order[at]] + (order[:at] == order[at]).sum())
 
     def prompt_rows(self, step: int) -> np.ndarray:
         """Which of `token_ids` the global batch of a step has, int64 [batch_size]."""
@@ -126,7 +153,7 @@ class PairLoader:
         for name, each in self._arrays.items():
             flipped = None
             if self.flip and name in self._flipped:
-                images = (len(rows), *each.shape[1:-3])  # of a ranking, each candidate's
+                images = (len(rows), *each[rows[0]].shape[:-3])  # of a ranking, each candidate's
                 flipped = self._flipped[name], mirrors.random(images) < 0.5
             batch[name] = put_rows(each, rows, self._sharding, flipped)
         batch["token_ids"] = put_rows(self.token_ids, self.prompt_rows(step), self._sharding)
@@ -157,8 +184,10 @@ class PairLoader:
         """Of what is drawn for a step; the order of an epoch is use 0."""
         return np.random.default_rng((self.seed, step, use))
 
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+    def _draw_permutation(self, epoch: int, shape: int) -> np.ndarray:
+        several = (5, shape) if len(self.shapes) > 1 else ()
+        generator = np.random.default_rng((self.seed, epoch, *several))
+        return generator.permutation(len(self._of_shape[shape]))
 
 
 def put_rows(
@@ -167,24 +196,28 @@ def put_rows(
     sharding: NamedSharding,
     instead: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> jax.Array:
-    """The rows of an array as a batch; each process fills only its own devices.
+    """The rows of an array, or an array of arrays, as a batch; each process fills its devices.
 
     float16 becomes float32, which is exact: a denoiser casts to what it computes in.
 
     Args:
       instead: another array, and where in the batch its rows are taken, bool [b] or [b, k].
     """
-    dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    one = array[rows[0]]
+    dtype = np.float32 if one.dtype == np.float16 else one.dtype
+
+    def take(array, own):
+        return np.stack(array[own]) if array.dtype == object else array[own]
 
     def fill(part):  # asked once per device of this process, for that device's rows only
         own = rows[part[0]]
-        found = array[own].astype(dtype)
+        found = take(array, own).astype(dtype)
         if instead:
             other, where = instead[0], instead[1][part[0]]
-            found[where] = other[own][where]
+            found[where] = take(other, own)[where]
         return found
 
-    return jax.make_array_from_callback((len(rows), *array.shape[1:]), sharding, fill)
+    return jax.make_array_from_callback((len(rows), *one.shape), sharding, fill)
 
 
 def example_ids(pair_ids: Sequence[str]) -> np.ndarray:

@@ -147,10 +147,9 @@ def imported_rows(
     Raises:
         ValueError: latents that do not fit float16.
     """
-    preferences = iter(preferences)
 
     def started():
-        while chunk := list(itertools.islice(preferences, encode.batch_size // 2)):
+        for chunk in _of_one_size(preferences, encode.batch_size // 2):
             pictures = np.stack([image for each in chunk for image in each.images])
             latents = [encode.start(pictures)]
             if with_flips:
@@ -179,6 +178,17 @@ def imported_rows(
                 **row,
                 **_sides(values),
             }
+
+
+def _of_one_size(preferences: Iterable[Preference], count: int) -> Iterator[list[Preference]]:
+    """So many at a time, whose images have one size; fewer of each size at the end."""
+    waiting: dict[tuple[int, ...], list[Preference]] = {}
+    for each in preferences:
+        chunk = waiting.setdefault(each.images[0].shape, [])
+        chunk.append(each)
+        if len(chunk) == count:
+            yield waiting.pop(each.images[0].shape)
+    yield from waiting.values()
 
 
 def _sides(values: Mapping[str, Sequence]) -> Row:

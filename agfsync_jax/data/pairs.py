@@ -320,12 +320,13 @@ def read_pairs(
     Returns:
       name -> numpy array with one row per pair; a list for texts and PNG bytes, and for what a
       ranking has for each candidate, as rankings differ in length. The arrays of `once` have one
-      row per prompt, and "prompt_row" int64 [n] says which of them each pair's is.
+      row per prompt, and "prompt_row" int64 [n] says which of them each pair's is. Latents of
+      several shapes are an array of arrays.
 
     Raises:
       FileNotFoundError: no pairs there.
       RecordError: a damaged or missing shard.
-      ValueError: a field that this dataset lacks; pairs whose latents or token ids differ in shape.
+      ValueError: a field that this dataset lacks; pairs whose token ids differ in number.
     """
     folder = to_path(folder)
     features = read_features(folder)
@@ -379,6 +380,10 @@ def _stack(name: str, values: list[Any], features: Features) -> Any:
     if dtype in ("str", "png") or per_candidate:
         return values
     shapes = {np.shape(value) for value in values}
+    if len(shapes) > 1 and "latents" in name:
+        found = np.empty(len(values), object)
+        found[:] = values
+        return found
     if len(shapes) > 1:
         raise ValueError(f"Pairs differ in the shape of {name}: {sorted(shapes)}.")
     return np.array(values, dtype)

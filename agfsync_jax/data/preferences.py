@@ -221,6 +221,7 @@ def check_settings(settings, *, of_people: bool) -> None:
         weights = settings.weights.values()
         finite = any(weights) and all(map(math.isfinite, weights))
         expect(finite, "weights", "numbers, one at least not 0")
+        expect(not settings.buckets, "buckets", "0, as candidates have one size")
         return
     columns = settings.columns.to_dict()
     names = list(columns.values())

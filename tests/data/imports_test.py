@@ -9,11 +9,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from agfsync_jax.data.imports import PreferenceSet, find_files, fit_image
+from agfsync_jax.data.imports import (
+    PreferenceSet,
+    bucket_sizes,
+    decode_image,
+    find_files,
+    fit_images,
+    nearest_size,
+)
 from configs import common
 
 COLUMNS = common.get_config().pair.columns.to_dict()
 NAN = float("nan")
+
+
+def fit_image(data, height, width):
+    return fit_images([decode_image(data)], [(height, width)])[0]
 
 
 def picture(seed, height=8, width=8):
@@ -60,7 +71,7 @@ def read(path, split="train", columns=COLUMNS, done=lambda count: None, **option
     settings.update({"path": str(path), "split": split, "columns": columns, "max_bad": 1.0})
     settings.update(options)
     source = PreferenceSet(settings)
-    return list(source.read(8, 8, done)), source
+    return list(source.read([(8, 8)], done)), source
 
 
 def assert_row(preference, row, chosen):
@@ -234,3 +245,29 @@ def test_images_are_turned_and_made_rgb():
     for data, why in ((b"", "no image"), (b"no", "no image"), (png(1)[:60], "not a whole image")):
         with pytest.raises(ValueError, match=f"^{len(data)} bytes are {why}"):
             fit_image(data, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "height, width, multiple", [(512, 512, 64), (1024, 1024, 64), (64, 64, 16)]
+)
+def test_the_sizes_of_buckets(height, width, multiple):
+    sizes = bucket_sizes(height, width, multiple)
+    assert (height, width) in sizes and {(w, h) for h, w in sizes} & set(sizes)
+    for h, w in sizes:
+        assert not h % multiple and not w % multiple and h * w <= height * width
+        assert 0.5 <= h / w <= 2
+        assert (h + multiple) * w > height * width or h + multiple > 2 * w
+    assert len({w for _, w in sizes}) == len(sizes)
+    assert bucket_sizes(40, 24, 0) == [(40, 24)]
+
+
+def test_the_nearest_size():
+    def image(height, width):
+        return Image.new("RGB", (width, height))
+
+    sizes = bucket_sizes(512, 512, 64)
+    assert nearest_size(sizes, [image(512, 512)]) == (512, 512)
+    assert nearest_size(sizes, [image(1000, 667)]) == (640, 384)
+    assert nearest_size(sizes, [image(667, 1000)]) == (384, 640)
+    assert nearest_size(sizes, [image(100, 900)]) == (384, 640)  # the widest
+    assert nearest_size(sizes, [image(200, 100), image(100, 200)]) == (512, 512)

@@ -129,3 +129,52 @@ def test_candidates_of_a_ranking_are_mirrored_each_by_itself(mesh):
     assert flipped.shape == (16, 3) and 0.2 < flipped.mean() < 0.8
     assert 0 < flipped.sum(axis=1).min() or flipped.std(axis=1).max() > 0
     assert len(np.unique(flipped, axis=0)) > 3
+
+
+def of_shapes(counts):
+    """Pairs of so many of each shape, one after another in turn."""
+    made = pairs(sum(counts))
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    for name in SIDES:
+        latents = np.empty(len(order), object)
+        latents[:] = [
+            np.full((2, 2 + s, 4), v[0, 0, 0]) for s, v in zip(order, made[name], strict=True)
+        ]
+        made[name], made[f"{name}_flipped"] = latents, latents + 0.5
+    return made, order
+
+
+@pytest.mark.parametrize("counts", [(16, 24, 8), (3, 29), (1, 2)])
+def test_a_batch_has_one_shape_and_every_pair_its_turn(mesh, counts):
+    made, shape_of = of_shapes(counts)
+    loader = PairLoader(made, 8, seed=1, mesh=mesh)
+    assert loader.shapes == [(2, 2 + i, 4) for i in range(len(counts))]
+    assert loader.fewest == min(counts)
+    every = [loader.rows(step) for step in range(sum(counts))]  # eight epochs
+    for rows in every:
+        assert len(set(shape_of[rows])) == 1
+    seen = np.bincount(np.concatenate(every), minlength=sum(counts))
+    assert set(seen) == {8}
+    fresh = PairLoader(made, 8, seed=1, mesh=mesh)
+    for step in (len(every) - 1, 0, 2):  # a restart may begin anywhere
+        np.testing.assert_array_equal(fresh.rows(step), every[step])
+    if counts == (16, 24, 8):  # in an epoch each pair once, and the shapes in no order
+        assert sorted(np.concatenate(every[:6])) == list(range(48))
+        turns = [[shape_of[rows[0]] for rows in every[6 * e : 6 * e + 6]] for e in range(8)]
+        assert all(sorted(turn) == [0, 0, 1, 1, 1, 2] for turn in turns)
+        assert len(set(map(tuple, turns))) > 3
+
+
+def test_batches_of_a_shape_are_its_latents(mesh):
+    made, shape_of = of_shapes((16, 24))
+    loader = PairLoader(made, 8, seed=1, mesh=mesh, flip=True)
+    found = set()
+    for step in range(5):
+        rows, batch = loader.rows(step), loader.batch(step)
+        shape = (8, 2, 2 + shape_of[rows[0]], 4)
+        for sign, name in zip((1, -1), SIDES, strict=True):
+            assert batch[name].shape == shape and batch[name].dtype == np.float32
+            values = np.asarray(batch[name])[:, 0, 0, 0] - sign * rows
+            assert set(values) <= {0, 0.5}
+            found |= set(values)
+    assert found == {0, 0.5}

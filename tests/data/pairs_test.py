@@ -258,7 +258,12 @@ def test_damaged_pairs_are_found_and_dropped_whole(tmp_path, monkeypatch):
 
 def test_pairs_of_several_shapes_and_no_pairs(tmp_path):
     write_pairs(tmp_path / "pairs", pairs(1) + pairs(1, side=4), {})
-    with pytest.raises(ValueError, match="differ in the shape of chosen_latents"):
+    found = read_pairs(tmp_path / "pairs", ["chosen_latents"])["chosen_latents"]
+    assert found.dtype == object and found[0].shape != found[1].shape
+    different = pairs(2)
+    different[1]["token_ids"] = different[1]["token_ids"][:-1]
+    write_pairs(tmp_path / "pairs", different, {}, replace=True)
+    with pytest.raises(ValueError, match="differ in the shape of token_ids"):
         read_pairs(tmp_path / "pairs")
     with pytest.raises(ValueError, match="no pairs"):
         write_pairs(tmp_path / "none", [], {})
