@@ -1,5 +1,5 @@
 """Which loss learns most from the same candidates: all of them, at an equal number of passes of the
-denoiser. First three learning rates of each are tried on validation prompts:
+denoiser. First two learning rates of each are tried on validation prompts:
 
     agfsync sweep --config=configs/micro_losses.py:rates --workdir=runs/losses/rates
 
@@ -24,7 +24,7 @@ RANKINGS = "rankdpo dgpo diffusion_nft".split()  # 8 images of 4 passes
 PASSES = dict.fromkeys(PAIRS, 8) | dict.fromkeys(WITHOUT_REFERENCE, 6) | dict.fromkeys(RANKINGS, 32)
 EXAMPLES = {8: 32, 6: 32, 32: 8}  # in a batch
 
-RATES = (1e-5, 2e-5, 4e-5)
+RATES = (2e-5, 4e-5)
 CHOSEN: dict[str, float] = {}  # loss -> the rate that the first sweep found best; others: 2e-5
 
 
@@ -40,10 +40,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return c
 
 
-def of_loss(name: str, num_steps: int) -> dict:
-    """A loss, at as many passes as Diffusion-DPO has in that many steps."""
+def of_loss(name: str) -> dict:
+    """A loss, at as many passes as Diffusion-DPO has in 100 steps of 32 pairs."""
     size = EXAMPLES[PASSES[name]]
-    steps = num_steps * 32 * PASSES["diffusion_dpo"] // (size * PASSES[name])
+    steps = 100 * 32 * PASSES["diffusion_dpo"] // (size * PASSES[name])
     ranked = {"pair.strategy": "ranked"} if name in RANKINGS else {}
     return {"loss.name": name, "train.batch_size": size, "train.num_steps": steps} | ranked
 
@@ -52,11 +52,11 @@ def sweep(arg: str | None) -> Iterator[dict]:
     if common.parse_arg(arg, rates=False).rates:
         for name in PASSES:
             for rate in RATES:
-                yield of_loss(name, 100) | {"train.learning_rate": rate}
+                yield of_loss(name) | {"train.learning_rate": rate}
         return
     for seed in range(3):
         for name in PASSES:
-            yield of_loss(name, 200) | {
+            yield of_loss(name) | {
                 "train.learning_rate": CHOSEN.get(name, 2e-5),
                 "train.seed": seed,
             }
