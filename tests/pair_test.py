@@ -468,7 +468,7 @@ def test_images_keep_their_shapes(micro_config, tmp_path, monkeypatch, capsys):
     config.sample.device_batch_size = 2
     pair.main(config, workdir)
     told = capsys.readouterr().err
-    assert "3 sizes of images, and their pairs: 48x80: 4, 64x64: 4, 80x48: 2" in told
+    assert "how many pairs have them: 48x80: 4, 64x64: 4, 80x48: 2\n" in told
     rows = {int(row["pair_id"].split("-")[1]): row for row in read(workdir)}
     assert len(rows) == 10
     backbone = StableDiffusion.load("micro:stable-diffusion")

@@ -535,7 +535,7 @@ def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
     now = training.held_out(moved, training.frozen)
     assert now == training.held_out(moved._replace(step=jnp.int32(1)), training.frozen)
     values = []
-    for index in range(training.held_out.num_batches):
+    for index in range(len(training.held_out.weights)):
         batch = training.held_out.batch(index)
         batch["latents"] = jnp.stack([batch.pop(f"{side}_latents") for side in _SIDES], axis=1)
         value, _ = preference_loss(
