@@ -21,6 +21,7 @@ from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.reports.candidates import read_gallery
 from agfsync_jax.utils import configs
+from agfsync_jax.utils.clock import Progress
 from agfsync_jax.utils.metrics import read_metrics
 from configs import common, micro
 from tests.tiny_backbone import TinyBackbone
@@ -503,7 +504,8 @@ def test_images_keep_their_shapes(tmp_path, monkeypatch, capsys):
     config.train.update(num_steps=6, batch_size=16, warmup_steps=0, save_every=6, flip=True)
     config.train.update(device_batch_size=1, schedule="constant")
     config.train.update(held_out=0.3, validate_every=6, num_validation_prompts=0)
-    taken, fit = [], train.fit
+    taken, compiling, fit = [], [], train.fit
+    monkeypatch.setattr(Progress, "leave_out", lambda self, seconds: compiling.append(seconds))
     monkeypatch.setattr(
         train, "fit", lambda spec, training, *a: taken.append(training) or fit(spec, training, *a)
     )
@@ -511,7 +513,7 @@ def test_images_keep_their_shapes(tmp_path, monkeypatch, capsys):
     assert "images have 3 shapes: a batch has one of them" in capsys.readouterr().err
     (training,) = taken
     shapes = [training.batch(index)["chosen_latents"].shape[1:3] for index in range(6)]
-    assert len(set(shapes)) == training.compiled_step._cache_size() == 3
+    assert len(set(shapes)) == training.compiled_step._cache_size() == len(compiling) == 3
     done = read_metrics(workdir / "round_000/checkpoints/metrics.jsonl")
     flops = [round(row["mfu"] * row["seconds"] * 8e12) for row in done]
     assert flops == [training.step_flops(index) for index in range(6)] and len(set(flops)) == 2

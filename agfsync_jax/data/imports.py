@@ -73,7 +73,7 @@ def bucket_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]
         high = min(area // wide, 2 * wide) // multiple * multiple
         if wide <= 2 * high:
             found += [(high, wide), (wide, high)]
-    return sorted({h / w: (h, w) for h, w in sorted(found, key=math.prod)}.values())
+    return sorted({h / w: (h, w) for h, w in found}.values())  # the largest comes last
 
 
 def nearest_size(

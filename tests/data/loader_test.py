@@ -195,11 +195,12 @@ def test_shapes_have_their_share_from_the_first_epoch(mesh):
 @pytest.mark.parametrize("counts", [(3, 12, 25), (1, 30), (20,)])
 def test_a_weighted_mean_counts_every_pair_alike(mesh, counts):
     made, shape_of = of_shapes(counts) if len(counts) > 1 else (pairs(20), np.zeros(20, int))
-    loader = PairLoader(made, 8, seed=1, mesh=mesh, whole=True)
-    weights = loader.weights(4)
-    rows = [loader.rows(step) for step in range(len(weights))]
-    assert len(weights) == sum(-(-4 * count // 8) for count in counts)
-    assert np.bincount(np.concatenate(rows), minlength=len(shape_of)).min() >= 4
-    of_batches = [2.0 ** shape_of[each[0]] for each in rows]
-    found = np.average(of_batches, weights=weights)
-    assert found == pytest.approx(np.mean(2.0**shape_of), rel=1e-12)
+    for seed in range(8):
+        loader = PairLoader(made, 8, seed=seed, mesh=mesh, whole=True)
+        weights = loader.weights(4)
+        rows = [loader.rows(step) for step in range(len(weights))]
+        assert len(weights) == sum(-(-4 * count // 8) for count in counts)
+        assert np.bincount(np.concatenate(rows), minlength=len(shape_of)).min() >= 4
+        of_batches = [2.0 ** shape_of[each[0]] for each in rows]
+        found = np.average(of_batches, weights=weights)
+        assert found == pytest.approx(np.mean(2.0**shape_of), rel=1e-12)
