@@ -14,8 +14,9 @@ import jax
 from ml_collections import ConfigDict
 
 from agfsync_jax import backbones, prompt_sources
-from agfsync_jax.data.imports import PreferenceSet
+from agfsync_jax.data.imports import PreferenceSet, bucket_sizes
 from agfsync_jax.data.pairs import is_pairs
+from agfsync_jax.data.preferences import check_settings
 from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.shards import read_rows
 from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
@@ -163,6 +164,11 @@ def scorers(config: ConfigDict, verb: str) -> Iterator[str]:
 def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[str]:
     """Meshes that the devices do not make, and batches that they do not divide."""
     spec = config.train
+    if verb in ("run", "pair"):
+        path, size = config.pair.path, config.sample
+        imports = bool(path) and not scored_round(path, to_path(path))
+        yield from _told(lambda: check_settings(config.pair, of_people=imports))
+        yield from _told(lambda: bucket_sizes(size.height, size.width, config.pair.buckets))
     # plan's devices are elsewhere, and it looks itself
     if verb in (*DRAWS, *TRAINS, "export") and num_devices is not None:
         found = list(_told(lambda: mesh_shape(config.mesh, num_devices), "config.mesh: "))
@@ -194,6 +200,11 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
             yield (
                 f"{makes}, and config.pair.path={path} has none: those are choices of people. Take"
                 " another loss, such as diffusion_dpo."
+            )
+        if spec.inversion_steps and config.pair.buckets and of_people:
+            yield (
+                f"config.train.inversion_steps={spec.inversion_steps} wants images of one shape,"
+                f" and config.pair.buckets={config.pair.buckets} makes several: set one to 0."
             )
         if loss.uses_scores and config.pair.shuffle_labels:
             yield f"{makes}, which undo config.pair.shuffle_labels: take another loss."

@@ -47,7 +47,7 @@ class _Source(NamedTuple):
     made_from: str  # changes when the choices do
     total: int  # of what the progress counts
     columns: Collection[str]  # of scores, which are stored with the pairs
-    counts: dict[str, int]  # of preferences.COUNTS, whole when the last row is made
+    counts: dict[str, Any]  # of preferences.COUNTS, whole when the last row is made; and "sizes"
     rows: Callable[[Texts, BatchEncoder | None, Callable[[int], None]], Iterator[Row]]
 
 
@@ -95,6 +95,8 @@ def make_pairs(job: Job) -> None:
     def rows(done):
         yield from source.rows(texts, encode, done)  # raises where there are none
         card["counts"] = {each.text: counts[name] for name, each in preferences.COUNTS.items()}
+        sizes = counts.get("sizes", {}).items()
+        card["counts"] |= {f"pairs of {size} pixels": count for size, count in sizes}
         summary.unlink(missing_ok=True)  # until here the former pairs stay, and what tells of them
 
     with stage.progress(source.total) as progress:
@@ -170,9 +172,10 @@ def _of_people(job: Job) -> _Source:
         if not counts["pairs"]:
             told = preferences.told(counts)
             raise ValueError(f"no pair is left of {found.num_rows} rows ({told}).")
-        if len(found.sizes) > 1:
-            told = (f"{h}x{w}: {count}" for (h, w), count in found.sizes.most_common())
-            stage.print(f"{len(found.sizes)} sizes of images, and their pairs: {', '.join(told)}")
+        if spec.buckets:
+            counts["sizes"] = {f"{h}x{w}": count for (h, w), count in found.sizes.most_common()}
+            told = ", ".join(f"{size}: {count}" for size, count in counts["sizes"].items())
+            stage.print(f"sizes of images (height x width), and how many pairs have them: {told}")
         if bad := found.bad_rows():
             stage.print(f"dropped as bad: {bad}")
 

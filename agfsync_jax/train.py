@@ -15,7 +15,6 @@ never stopped.
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,7 +215,8 @@ def load_pairs(
         for rows in (np.flatnonzero(~held), np.flatnonzero(held))
     )
     part = train.batch_size // spec.accumulate
-    return load(learned, train.batch_size, parts=spec.accumulate, **more), load(kept, part)
+    learned = load(learned, train.batch_size, parts=spec.accumulate, **more)
+    return learned, load(kept, part, whole=True)
 
 
 def is_held_out(token_ids: np.ndarray, share: float) -> np.ndarray:
@@ -289,6 +289,12 @@ def prepare(
     spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
     check_pairs(round_dir, config)
     loader, kept = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
+    shapes = {*loader.shapes, *(kept.shapes if kept else ())}
+    if config.train.inversion_steps and len(shapes) > 1:
+        raise ValueError(
+            "config.train.inversion_steps wants images of one shape, and these pairs have"
+            f" {len(shapes)}: make them with config.pair.buckets=0."
+        )
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     first = backbone.params.pop(backbone.denoiser_name)
@@ -322,11 +328,6 @@ def prepare(
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     if config.train.inversion_steps:
-        if len(loader.shapes) > 1:
-            raise ValueError(
-                "config.train.inversion_steps wants images of one shape, and these pairs have"
-                f" {len(loader.shapes)}: make them with config.pair.buckets=0."
-            )
         of_round = [(each.parent.name, step) for each, step in before]
         made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
         params = reference if base is None else base
@@ -342,7 +343,7 @@ def prepare(
         held_out = HeldOutPairs(
             program.held_out_program(state, frozen, spec, mesh),
             functools.partial(conditioned, kept, of_kept),
-            num_batches=math.ceil(_DRAWS * kept.num_pairs / kept.batch_size),
+            weights=kept.weights(_DRAWS),
         )
 
     def load_base():

@@ -440,3 +440,19 @@ def test_peoples_pairs_are_looked_at(tmp_path):
     pq.write_table(pa.table({"caption": ["a cat"]}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="jpg_0"):
         check("run", "configs/micro.py", 8, **{"pair.path": tmp_path})
+
+
+def test_buckets_are_looked_at_before_anything_is_drawn(tmp_path):
+    """They are for people's images, and for steps that need not have one shape."""
+    rows = {"caption": ["a cat"], "label_0": [1.0], "jpg_0": [b"png"], "jpg_1": [b"png"]}
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="pair.buckets=16: expected 0, as candidates have one"):
+        check("run", pair__buckets=16)
+    people = {"pair__path": str(tmp_path), "pair__buckets": 16}
+    check("run", **people)
+    with pytest.raises(ValueError, match="buckets=128: images of config.sample.height=64 and"):
+        check("pair", **people | {"pair__buckets": 128})
+    for verb in ("run", "train", "plan"):
+        with pytest.raises(ValueError, match="inversion_steps=10 wants images of one shape"):
+            check(verb, **people, train__inversion_steps=10)
+        check(verb, **people | {"pair__buckets": 0}, train__inversion_steps=10)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from agfsync_jax import backbones, checks, pair, report, train
+from agfsync_jax import backbones, checks, cli, pair, report, train
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.data import images, preferences, records
 from agfsync_jax.data.pair_rows import text_fields
@@ -20,6 +20,9 @@ from agfsync_jax.data.pairs import read_features, read_pairs
 from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.tokenizers import ClipTokenizer
 from agfsync_jax.reports.candidates import read_gallery
+from agfsync_jax.utils import configs
+from agfsync_jax.utils.clock import Progress
+from agfsync_jax.utils.metrics import read_metrics
 from configs import common, micro
 from tests.tiny_backbone import TinyBackbone
 from tests.twins import clip_tokenizer_files
@@ -453,8 +456,8 @@ def test_an_import_is_trained_on(micro_config, tmp_path, monkeypatch, capsys):
     assert np.isfinite(losses[1]) and losses[1] != losses[0]
 
 
-def test_images_keep_their_shapes(micro_config, tmp_path, monkeypatch, capsys):
-    """Latents are those of the nearest shape; a step has one, and is compiled for each once."""
+def of_shapes(path):
+    """Choices of people, images of several shapes; the table."""
     sizes = [(60, 100), (64, 64), (61, 99), (100, 60), (64, 64)]  # height, width
     table = preference_table(15).to_pydict()
     for n in range(15):
@@ -462,16 +465,27 @@ def test_images_keep_their_shapes(micro_config, tmp_path, monkeypatch, capsys):
             shape = sizes[n % 5] if side else (sizes[n % 5][0] // 2, sizes[n % 5][1] // 2)
             pixels = np.random.default_rng(2 * n + side).integers(0, 256, (*shape, 3), np.uint8)
             table[f"jpg_{side}"][n] = {"bytes": images.encode_png(pixels)}
-    pq.write_table(pa.table(table), tmp_path / "human.parquet")
-    config, workdir = micro_config, tmp_path / "work"
-    config.pair.update(path=str(tmp_path / "human.parquet"), weights={}, buckets=16)
-    config.sample.device_batch_size = 2
-    pair.main(config, workdir)
+    pq.write_table(pa.table(table), path)
+    return table
+
+
+def test_images_keep_their_shapes(tmp_path, monkeypatch, capsys):
+    """From files to a training: a step has images of one shape, and is compiled once for each."""
+    table, workdir = of_shapes(tmp_path / "human.parquet"), tmp_path / "work"
+    people = {"pair.path": str(tmp_path / "human.parquet"), "pair.buckets": "16"}
+    people |= {"pair.flips": "True", "sample.device_batch_size": "2"}
+    typed = [f"--config.{key}={value}" for key, value in people.items()]
+    assert cli.main(["pair", "--config=configs/micro.py:tiny", f"--workdir={workdir}", *typed]) == 0
+    sizes = {"48x80": 4, "64x64": 4, "80x48": 2}
     told = capsys.readouterr().err
-    assert "3 sizes of images, and their pairs: 48x80: 4, 64x64: 4, 80x48: 2" in told
+    assert "how many pairs have them: 48x80: 4, 64x64: 4, 80x48: 2\n" in told
+    assert counts(workdir)["sizes"] == sizes
+    card = (workdir / "round_000/pairs/README.md").read_text()
+    assert "| `pairs of 48x80 pixels` | `4` |" in card
     rows = {int(row["pair_id"].split("-")[1]): row for row in read(workdir)}
     assert len(rows) == 10
     backbone = StableDiffusion.load("micro:stable-diffusion")
+    encode = jax.jit(backbone.encode_image)
     for number in (1, 10):  # of two shapes, enlarged and cut
         row, size = rows[number], (48, 80) if number == 10 else (64, 64)
         for side in ("chosen", "rejected"):
@@ -479,22 +493,38 @@ def test_images_keep_their_shapes(micro_config, tmp_path, monkeypatch, capsys):
             picture = Image.open(io.BytesIO(data))
             fitted = np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
             np.testing.assert_array_equal(images.decode_png(row[f"{side}_image"]), fitted)
-            wanted = backbone.encode_image(backbone.params, fitted[None])[0]
-            np.testing.assert_allclose(row[f"{side}_latents"], wanted, rtol=5e-3, atol=5e-3)
+            both = np.stack([fitted, fitted[:, ::-1]])
+            for name, wanted in zip(("", "_flipped"), encode(backbone.params, both), strict=True):
+                found = row[f"{side}_latents{name}"]
+                np.testing.assert_allclose(found, wanted, rtol=5e-3, atol=5e-3)
 
     monkeypatch.setattr(backbones, "backbone_class", lambda config: TinyBackbone)
-    config.train.update(num_steps=6, batch_size=8, warmup_steps=0, save_every=6)
-    taken, fit = [], train.fit
+    monkeypatch.setattr(train.program.flops, "peak", lambda kind: 1e12)
+    config = configs.load("configs/micro.py:tiny", people)
+    config.train.update(num_steps=6, batch_size=16, warmup_steps=0, save_every=6, flip=True)
+    config.train.update(device_batch_size=1, schedule="constant")
+    config.train.update(held_out=0.3, validate_every=6, num_validation_prompts=0)
+    taken, compiling, fit = [], [], train.fit
+    monkeypatch.setattr(Progress, "leave_out", lambda self, seconds: compiling.append(seconds))
     monkeypatch.setattr(
         train, "fit", lambda spec, training, *a: taken.append(training) or fit(spec, training, *a)
     )
     train.main(config, workdir)
     assert "images have 3 shapes: a batch has one of them" in capsys.readouterr().err
-    shapes = [taken[0].batch(index)["chosen_latents"].shape[1:3] for index in range(6)]
-    assert len(set(shapes)) == taken[0].compiled_step._cache_size() == 3
-    config.pair.path, config.pair.weights = str(workdir / "round_000"), {"vqa": 1.0}
-    with pytest.raises(ValueError, match="pair.buckets=16: expected 0, as candidates have one"):
-        preferences.check_settings(config.pair, of_people=False)
+    (training,) = taken
+    shapes = [training.batch(index)["chosen_latents"].shape[1:3] for index in range(6)]
+    assert len(set(shapes)) == training.compiled_step._cache_size() == len(compiling) == 3
+    done = read_metrics(workdir / "round_000/checkpoints/metrics.jsonl")
+    flops = [round(row["mfu"] * row["seconds"] * 8e12) for row in done]
+    assert flops == [training.step_flops(index) for index in range(6)] and len(set(flops)) == 2
+    assert np.isfinite(done[-1]["validation/held_out/loss"])
+
+    report.main(config, workdir, stage="pair")
+    page = (workdir / "round_000/pairs.html").read_text()
+    assert "10 pairs, by height x width" in page and "<td>80x48" in page
+    config.train.inversion_steps = 10
+    with pytest.raises(ValueError, match="wants images of one shape, and these pairs have 3"):
+        train.prepare(config, workdir / "round_000", [], None, 0)
 
 
 def files_of(folder):

@@ -172,6 +172,16 @@ def test_training_on_rankings(config):
     assert train_plan.work(config, jax.devices(), "here").step_flops == pairs.step_flops
 
 
+def test_training_on_images_of_many_shapes(config):
+    """The largest that there are decide."""
+    config.train.batch_size, config.sample.height, config.sample.width = 8, 64, 96
+    largest = train_plan.work(config, jax.devices(), "here")
+    config.sample.height, config.sample.width, config.pair.buckets = 97, 65, 32
+    several = train_plan.work(config, jax.devices(), "here")
+    assert several.step_flops == largest.step_flops
+    assert len(largest.notes) == 1 and "up to 5 shapes" in several.notes[1]
+
+
 class TestWithLibtpu:
     @pytest.fixture(autouse=True)
     def libtpu(self):

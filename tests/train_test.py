@@ -18,7 +18,7 @@ from agfsync_jax import backbones, pair, train
 from agfsync_jax import run as loop
 from agfsync_jax.data.images import decode_png, encode_png
 from agfsync_jax.data.loader import PairLoader
-from agfsync_jax.data.pairs import pair_features, write_pairs
+from agfsync_jax.data.pairs import pair_features, read_pairs, write_pairs
 from agfsync_jax.models import lora
 from agfsync_jax.parallel import sharding
 from agfsync_jax.parallel.mesh import create_mesh
@@ -68,16 +68,18 @@ def make_config(**changes):
     return config
 
 
-def make_workdir(path, round_index=0, num_pairs=12, embeddings=False, columns=()):
+def make_workdir(path, round_index=0, num_pairs=12, embeddings=False, columns=(), shapes=((8, 8),)):
     """A workdir with random pairs of five prompts, whose embeddings may be stored; of people, or
-    made of scores if there are `columns`."""
+    made of scores if there are `columns`. A third has the last one of `shapes`, others the first.
+    """
     backbone = TinyBackbone.load("")
     rng = np.random.default_rng(round_index)
     png = encode_png(np.zeros((8, 8, 3), np.uint8))
     rows = []
     for index in range(num_pairs):
         prompt = index % 5
-        latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float16)
+        shape = shapes[-1 if index % 3 == 0 else 0]
+        latents = rng.normal(size=(2, *shape, 4)).astype(np.float16)
         rows.append(
             {
                 "pair_id": f"p{prompt}-{index}",
@@ -510,10 +512,10 @@ def test_validation_is_watched_and_the_best_checkpoint_stays(run, tmp_path, monk
     assert data.count(b"\x89PNG") == 3
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
+@pytest.mark.parametrize(("embeddings", "shapes"), [(False, ((8, 8), (4, 8))), (True, ((8, 8),))])
+def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings, shapes):
     """They are those of whole prompts, nothing is learned of them, and validations tell of them."""
-    make_workdir(tmp_path, num_pairs=20, embeddings=embeddings)
+    make_workdir(tmp_path, num_pairs=20, embeddings=embeddings, shapes=shapes)
     changes = {"train.validate_every": 2, "train.num_validation_prompts": 0, "train.num_steps": 4}
     config = make_config(**changes, **{"train.held_out": 0.4, "train.best": "held_out/loss"})
     training = train.prepare(config, tmp_path / "round_000", [], None, 0)
@@ -534,9 +536,10 @@ def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
     moved = training.state._replace(params=params, step=jnp.int32(3))
     now = training.held_out(moved, training.frozen)
     assert now == training.held_out(moved._replace(step=jnp.int32(1)), training.frozen)
-    values = []
-    for index in range(training.held_out.num_batches):
+    values = {shape: [] for shape in shapes}
+    for index in range(len(training.held_out.weights)):
         batch = training.held_out.batch(index)
+        of_shape = values[batch["chosen_latents"].shape[1:3]]
         batch["latents"] = jnp.stack([batch.pop(f"{side}_latents") for side in _SIDES], axis=1)
         value, _ = preference_loss(
             *(params, training.frozen["base"], batch),
@@ -546,8 +549,12 @@ def test_pairs_of_some_prompts_are_held_out(tmp_path, embeddings):
             seed=training.spec.seed,
             step=jnp.int32(index),
         )
-        values.append(float(value))
-    assert now["held_out/loss"] == pytest.approx(np.mean(values), rel=1e-4) != LN2
+        of_shape.append(float(value))
+    examples = read_pairs(tmp_path / "round_000/pairs", ["token_ids", "chosen_latents"])
+    rows = zip(examples["token_ids"].tolist(), examples["chosen_latents"], strict=True)
+    sides = [latents.shape[:2] for ids, latents in rows if tuple(ids) in prompts[1]]
+    wanted = np.mean([np.mean(values[shape]) for shape in sides])
+    assert now["held_out/loss"] == pytest.approx(wanted, rel=1e-5) != LN2
 
     train.main(config, tmp_path)
     rows = {row["step"]: row.get("validation/held_out/loss") for row in metrics(tmp_path)}

@@ -217,7 +217,7 @@ class StableDiffusion:
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(
                 f"Images of {height}x{width} pixels cannot be drawn: this model needs multiples of "
-                f"{multiple} (config.sample.height, config.sample.width)."
+                f"{multiple} (config.sample.height, config.sample.width, or config.pair.buckets)."
             )
         return height // scale, width // scale, self._vae.latent_channels
 

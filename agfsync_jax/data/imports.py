@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,19 +49,31 @@ class Preference(NamedTuple):
 
 
 def bucket_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
-    """The sizes [height, width] of images that keep their shapes; 0: this one alone.
+    """The sizes (height, width) of images that keep their shapes; with `multiple` 0, this one.
 
-    As other trainers have them: sides are multiples of `multiple`, of at most this area together
-    and at most twice as long as the other; of each width the largest height.
+    As kohya's scripts have them: sides are multiples of `multiple`, and an image has at most this
+    one's area; there are the largest square and, of each width, the largest height, and the same
+    turned. One side is at most twice the other: the ends of longer images are cut off. Of sizes of
+    one shape there is the largest.
+
+    Raises:
+        ValueError: there is none.
     """
     if not multiple:
         return [(height, width)]
-    area, found = height * width, []
+    area = height * width
+    square = math.isqrt(area) // multiple * multiple
+    if not square:
+        raise ValueError(
+            f"config.pair.buckets={multiple}: images of config.sample.height={height} and"
+            f" config.sample.width={width} have no room for sides of {multiple}: take fewer."
+        )
+    found = [(square, square)]
     for wide in range(multiple, int((2 * area) ** 0.5) + 1, multiple):
         high = min(area // wide, 2 * wide) // multiple * multiple
-        if high and wide <= 2 * high:
-            found.append((high, wide))
-    return found
+        if wide <= 2 * high:
+            found += [(high, wide), (wide, high)]
+    return sorted({h / w: (h, w) for h, w in found}.values())  # the largest comes last
 
 
 def nearest_size(

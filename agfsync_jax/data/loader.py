@@ -36,7 +36,8 @@ class PairLoader:
     Step s holds rows s*b to (s+1)*b of an endless stream: one permutation of the pairs after
     another, each drawn from (seed, epoch). A batch may span two epochs, so no pair is left out.
     Where latents have several shapes, a batch has one of them: each shape has a stream of its own,
-    and as many of an epoch's steps as it has pairs, in an order drawn from (seed, epoch).
+    and its share of an epoch's steps, in an order drawn from (seed, epoch). Over the epochs every
+    pair is seen equally often; a shape with fewer pairs than a batch has a turn in some of them.
 
     Args:
       pairs: what `pairs.read_pairs` gives: at least pair_id, token_ids and latents (those of chosen
@@ -49,6 +50,8 @@ class PairLoader:
       empty: the token ids of the empty prompt.
       empty_prompts: the share of examples that have it instead of their own prompt.
       flip: half of the images are mirrored, each by itself; the pairs hold their latents too.
+      whole: in every epoch each pair has its turn, though its shape has fewer than a batch; see
+        `weights`.
 
     Raises:
       ValueError: a batch that the mesh does not divide.
@@ -65,6 +68,7 @@ class PairLoader:
         empty: Int[np.ndarray, " n"] | None = None,
         empty_prompts: float = 0.0,
         flip: bool = False,
+        whole: bool = False,
     ):
         if batch_size < 1 or batch_size % (batch_shards(mesh) * parts):
             taken = f" in {parts} parts" if parts > 1 else ""
@@ -98,20 +102,22 @@ class PairLoader:
             every = [each.shape for each in latents]
         self.shapes = sorted(set(every))  # of latents
         self._of_shape = [np.flatnonzero([e == shape for e in every]) for shape in self.shapes]
-        self.fewest = min(map(len, self._of_shape))  # pairs of a shape
+        self._counts = np.array([len(pairs) for pairs in self._of_shape])
+        self.fewest = int(self._counts.min())  # pairs of a shape
+        # Rows that shapes are ahead of their share, at random: else those of few would come late.
+        ahead = self._generator(0, 6).integers(batch_size, size=len(self.shapes))
+        self._ahead = np.full_like(ahead, batch_size - 1) if whole else ahead
         self._permutation = functools.lru_cache(2 * len(self.shapes))(self._draw_permutation)
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
-        """Of an example's images, [k, h, w, c]."""
-        ranked = self._arrays.get("latents")
-        return (
-            (2, *self._arrays["chosen_latents"].shape[1:]) if ranked is None else ranked.shape[1:]
-        )
+        """Of an example's images where all have one, [k, h, w, c]."""
+        (shape,) = self.shapes
+        return shape if "latents" in self._arrays else (2, *shape)
 
     def rows(self, step: int) -> np.ndarray:
         """Which pairs the global batch of a step holds, int64 [batch_size]."""
-        shape, index = self._turn(step) if len(self.shapes) > 1 else (0, step)
+        shape, index = self._turn(step)
         pairs = self._of_shape[shape]
         stream = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
         epochs, positions = np.divmod(stream, len(pairs))
@@ -119,17 +125,31 @@ class PairLoader:
         drawn = zip(orders, positions, strict=True)
         return pairs[[order[position] for order, position in drawn]]
 
+    def shape(self, step: int) -> tuple[int, ...]:
+        """Of the latents of a step's examples, one of `shapes`."""
+        return self.shapes[self._turn(step)[0]]
+
+    def weights(self, epochs: int) -> Float[np.ndarray, " steps"]:
+        """Of the first steps, with which their mean counts each pair alike: the loader is `whole`.
+
+        They are so many that each pair is seen at least `epochs` times.
+        """
+        turns = self._turns(epochs)
+        shapes = [self._turn(step)[0] for step in range(turns.sum())]
+        return (self._counts / turns)[shapes]
+
+    def _turns(self, epochs: int) -> np.ndarray:
+        """How many turns each shape has had after so many epochs."""
+        return (epochs * self._counts + self._ahead) // self.batch_size
+
     def _turn(self, step: int) -> tuple[int, int]:
         """Which shape's turn a step is, and how many it has had before."""
-        counts = np.array([len(pairs) for pairs in self._of_shape])
-
-        def turns(epochs):  # that each shape has had after so many epochs
-            return epochs * counts // self.batch_size
-
-        enough = range((step + len(counts) + 1) * self.batch_size // counts.sum() + 2)
-        epoch = bisect.bisect_right(enough, step, key=lambda e: turns(e).sum()) - 1
-        before, after = turns(epoch), turns(epoch + 1)
-        order = np.repeat(np.arange(len(counts)), after - before)
+        if len(self.shapes) == 1:
+            return 0, step
+        enough = range((step + len(self.shapes) + 1) * self.batch_size // self.num_pairs + 2)
+        epoch = bisect.bisect_right(enough, step, key=lambda e: self._turns(e).sum()) - 1
+        before, after = self._turns(epoch), self._turns(epoch + 1)
+        order = np.repeat(np.arange(len(self.shapes)), after - before)
         order, at = self._generator(epoch, 4).permutation(order), step - before.sum()
         return int(order[at]), int(before[order[at]] + (order[:at] == order[at]).sum())
 

@@ -5,12 +5,14 @@ reference, for both images); 6 with LoRA, whose base needs no gradient, or witho
 What blocks run again (`config.train.remat`) is not in the formula, and is in the program.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from agfsync_jax.data.imports import bucket_sizes
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
 from agfsync_jax.plans import Work, placed
 from agfsync_jax.plans.sample import abstract_backbone
@@ -42,7 +44,10 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
     if step.needs_base:
         frozen["base"] = jax.eval_shape(program.freeze_program(base, step), base)
 
-    shape = backbone.latent_shape(config.sample.height, config.sample.width)
+    sizes = bucket_sizes(config.sample.height, config.sample.width, config.pair.buckets)
+    shape = backbone.latent_shape(*max(sizes, key=math.prod))
+    several = [f"images have up to {len(sizes)} shapes, and the step is compiled for each of them."]
+    several *= len(sizes) > 1
     size = spec.batch_size
     tokens = jax.ShapeDtypeStruct((size, *plain.tokenize([""]).shape[1:]), jnp.int32)
     batch = {"example": jax.ShapeDtypeStruct((size,), jnp.int32)}
@@ -88,5 +93,6 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         notes=(
             f"a step is of {size} {f'rankings of {count} images' if ranked else 'pairs'},"
             f" {program.forward_passes(step) * count // 2} passes of an image each by formula.",
+            *several,
         ),
     )

@@ -26,7 +26,7 @@ class Gallery:
     """All that the gallery shows; a ranking counts as a pair of its best and its worst image."""
 
     label: str  # of its round
-    counts: dict[str, int]  # of pair.json
+    counts: dict[str, Any]  # of pair.json
     settings: dict[str, Any]  # of pair.json
     scoring: dict[str, Any]  # score.json
     is_ranked: bool

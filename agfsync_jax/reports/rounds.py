@@ -38,7 +38,7 @@ class Round:
     label: str  # round 0
     base_evals: Path  # where the base model's images are
     stages: dict[str, dict[str, float]]  # verb -> seconds, items, items_per_second
-    counts: dict[str, int]  # pair.json
+    counts: dict[str, Any]  # pair.json
     has_pairs: bool
     draws: bool  # whether it is known which prompts it learns from; of people's pairs it is not
     curve: list[dict[str, float]]  # training's metrics, a row a step that was logged

@@ -83,11 +83,11 @@ class Training:
         places = jax.tree.map(lambda leaf: leaf.sharding, base)
         return jax.jit(lora.merge, donate_argnums=0, out_shardings=places)(base, adapters)
 
-    def step_flops(self) -> int:
-        """FLOP of a step by formula, on all devices."""
+    def step_flops(self, index: int) -> int:
+        """FLOP of step `index` by formula, on all devices."""
         spec = self.spec
         denoiser = jax.eval_shape(self.networks, self.state)[spec.backbone.denoiser_name]
-        return program.step_flops(spec, denoiser, self.batch(0), self.frozen["text"])
+        return program.step_flops(spec, denoiser, self.batch(index), self.frozen["text"])
 
 
 def conditioned(
@@ -155,7 +155,7 @@ class _Loop:
 
     def __post_init__(self):
         self.peak = flops.peak(jax.devices()[0].device_kind)  # None where it is not known
-        self.step_flops = self.training.step_flops() if self.peak else 0
+        self.step_flops: dict[tuple[int, ...], int] = {}  # by the latents' shape
         self.unread: tuple[int, Mapping[str, Array]] | None = None
         self.clock = self.stage.seconds  # when the last metrics were read
         self.best = self.checkpoints.best() if self.spec.best else None  # (step, value)
@@ -167,7 +167,7 @@ class _Loop:
         """Steps until the last one, or the one in which a signal is held."""
         spec, state, stop_together = self.spec, self.training.state, multihost.StopTogether()
         for step in range(start + 1, spec.num_steps + 1):
-            state, metrics = self.training.step(state, step - 1)
+            state, metrics = self.step(state, step - 1)
             self.report()  # the step before, while the one just dispatched runs
             self.unread, scores = (step, metrics), None
             stop, last = stop_together(step, bool(held)), step == spec.num_steps
@@ -192,6 +192,16 @@ class _Loop:
                 if not held:  # another process was told to
                     raise KeyboardInterrupt("SIGTERM")
                 break
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Array]]:
+        """Step `index`, which is compiled where its shape is new; the estimate leaves that out."""
+        shape, began = self.training.loader.shape(index), self.stage.seconds
+        if shape in self.step_flops:
+            return self.training.step(state, index)
+        self.step_flops[shape] = self.training.step_flops(index) if self.peak else 0
+        taken = self.training.step(state, index)
+        self.progress.leave_out(self.stage.seconds - began)
+        return taken
 
     def is_better(self, step: int, value: float) -> bool:
         """Whether a validation's value is the best so far, which is kept in mind."""
@@ -262,7 +272,7 @@ class _Loop:
         values["seconds"], self.clock = now - self.clock, now
         note = f"loss {values['loss']:.4g}"
         if self.peak:
-            speed = self.step_flops / values["seconds"]
+            speed = self.step_flops[self.training.loader.shape(step - 1)] / values["seconds"]
             values["mfu"] = speed / self.peak / jax.device_count()
             note += f", MFU {values['mfu']:.0%}"
         if told := self.symptoms.see(values):

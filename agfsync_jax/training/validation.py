@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from agfsync_jax import backbones
@@ -88,18 +88,20 @@ class HeldOutPairs:
 
     program: Callable[..., dict[str, Any]]  #: see `held_out_program`
     batch: Callable[[int], dict[str, Any]]
-    num_batches: int
+    weights: Float[np.ndarray, " batches"]  #: of batches in the mean, see `PairLoader.weights`
 
     def __call__(self, state: Any, frozen: Any) -> dict[str, float]:
         """held_out/loss and the loss's own metrics, such as held_out/accuracy."""
         rows = jax.device_get(
             [
                 self.program(state, frozen, self.batch(index), np.int32(index))
-                for index in range(self.num_batches)
+                for index in range(len(self.weights))
             ]
         )
         return {
-            f"held_out/{name.removeprefix('rewards/')}": float(np.mean([row[name] for row in rows]))
+            f"held_out/{name.removeprefix('rewards/')}": float(
+                np.average([row[name] for row in rows], weights=self.weights)
+            )
             for name in rows[0]
             if name == "loss" or name.startswith("rewards/")
         }

@@ -182,6 +182,11 @@ class Progress:
                 said = f"{self._desc}{self._done}{of} {stage.unit}", f"{rate:.4g}/s", to_go, note
                 stage.print(", ".join(filter(None, said)))
 
+    def leave_out(self, seconds: float) -> None:
+        """The last seconds were of something that is done once, and tell nothing of the rate."""
+        if self._steady:
+            self._steady = self._steady[0] + seconds, self._steady[1]
+
 
 def read_stages(path: Path) -> dict[str, dict[str, float]]:
     """The contents of a stages.json; {} when there is none."""

@@ -252,13 +252,26 @@ def test_images_are_turned_and_made_rgb():
 )
 def test_the_sizes_of_buckets(height, width, multiple):
     sizes = bucket_sizes(height, width, multiple)
-    assert (height, width) in sizes and {(w, h) for h, w in sizes} & set(sizes)
+    assert (height, width) in sizes and {(w, h) for h, w in sizes} == set(sizes)
     for h, w in sizes:
         assert not h % multiple and not w % multiple and h * w <= height * width
         assert 0.5 <= h / w <= 2
-        assert (h + multiple) * w > height * width or h + multiple > 2 * w
-    assert len({w for _, w in sizes}) == len(sizes)
+        short, long = sorted((h, w))
+        wider = (short + multiple, long), (short, long + multiple)
+        assert any(a * b > height * width or b > 2 * a for a, b in wider)
+    assert len({h / w for h, w in sizes}) == len(sizes)
     assert bucket_sizes(40, 24, 0) == [(40, 24)]
+
+
+def test_the_sizes_of_stable_diffusion():
+    """kohya's make_bucket_resolutions(1024 * 1024, ...), as far as one side is twice the other."""
+    landscape = [(704, 1408), (768, 1280), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
+    portrait = [(w, h) for h, w in landscape]
+    assert set(bucket_sizes(1024, 1024, 64)) == {*landscape, (1024, 1024), *portrait}
+    assert len(bucket_sizes(512, 512, 64)) == 7
+    assert (576, 576) in bucket_sizes(768, 512, 64)
+    with pytest.raises(ValueError, match="buckets=1024: images of config.sample.height=512 and"):
+        bucket_sizes(512, 512, 1024)
 
 
 def test_the_nearest_size():
@@ -269,5 +282,6 @@ def test_the_nearest_size():
     assert nearest_size(sizes, [image(512, 512)]) == (512, 512)
     assert nearest_size(sizes, [image(1000, 667)]) == (640, 384)
     assert nearest_size(sizes, [image(667, 1000)]) == (384, 640)
-    assert nearest_size(sizes, [image(100, 900)]) == (384, 640)  # the widest
+    assert nearest_size(sizes, [image(100, 900)]) == (320, 640)  # the widest
+    assert nearest_size(sizes, [image(900, 100)]) == (640, 320)
     assert nearest_size(sizes, [image(200, 100), image(100, 200)]) == (512, 512)

@@ -178,3 +178,29 @@ def test_batches_of_a_shape_are_its_latents(mesh):
             assert set(values) <= {0, 0.5}
             found |= set(values)
     assert found == {0, 0.5}
+
+
+def test_shapes_have_their_share_from_the_first_epoch(mesh):
+    """In the mean over seeds: also those of fewer pairs than a batch."""
+    made, shape_of = of_shapes((3, 12, 25))
+    turns = np.zeros(3)
+    for seed in range(200):
+        loader = PairLoader(made, 8, seed=seed, mesh=mesh)
+        for step in range(5):
+            turns[shape_of[loader.rows(step)[0]]] += 1
+            assert loader.shape(step) == (2, 2 + shape_of[loader.rows(step)[0]], 4)
+    np.testing.assert_allclose(turns / 200, np.array([3, 12, 25]) / 8, atol=0.12)
+
+
+@pytest.mark.parametrize("counts", [(3, 12, 25), (1, 30), (20,)])
+def test_a_weighted_mean_counts_every_pair_alike(mesh, counts):
+    made, shape_of = of_shapes(counts) if len(counts) > 1 else (pairs(20), np.zeros(20, int))
+    for seed in range(8):
+        loader = PairLoader(made, 8, seed=seed, mesh=mesh, whole=True)
+        weights = loader.weights(4)
+        rows = [loader.rows(step) for step in range(len(weights))]
+        assert len(weights) == sum(-(-4 * count // 8) for count in counts)
+        assert np.bincount(np.concatenate(rows), minlength=len(shape_of)).min() >= 4
+        of_batches = [2.0 ** shape_of[each[0]] for each in rows]
+        found = np.average(of_batches, weights=weights)
+        assert found == pytest.approx(np.mean(2.0**shape_of), rel=1e-12)

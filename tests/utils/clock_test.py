@@ -73,6 +73,16 @@ def test_long_work_is_estimated_once_from_steady_steps(tmp_path, time, capfd):
     assert "sample: about 2 min for 1000 images" in err
 
 
+def test_what_is_done_once_has_no_part_in_the_estimate(tmp_path, time, capfd):
+    with clock.Stage(tmp_path, "train") as stage, stage.progress(1000) as progress:
+        for seconds, once in ((40.0, 40.0), (4.0, 0.0), (304.0, 300.0), (4.0, 0.0)):
+            time.now += seconds
+            progress.leave_out(once)
+            progress.update(50)
+    err = capfd.readouterr().err
+    assert "train: 150/1000 images, 12.5/s, 1 min left" in err
+
+
 def test_short_work_is_not_estimated(tmp_path, time, capfd):
     with clock.Stage(tmp_path, "sample") as stage, stage.progress(100) as progress:
         for _ in range(4):

@@ -53,6 +53,8 @@ def _by_unit(gallery: Gallery) -> dict[str, list[tuple[str, int, str]]]:
         units["images"].insert(0, ("with all scores", left, BETTER))
         if (lost := gallery.scoring.get("images", scored) - scored) > 0:
             units["images"].append(("that could not be read", lost, ALL))
+    sizes = gallery.counts.get("sizes", {}).items()
+    units["pairs, by height x width"] = [(size, value, BETTER) for size, value in sizes]
     return units
 
 
