@@ -24,7 +24,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
-from agfsync_jax.training.inversion import wanted
+from agfsync_jax.training import inversion
 from agfsync_jax.training.objective import load_loss, timesteps_of
 from agfsync_jax.training.program import check_start, check_use
 from agfsync_jax.utils import configs, modules
@@ -67,7 +67,7 @@ def check(
         num = schedule.num_train_timesteps
         problems += _told(lambda: timesteps_of(config.train.timesteps, num))
         if config.train.inversion_steps and not problems:
-            problems += _told(lambda: wanted(config, schedule))
+            problems += _told(lambda: inversion.wanted(config, schedule))
     if not problems and workdir:
         problems += room(config, verb, workdir)
     refuse(problems)
@@ -225,6 +225,12 @@ def sizes(config: ConfigDict, verb: str, num_devices: int | None) -> Iterator[st
                     f" its own, and config.train.{key}={spec[key]} wants other noise: set one of"
                     " them to 0 or False."
                 )
+        if spec.inversion_steps and config.pair.buckets:
+            yield (
+                f"config.train.inversion_steps={spec.inversion_steps} wants images of one shape,"
+                f" and config.pair.buckets={config.pair.buckets} keeps several: set one of them to"
+                " 0."
+            )
         if spec.lora_dropout and not spec.lora_rank:
             yield (
                 f"config.train.lora_dropout={spec.lora_dropout} is for adapters, and"
@@ -382,7 +388,8 @@ def disk(config: ConfigDict, verb: str, workdir: Path, checkpoint: int) -> Itera
         saves = max(1, config.train.num_steps // config.train.save_every)
         wanted["checkpoints"] = checkpoint * min(config.train.keep + 1, saves)
         if config.train.inversion_steps:
-            wanted["inversion"] = _holdings.inversion_bytes(config)
+            timesteps = inversion.wanted(config, backbones.schedule(config))
+            wanted["inversion"] = _holdings.inversion_bytes(config, len(timesteps))
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     rounds = config.rounds if verb == "run" else 1

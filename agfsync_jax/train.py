@@ -289,6 +289,12 @@ def prepare(
     spec = program.step_spec(config, mesh, int(round_dir.name.removeprefix("round_")))
     check_pairs(round_dir, config)
     loader, kept = load_pairs(pairs_folder(config, round_dir), config, spec, mesh)
+    shapes = {shape for each in (loader, kept) if each for shape in each.shapes}
+    if config.train.inversion_steps and len(shapes) > 1:
+        raise ValueError(
+            "config.train.inversion_steps wants images of one shape, and these pairs have"
+            f" {len(shapes)}: make them with config.pair.buckets=0."
+        )
     backbone = load_backbone(config, loader, mesh)
     spec = spec._replace(backbone=backbone)
     first = backbone.params.pop(backbone.denoiser_name)
@@ -322,17 +328,12 @@ def prepare(
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     if config.train.inversion_steps:
-        if len(loader.shapes) > 1:
-            raise ValueError(
-                "config.train.inversion_steps wants images of one shape, and these pairs have"
-                f" {len(loader.shapes)}: make them with config.pair.buckets=0."
-            )
         of_round = [(each.parent.name, step) for each, step in before]
         made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
         params = reference if base is None else base
-        for each, known, name in ((loader, embeddings, ""), (kept, of_kept, "_held_out")):
+        for each, known, name in ((loader, embeddings, "learned"), (kept, of_kept, "held_out")):
             if each:
-                folder = round_dir / f"inversion{name}"
+                folder = round_dir / "inversion" / name
                 each.noise = invert(config, params, text, spec, each, known, folder, made_by, mesh)
         del params
     del reference

@@ -103,11 +103,9 @@ class PairLoader:
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
-        """Of an example's images, [k, h, w, c]."""
-        ranked = self._arrays.get("latents")
-        return (
-            (2, *self._arrays["chosen_latents"].shape[1:]) if ranked is None else ranked.shape[1:]
-        )
+        """Of an example's images, [k, h, w, c], where all have one."""
+        (shape,) = self.shapes
+        return shape if "latents" in self._arrays else (2, *shape)
 
     def rows(self, step: int) -> np.ndarray:
         """Which pairs the global batch of a step holds, int64 [batch_size]."""
@@ -174,9 +172,10 @@ class PairLoader:
         return batch | {"token_ids": put_rows(self.token_ids, rows, self._sharding)}
 
     def fingerprint(self) -> str:
-        """Of the pairs and their latents, in their order."""
+        """Of the pairs, their prompts and latents, in their order; latents have one shape."""
         found = hashlib.blake2b(digest_size=16)
-        for name, array in sorted(self._arrays.items()):
+        named = self._arrays | {"token_ids": self.token_ids[: self.num_pairs]}
+        for name, array in sorted(named.items()):
             found.update(name.encode() + np.ascontiguousarray(array).data)
         return found.hexdigest()
 
