@@ -25,7 +25,7 @@ from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
 from agfsync_jax.plans._tables import gib
 from agfsync_jax.scoring.columns import asks_questions, check_weights, named, scorer_class
-from agfsync_jax.training.inversion import wanted
+from agfsync_jax.training import inversion
 from agfsync_jax.training.objective import load_loss, timesteps_of
 from agfsync_jax.training.program import check_start, check_use
 from agfsync_jax.utils import configs, modules
@@ -68,7 +68,7 @@ def check(
         num = schedule.num_train_timesteps
         problems += _told(lambda: timesteps_of(config.train.timesteps, num))
         if config.train.inversion_steps and not problems:
-            problems += _told(lambda: wanted(config, schedule))
+            problems += _told(lambda: inversion.wanted(config, schedule))
     if not problems and workdir:
         problems += room(config, verb, workdir)
     refuse(problems)
@@ -393,7 +393,8 @@ def disk(config: ConfigDict, verb: str, workdir: Path, checkpoint: int) -> Itera
         saves = max(1, config.train.num_steps // config.train.save_every)
         wanted["checkpoints"] = checkpoint * min(config.train.keep + 1, saves)
         if config.train.inversion_steps:
-            wanted["inversion"] = _holdings.inversion_bytes(config)
+            timesteps = inversion.wanted(config, backbones.schedule(config))
+            wanted["inversion"] = _holdings.inversion_bytes(config, len(timesteps))
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     rounds = config.rounds if verb == "run" else 1

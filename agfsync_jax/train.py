@@ -331,9 +331,9 @@ def prepare(
         of_round = [(each.parent.name, step) for each, step in before]
         made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
         params = reference if base is None else base
-        for each, known, name in ((loader, embeddings, ""), (kept, of_kept, "_held_out")):
+        for each, known, name in ((loader, embeddings, "learned"), (kept, of_kept, "held_out")):
             if each:
-                folder = round_dir / f"inversion{name}"
+                folder = round_dir / "inversion" / name
                 each.noise = invert(config, params, text, spec, each, known, folder, made_by, mesh)
         del params
     del reference

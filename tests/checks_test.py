@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from agfsync_jax import checks, cli
+from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.plans import _holdings
 from agfsync_jax.utils import configs, modules
 from configs import micro
@@ -405,6 +406,14 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch, tmp_path):
     assert "candidates 1" not in line
     room(monkeypatch, free=130 * 2**30)
     assert told_of_disk(config, "run", tmp_path) == []
+    room(monkeypatch, free=2**30)
+    config.train.inversion_steps = 10  # of 45,800 pairs of latents of 32 KiB
+    monkeypatch.setattr(checks.backbones, "schedule", lambda config: Schedule.from_config({}))
+    (line,) = told_of_disk(config, "train", tmp_path)
+    assert ", inversion 27.95 GiB a round" in line
+    config.train.timesteps = "800:1000"
+    (line,) = told_of_disk(config, "train", tmp_path)
+    assert ", inversion 5.59 GiB a round" in line
 
 
 def test_what_is_there_needs_no_room(monkeypatch, tmp_path):

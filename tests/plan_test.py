@@ -164,10 +164,12 @@ def test_training_on_rankings(config):
     """Each of a prompt's candidates costs what an image of a pair does."""
     config.train.batch_size, config.sample.num_candidates = 8, 5
     pairs = train_plan.work(config, jax.devices(), "here")
-    config.loss.name, config.pair.strategy = "dgpo", "ranked"
+    config.loss.name, config.pair.strategy, config.train.inversion_steps = "dgpo", "ranked", 10
     ranked = train_plan.work(config, jax.devices(), "here")
     assert ranked.step_flops / pairs.step_flops == pytest.approx(5 / 2, rel=1e-3)
     assert "8 rankings of 5 images, 20 passes of an image each" in ranked.notes[0]
+    assert "up to 10 passes of each image find its noise, which takes " in ranked.notes[1]
+    assert len(pairs.notes) == 1
     config.pair.strategy = "best_worst"
     assert train_plan.work(config, jax.devices(), "here").step_flops == pairs.step_flops
 

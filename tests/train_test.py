@@ -940,7 +940,7 @@ def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
     )
     make_workdir(tmp_path, num_pairs=12)
     train.main(config, tmp_path)
-    folder = tmp_path / "round_000/inversion"
+    folder = tmp_path / "round_000/inversion/learned"
     assert len(made) == 2 and len(list(folder.glob("*.npy"))) == 1  # those held out have their own
     first, *_ = metrics(tmp_path)
     assert first["loss"] == LN2
@@ -965,7 +965,7 @@ def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
         training.frozen["base"], text, given
     )
     place = np.asarray(batch["timesteps"]) // 100
-    wanted = np.asarray(again)[np.arange(len(rows)), :, place]
+    wanted = np.asarray(again)[np.arange(len(rows)), place]
     np.testing.assert_allclose(batch["noise"], wanted, atol=4e-3)
     # Other pairs, other noise.
     made.clear()

@@ -5,6 +5,7 @@ folder that was made. Orbax' own files stay out of it: they are written by Tenso
 """
 
 import functools
+import io
 import json
 import os
 import sys
@@ -76,7 +77,8 @@ class Bucket(MemoryFileSystem):
         assert mode in ("r", "rb", "wb"), f"{path} is opened for {mode}"
         if mode == "wb" and self.broken and self.broken in path:
             raise OSError(f"the network is down for {path}")
-        return super().open(path, mode, **kwargs)
+        file = super().open(path, mode, **kwargs)
+        return io.BytesIO(file.getvalue()) if mode == "rb" else file  # each reader has its place
 
     def refuse(self, *args, **kwargs):
         raise AssertionError(f"no object store does this: {args}")
@@ -157,6 +159,7 @@ def make_config(prompts_file):
         "train.num_steps": 4,
         "train.save_every": 2,
         "train.warmup_steps": 1,
+        "train.inversion_steps": 2,
         "report.num_examples": 2,
     }
     config = evaluate_test.make_config(**changes).copy_and_resolve_references().unlock()

@@ -194,9 +194,10 @@ class PairLoader:
         return batch | {"token_ids": put_rows(self.token_ids, rows, self._sharding)}
 
     def fingerprint(self) -> str:
-        """Of the pairs and their latents, in their order."""
+        """Of the pairs, their prompts and latents, in their order; latents have one shape."""
         found = hashlib.blake2b(digest_size=16)
-        for name, array in sorted(self._arrays.items()):
+        named = self._arrays | {"token_ids": self.token_ids[: self.num_pairs]}
+        for name, array in sorted(named.items()):
             found.update(name.encode() + np.ascontiguousarray(array).data)
         return found.hexdigest()
 

@@ -71,9 +71,10 @@ def drawn_bytes(config: Any) -> int:
     return round(images * pixels * (PNG_BYTES + 4 * 2 / 64))
 
 
-def inversion_bytes(config: Any) -> int:
-    """Bytes of inverted noise on the disk, in float16: of a pair, or a ranking, of each prompt."""
+def inversion_bytes(config: Any, num_timesteps: int) -> int:
+    """Bytes of a round's inverted noise on the disk, in float16: of a pair, or a ranking, of each
+    prompt. How many pairs there are of people's choices is not known before they are read."""
     images = config.sample.num_candidates if config.pair.strategy == "ranked" else 2
     pixels = config.sample.height * config.sample.width
     values = config.prompts.num_prompts * images * pixels * 4 / 64
-    return round(2 * values * config.train.inversion_steps)
+    return round(2 * values * num_timesteps)

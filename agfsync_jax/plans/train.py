@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from agfsync_jax.data.imports import bucket_sizes
 from agfsync_jax.parallel.sharding import batch_sharding, batch_shards
-from agfsync_jax.plans import Work, placed
+from agfsync_jax.plans import Work, _holdings, placed
+from agfsync_jax.plans._tables import gib
 from agfsync_jax.plans.sample import abstract_backbone
-from agfsync_jax.training import program
+from agfsync_jax.training import inversion, program
 
 BATCH = "train.batch_size"
 
@@ -69,6 +70,17 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         batch["conditioning"] = jax.eval_shape(plain.encode_prompt, plain.params, tokens)
     batch = placed(batch, batch_sharding(mesh))
     step_flops = program.step_flops(step, base, batch, frozen["text"])
+    notes = (
+        f"a step is of {size} {f'rankings of {count} images' if ranked else 'pairs'},"
+        f" {program.forward_passes(step) * count // 2} passes of an image each by formula.",
+        *several,
+    )
+    if spec.inversion_steps:
+        noise = _holdings.inversion_bytes(config, len(inversion.wanted(config, plain.schedule)))
+        notes += (
+            f"before the first step up to {spec.inversion_steps} passes of each image find its"
+            f" noise, which takes {gib(noise)} of disk.",
+        )
     return Work(
         lowered=program.step_program(state, frozen, step, mesh).lower(state, frozen, batch),
         mesh=mesh,
@@ -90,9 +102,5 @@ def work(config: Any, devices: Sequence[jax.Device], name: str) -> Work:
         },
         optimizer=(state.opt_state, state.ema, state.reference),
         unit=step.accumulate,
-        notes=(
-            f"a step is of {size} {f'rankings of {count} images' if ranked else 'pairs'},"
-            f" {program.forward_passes(step) * count // 2} passes of an image each by formula.",
-            *several,
-        ),
+        notes=notes,
     )

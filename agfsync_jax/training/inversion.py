@@ -7,11 +7,14 @@ it anew in each step, by the policy, adds a tenth of random noise and draws time
 of the inversion.
 """
 
-import functools
+import errno
 import io
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from jaxtyping import Array, Float, Float16, Int
 
 from agfsync_jax.data.embeddings import to_half
 from agfsync_jax.data.loader import PairLoader
-from agfsync_jax.data.records import write_file
+from agfsync_jax.data.records import megabytes, write_file
 from agfsync_jax.diffusion.schedules import Schedule
 from agfsync_jax.parallel import multihost
 from agfsync_jax.training.objective import timesteps_of
@@ -31,6 +34,7 @@ from agfsync_jax.utils.files import is_url, read_json, remove_tree, write_text
 
 _NOTE = "inversion.json"  # what the files beside it are of
 _INSTEAD = "set config.train.inversion_steps=0"
+_THREADS = 16  # in a bucket each read waits for the network
 
 
 def grid(schedule: Schedule, num_steps: int) -> Int[np.ndarray, " k"]:
@@ -43,16 +47,21 @@ def wanted(config: Any, schedule: Schedule) -> Int[np.ndarray, " n"]:
     """Which of the grid's timesteps are learned: those that `config.train.timesteps` names.
 
     Raises:
-        ValueError: none of them.
+        ValueError: none of them; more steps than there are timesteps; a model that predicts images.
     """
-    spec = config.train
+    spec, num = config.train, schedule.num_train_timesteps
     if schedule.prediction_type == "sample":
         raise ValueError(
             f"config.train.inversion_steps={spec.inversion_steps}: a model that predicts images has"
             " no inversion; set it to 0."
         )
+    if spec.inversion_steps > num or grid(schedule, spec.inversion_steps)[-1] >= num:
+        raise ValueError(
+            f"config.train.inversion_steps={spec.inversion_steps} leads beyond the model's {num}"
+            " timesteps: take fewer steps, such as 10."
+        )
     every = grid(schedule, spec.inversion_steps)
-    possible = np.isin(every, timesteps_of(spec.timesteps, schedule.num_train_timesteps))
+    possible = np.isin(every, timesteps_of(spec.timesteps, num))
     if not possible.any():
         raise ValueError(
             f"config.train.timesteps={spec.timesteps!r} has none of the timesteps of an inversion"
@@ -91,13 +100,17 @@ def invert(
 
 
 class InvertedNoise:
-    """The noise of a loader's examples (see `data.loader.Noise`): files of `rows` examples each."""
+    """The noise of a loader's examples (see `data.loader.Noise`) in files, read where it is wanted.
+
+    A file is float16 [rows, n, k, h, w, c], at n timesteps.
+    """
 
     def __init__(
         self, folder: Path, rows: int, timesteps: Int[np.ndarray, " n"], shape: tuple[int, ...]
     ):
         self.folder, self.rows, self.timesteps, self.shape = folder, rows, timesteps, shape
-        self._read = functools.cache(_read)
+        self._size = 2 * math.prod(shape)  # bytes of an example's at one timestep
+        self.file_size = rows * len(timesteps) * self._size  # without a header
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npy"
@@ -105,17 +118,16 @@ class InvertedNoise:
     def __call__(
         self, examples: Int[np.ndarray, " b"], places: Int[np.ndarray, " b"]
     ) -> Float[np.ndarray, "b k h w c"]:
-        files, rows = np.divmod(examples, self.rows)
-        found = [
-            self._read(self.path(file))[row, :, place]
-            for file, row, place in zip(files.tolist(), rows, places, strict=True)
-        ]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(self._read, examples.tolist(), places.tolist()))
         return np.stack(found).astype(np.float32)
 
-
-def _read(path: Path) -> Float16[np.ndarray, "rows k n h w c"]:
-    """A file's numbers; of one on this disk the system keeps in memory what there is room for."""
-    return np.load(io.BytesIO(path.read_bytes())) if is_url(path) else np.load(path, mmap_mode="r")
+    def _read(self, example: int, place: int) -> Float16[np.ndarray, "k h w c"]:
+        index, row = divmod(example, self.rows)
+        before = (row * len(self.timesteps) + place) * self._size
+        with self.path(index).open("rb") as file:
+            file.seek(before - self.file_size, os.SEEK_END)
+            return np.frombuffer(file.read(self._size), np.float16).reshape(self.shape)
 
 
 def inverted_noise(
@@ -130,13 +142,15 @@ def inverted_noise(
     All processes make it together, and one writes.
 
     Args:
-        folder: of the noise. Another model's, or that of other pairs or timesteps, is made anew.
-        program: examples, `loader.part_size` of them -> their images' noise [b, k, n, h, w, c] at
+        folder: of the noise, two below the round's. Another model's, or that of other pairs or
+            timesteps, is made anew.
+        program: examples, `loader.part_size` of them -> their images' noise [b, n, k, h, w, c] at
             the timesteps, on every process.
         made_by: names the model.
 
     Raises:
         ValueError: noise that does not fit float16.
+        OSError: a disk without room for it.
     """
     rows, parts = loader.batch_size, loader.batch_size // loader.part_size
     told = {"timesteps": timesteps.tolist(), "rows": rows, "pairs": loader.fingerprint()}
@@ -148,8 +162,15 @@ def inverted_noise(
     multihost.barrier("inversion")
     files = range(math.ceil(loader.num_pairs / rows))
     missing = [index for index in files if not found.path(index).exists()]
+    needed = len(missing) * found.file_size
+    if not is_url(folder) and (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} needs {megabytes(needed)} and {megabytes(free)} are free: make room, lower"
+            f" config.train.inversion_steps, or {_INSTEAD}",
+        )
     multihost.barrier("inversion plan")  # every process has looked before the main one writes
-    with Stage(folder.parent, "inversion", unit="pairs") as stage:
+    with Stage(folder.parent.parent, "inversion", unit="pairs") as stage:
         stage.skipped((len(files) - len(missing)) * rows, len(files) * rows, "pairs")
         with stage.progress(len(missing) * rows) as progress:
             for index in missing:

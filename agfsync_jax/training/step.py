@@ -180,7 +180,7 @@ def inversion_step(
     spec: StepSpec,
     timesteps: Int[np.ndarray, " t"],
     wanted: Int[np.ndarray, " n"],
-) -> Float[Array, "b k n h w c"]:
+) -> Float[Array, "b n k h w c"]:
     """The noise of a batch's images by inversion; see inversion.py.
 
     Args:
@@ -203,7 +203,7 @@ def inversion_step(
     rows = latents.reshape(b * k, *latents.shape[2:])
     noise = invert(denoise, backbone.schedule, rows, timesteps)
     noise = noise[:, np.flatnonzero(np.isin(timesteps, wanted))]
-    return noise.reshape(b, k, *noise.shape[1:])
+    return jnp.swapaxes(noise.reshape(b, k, *noise.shape[1:]), 1, 2)
 
 
 def _stacked(batch: Mapping[str, Any]) -> dict[str, Any]:
