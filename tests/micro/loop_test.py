@@ -22,10 +22,11 @@ VARIANTS = {
     "seed 0": {"train.seed": 0},
     "seed 1": {"train.seed": 1},
     "seed 2": {"train.seed": 2},
-    "LoRA": {"train.lora_rank": 8, "train.learning_rate": 2e-4},
+    "LoRA": {"train.lora_rank": 8, "train.learning_rate": 4e-4},
     "shuffled": {"pair.shuffle_labels": True},
     "referee": {},  # see score_by_referee
     "sft": {"loss.name": "sft"},
+    "all timesteps": {"train.timesteps": ""},
 }
 
 
@@ -86,7 +87,7 @@ def test_variant(shared, variant):
     assert num_prompts >= 300
     if variant.startswith("seed"):
         assert delta["referee"]["low"] > 0
-        assert delta["referee_strict"]["mean"] >= 0.03
+        assert delta["referee_strict"]["low"] >= 0.15
         assert delta["vqa"]["mean"] > 0
         assert delta["aesthetic"]["high"] >= 0
     elif variant == "shuffled":
