@@ -6,7 +6,7 @@ import pytest
 
 from agfsync_jax import backbones
 from agfsync_jax.parallel.mesh import create_mesh
-from agfsync_jax.training.validation import Validation, draw_grid
+from agfsync_jax.training.validation import HeldOutPairs, Validation, draw_grid
 from configs import micro
 
 
@@ -38,3 +38,12 @@ def test_a_grid_has_captions():
     assert grid.shape == (2 * 214, 800, 3)
     assert (grid[200:214, :200] < 128).any() and (grid[200:214, 400:600] == 255).all()
     assert (grid[214:, 200:] == 255).all()  # no image there
+
+
+def test_batches_of_held_out_pairs_have_their_weights():
+    def program(state, frozen, batch, draw):
+        assert (state, frozen, batch) == ("state", "frozen", 10 * draw)
+        return {"loss": draw + 1.0, "rewards/margin": draw, "grad_norm": 7.0}
+
+    held_out = HeldOutPairs(program, lambda index: 10 * index, np.array([1.0, 3.0]))
+    assert held_out("state", "frozen") == {"held_out/loss": 1.75, "held_out/margin": 0.75}
