@@ -75,7 +75,7 @@ def test_three_seeds_and_another_rate(tmp_path, capsys):
     found = result("out")
     assert found["reference"] == "s1"
     labels = [run["label"] for run in found["runs"]]
-    assert labels[1] == "train.learning_rate=1e-05, train.save_every=2, train.seed=1"
+    assert labels[1] == "train.learning_rate=2e-05, train.save_every=2, train.seed=1"
     assert found["runs"][3]["differs"] == {
         "train.learning_rate": 1e-3,
         "train.save_every": 1,
@@ -94,7 +94,7 @@ def test_three_seeds_and_another_rate(tmp_path, capsys):
     assert found["runs"][1]["against"] == {}
     (group,) = found["groups"]
     means = [0.05 + noise.mean() for noise in NOISE]
-    assert group["label"] == "3 seeds, train.learning_rate=1e-05, train.save_every=2"
+    assert group["label"] == "3 seeds, train.learning_rate=2e-05, train.save_every=2"
     assert group["workdirs"] == ["s0", "s1", "s2"]
     assert group["delta"]["vqa"] == pytest.approx(
         {"mean": np.mean(means), "low": min(means), "high": max(means)}
@@ -104,7 +104,7 @@ def test_three_seeds_and_another_rate(tmp_path, capsys):
     at = next(i for i, line in enumerate(out) if line.startswith("vqa"))
     assert out[at].split() == ["vqa", *"tuned tuned - base win rate tuned - reference".split()]
     assert out[at + 2].endswith("reference") and "-0.1" in out[at + 4]
-    assert out[at + 5].startswith("3 seeds, train.learning_rate=1e-05, train.save_every=2: mean [")
+    assert out[at + 5].startswith("3 seeds, train.learning_rate=2e-05, train.save_every=2: mean [")
     page = (tmp_path / "out/compare.html").read_text()
     assert 'href="../s0/report.html"' in page and "validation/vqa" in page
     assert page.count("<svg") == 4 and "train.seed=2" in page

@@ -20,12 +20,12 @@ def test_scores_and_pictures_follow_the_denoiser():
     denoiser = backbone.params.pop("unet")
     config.sample.device_batch_size = 5
     validation = Validation(config, mesh, backbone)
-    scores, grid = validation(denoiser)
-    again, same = validation(denoiser)
+    scores, grid = validation({"unet": denoiser})
+    again, same = validation({"unet": denoiser})
     assert list(scores) == ["clip"] and scores == again
     np.testing.assert_array_equal(grid, same)
     assert grid.shape == (2 * (128 + 14), 4 * 128, 3)
-    other, _ = validation(jax.tree.map(lambda x: x * 0.5, denoiser))
+    other, _ = validation({"unet": jax.tree.map(lambda x: x * 0.5, denoiser)})
     assert abs(other["clip"] - scores["clip"]) > 1
     config.train.num_validation_prompts = 0
     with pytest.raises(ValueError, match="expected one a process, 1"):
