@@ -328,14 +328,19 @@ def prepare(
     base = program.freeze_program(reference, spec)(reference) if spec.needs_base else None
     frozen = {"base": base, "text": text}
     if config.train.inversion_steps:
-        of_round = [(each.parent.name, step) for each, step in before]
-        made_by = [config.backbone.path, *map(list, config.backbone.lora), *map(list, of_round)]
-        params = reference if base is None else base
-        for each, known, name in ((loader, embeddings, "learned"), (kept, of_kept, "held_out")):
-            if each:
-                folder = round_dir / "inversion" / name
-                each.noise = invert(config, params, text, spec, each, known, folder, made_by, mesh)
-        del params
+        model = reference if base is None else base
+        invert(
+            config,
+            round_dir,
+            before,
+            model,
+            text,
+            spec,
+            mesh,
+            (loader, embeddings),
+            (kept, of_kept),
+        )
+        del model
     del reference
     step = program.step_program(state, frozen, spec, mesh)
     held_out = None
@@ -360,26 +365,38 @@ def prepare(
 
 def invert(
     config: Any,
+    round_dir: Path,
+    before: Sequence[tuple[Path, int]],
     params: Any,
     text: Any,
     spec: StepSpec,
-    loader: PairLoader,
-    embeddings: PromptEmbeddings | None,
-    folder: Path,
-    made_by: Any,
     mesh: Mesh,
-) -> inversion.InvertedNoise:
-    """The noise of a loader's examples by inversion, made or read; see training/inversion.py."""
+    *loaders: tuple[PairLoader | None, PromptEmbeddings | None],
+) -> None:
+    """Gives loaders, of what is learned and of what is held out, the noise of their examples by
+    inversion; see training/inversion.py.
+
+    Args:
+        before: see `prepare`.
+        params, text: of the model that a round begins with.
+    """
     schedule = spec.backbone.schedule
     wanted = inversion.wanted(config, schedule)
     timesteps = inversion.grid(schedule, config.train.inversion_steps)
     timesteps = timesteps[timesteps <= wanted[-1]]  # later ones lead to none of them
     compiled = program.inversion_program(params, text, spec, mesh, timesteps, wanted)
+    of_rounds = [[folder.parent.name, step] for folder, step in before]
+    made_by = [config.backbone.path, *map(list, config.backbone.lora), *of_rounds]
+    for name, (loader, embeddings) in zip(("learned", "held_out"), loaders, strict=True):
+        if loader:
 
-    def noise_of(examples):
-        return compiled(params, text, conditioned(loader, embeddings, examples=examples))
+            def noise_of(examples, loader=loader, embeddings=embeddings):
+                return compiled(params, text, conditioned(loader, embeddings, examples=examples))
 
-    return inversion.inverted_noise(folder, loader, noise_of, wanted, made_by)
+            folder = round_dir / "inversion" / name
+            loader.noise = inversion.inverted_noise(
+                *(folder, loader, noise_of, timesteps, wanted, made_by)
+            )
 
 
 def start_of(config: Any, first: Any, mesh: Mesh) -> Any:

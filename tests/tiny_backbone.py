@@ -90,6 +90,34 @@ class TinyBackbone:
         return unet(latents, timesteps, conditioning["encoder_hidden_states"])
 
 
+class Reader(nnx.Module):
+    """A text encoder with one layer."""
+
+    def __init__(self):
+        self.self_attn = nnx.Dict(q_proj=Linear(6, 6, rngs=nnx.Rngs(1)))
+
+    def __call__(self, x):
+        return self.self_attn["q_proj"](x)
+
+
+class ReadingBackbone(TinyBackbone):
+    """Its text encoder can be trained."""
+
+    @classmethod
+    def load(cls, path, *, mesh=None, rules=(), **settings):
+        self = super().load(path, mesh=mesh, rules=rules)
+        self.table = np.asarray(self.params["text_encoder"]["table"])
+        self.reader, text = nnx.split(Reader())
+        if mesh:
+            text = jax.device_put(text, infer_shardings(text, mesh, rules))
+        self.params["text_encoder"] = text
+        return self
+
+    def encode_prompt(self, params, tokens):
+        read = nnx.merge(self.reader, params["text_encoder"])
+        return {"encoder_hidden_states": read(jnp.asarray(self.table)[tokens])}
+
+
 class DrawingBackbone(TinyBackbone):
     """Draws, too: 64x64 images of 16x16x4 latents."""
 

@@ -29,6 +29,7 @@ from agfsync_jax.training.checkpoints import (
     find_step,
     restore_adapters,
     restore_denoiser,
+    restore_trained,
     trained_rounds,
 )
 from agfsync_jax.training.objective import preference_loss
@@ -37,7 +38,7 @@ from agfsync_jax.utils import flops
 from agfsync_jax.utils.metrics import MetricWriter, read_metrics
 from configs import common
 from tests.processes import ROOT, run_processes
-from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
+from tests.tiny_backbone import ReadingBackbone, TinyBackbone, assert_equal, largest_difference
 
 BETA = 100.0
 _SIDES = ("chosen", "rejected")
@@ -428,11 +429,14 @@ def test_two_processes_train_the_same(run, tmp_path):
     assert largest_difference(tuned(tmp_path), tuned(run)) < 1e-5
 
 
-def test_two_processes_share_what_moves_and_what_is_held_out(tmp_path):
+@pytest.mark.parametrize(
+    ("inversion_steps", "shapes"), [(4, ((8, 8),)), (0, ((8, 8), (4, 16)))], ids=["noise", "shapes"]
+)
+def test_two_processes_share_what_moves_and_what_is_held_out(tmp_path, inversion_steps, shapes):
     changes = {"train.reference_decay": 0.9, "train.auto_beta": 0.2, "train.held_out": 0.4}
-    changes |= {"train.inversion_steps": 4}
+    changes |= {"train.inversion_steps": inversion_steps}
     changes |= {"train.validate_every": 2, "train.num_validation_prompts": 0}
-    one, two = (make_workdir(tmp_path / name) for name in ("one", "two"))
+    one, two = (make_workdir(tmp_path / name, shapes=shapes) for name in ("one", "two"))
     train.main(make_config(**changes), one)
     run_processes(TWO_PROCESSES, two, json.dumps(changes))
     assert largest_difference(tuned(two), tuned(one)) < 1e-5
@@ -941,7 +945,7 @@ def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
     make_workdir(tmp_path, num_pairs=12)
     train.main(config, tmp_path)
     folder = tmp_path / "round_000/inversion/learned"
-    assert len(made) == 2 and len(list(folder.glob("*.npy"))) == 1  # those held out have their own
+    assert len(made) == 1 and len(list(folder.glob("*.npy"))) == 1  # those held out have their own
     first, *_ = metrics(tmp_path)
     assert first["loss"] == LN2
     assert {int(key[14:16]) for key in first if key.startswith("error_by_time")} <= set(
@@ -951,7 +955,7 @@ def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     train.main(config, tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(made) == 2 and "inversion: skipped 8 of 8 pairs" in capsys.readouterr().err
+    assert len(made) == 1 and "inversion: skipped 8 of 8 pairs" in capsys.readouterr().err
     # What a step is given of an example is what the reference's inversion is.
     training = train.prepare(config, tmp_path / "round_000", [], None, 0)
     batch, noise = training.batch(1), training.loader.noise
@@ -972,7 +976,37 @@ def test_inverted_noise_is_made_once_and_a_training_goes_on_with_it(
     shutil.rmtree(tmp_path / "round_000/pairs")
     make_workdir(tmp_path, num_pairs=16)
     train.prepare(config, tmp_path / "round_000", [], None, 0)
-    assert len(made) == 2
+    assert len(made) == 1
+
+
+def test_adapters_of_text_encoders_add_up_over_rounds(tmp_path, monkeypatch):
+    """Also at a step before the last one, which holds adapters alone."""
+    monkeypatch.setattr(backbones, "backbone_class", lambda config: ReadingBackbone)
+    changes = {"train.lora_rank": 2, "train.lora_text_encoder": True, "train.embeddings": "step"}
+    config = make_config(**changes, **{"train.num_steps": 3, "train.learning_rate": 1e-2})
+    base = ReadingBackbone.load("").params
+    ends = {(0, "0"): base}
+    for index in (0, 1):
+        make_workdir(tmp_path, round_index=index)
+        train.main(config, tmp_path, round_index=index)
+        assert metrics(tmp_path, index)[0]["loss"] == LN2  # policy = reference, which has read
+        for step in ("2", "last"):
+            trained = trained_rounds(tmp_path, index, config, step)
+            ends[index, step] = restore_trained(trained, base, "unet")
+    for before, after in ((0, "0"), (0, "last")), ((0, "last"), (1, "2")), ((1, "2"), (1, "last")):
+        for network in ("unet", "text_encoder"):
+            assert largest_difference(ends[before][network], ends[after][network]) > 1e-4
+    before = trained_rounds(tmp_path, 0, config)
+    training = train.prepare(config, tmp_path / "round_001", before, None, 0)
+    reference = {"unet": training.frozen["base"], **training.frozen["text"]}
+    for network in reference:  # of round 1 is where round 0 ended
+        here = jax.tree.map(np.asarray, reference[network])
+        assert largest_difference(here, ends[0, "last"][network]) < 1e-6
+    own = [restore_adapters(*each) for each in trained_rounds(tmp_path, 1, config)]
+    for network, name in (("unet", ""), ("text_encoder", "text_encoder")):
+        adapters = lora.concatenate([lora.of_network(each, name) for each in own])
+        whole = lora.merge(base[network], adapters)
+        assert largest_difference(whole, ends[1, "last"][network]) < 1e-6
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(

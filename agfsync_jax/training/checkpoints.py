@@ -58,6 +58,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.folder = absolute(to_path(folder))
         self._best, self._sign = best, 1 if higher_is_better else -1
         self._needed = 0  # bytes of what was saved last
+        self._leaves: dict[int, dict[str, tuple[int, ...]]] = {}
         policies = [managers.LatestN(keep)]
         if best:
             policies.append(
@@ -169,8 +170,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises FileNotFoundError where there is no such step.
         """
         self._check_step(step)
-        found = self._manager.item_metadata(step)
-        return {name: tuple(getattr(leaf, "shape", ())) for name, leaf in found.items()}
+        if step not in self._leaves:  # a step is written once, and its metadata takes long to read
+            found = self._manager.item_metadata(step)
+            self._leaves[step] = {n: tuple(getattr(leaf, "shape", ())) for n, leaf in found.items()}
+        return self._leaves[step]
 
     def wait(self) -> None:
         """Returns when everything saved so far lies on the disk."""
@@ -308,16 +311,27 @@ def restore_denoiser(
         FileNotFoundError: there is no such step.
         ValueError: the checkpoint is of another model: lists every parameter that does not fit.
     """
+    with Checkpoints(trained[-1][0], alone=alone) as checkpoints:
+        return _denoiser(checkpoints, trained, base, alone)
+
+
+def _denoiser(
+    checkpoints: Checkpoints, trained: Sequence[tuple[Path, int]], base: PyTree, alone: bool
+) -> PyTree:
+    """`restore_denoiser`, whose last checkpoints are open."""
     folder, step = trained[-1]
-    with Checkpoints(folder, alone=alone) as checkpoints:
-        leaves = checkpoints.leaves(step)
-        name = _result_at(leaves)
-        if not _adapters_at(leaves, name):
-            return checkpoints.restore(step, {name: base})[name]
-    adapters = lora.of_network(restore_adapters(folder, step, like=base, alone=alone))
+    leaves = checkpoints.leaves(step)
+    name = _result_at(leaves)
+    if not _adapters_at(leaves, name):
+        return checkpoints.restore(step, {name: base})[name]
+    adapters = lora.of_network(_adapters(checkpoints, step, like=base))
     start = restore_denoiser(trained[:-1], base, alone) if len(trained) > 1 else base
-    places = jax.tree.map(lambda leaf: leaf.sharding, start)
-    return jax.jit(lora.merge, out_shardings=places)(start, adapters)
+    return _merged(start, adapters)
+
+
+def _merged(params: PyTree, adapters: lora.Adapters) -> PyTree:
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(lora.merge, out_shardings=places)(params, adapters)
 
 
 def restore_trained(
@@ -328,17 +342,15 @@ def restore_trained(
 ) -> dict[str, PyTree]:
     """`params` of a backbone's networks, with what rounds' trainings have come to in place: of the
     denoiser, `name`, and of text encoders that have adapters; see `restore_denoiser`."""
-    tuned = dict(params) | {name: restore_denoiser(trained, params[name], alone)}
-    for folder, step in trained:
-        with Checkpoints(folder, alone=alone) as checkpoints:
-            known = checkpoints.leaves(step)
-        if not any(".text_encoder" in leaf for leaf in known):
-            continue
+    folder, step = trained[-1]
+    with Checkpoints(folder, alone=alone) as checkpoints:
+        tuned = dict(params) | {name: _denoiser(checkpoints, trained, params[name], alone)}
+        leaves = checkpoints.leaves(step)
+    adapted = [each for each in params if any(f".{each}." in leaf for leaf in leaves)]
+    for folder, step in trained if adapted else ():
         adapters = restore_adapters(folder, step, like=params[name], alone=alone)
-        for network, own in params.items():
-            if added := lora.of_network(adapters, network):
-                places = jax.tree.map(lambda leaf: leaf.sharding, own)
-                tuned[network] = jax.jit(lora.merge, out_shardings=places)(tuned[network], added)
+        for network in adapted:
+            tuned[network] = _merged(tuned[network], lora.of_network(adapters, network))
     return tuned
 
 
@@ -351,22 +363,28 @@ def restore_adapters(
         FileNotFoundError: there is no such step.
         ValueError: all of the denoiser was trained.
     """
+    with Checkpoints(folder, alone=alone) as checkpoints:
+        return _adapters(checkpoints, step, like)
+
+
+def _adapters(checkpoints: Checkpoints, step: int, like: PyTree) -> lora.Adapters:
+    """`restore_adapters` of checkpoints that are open."""
     places = {leaf.sharding for leaf in jax.tree.leaves(like)}
     place = next(iter(places), None)
     if isinstance(place, jax.sharding.NamedSharding):
         place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-    with Checkpoints(folder, alone=alone) as checkpoints:
-        leaves = checkpoints.leaves(step)
-        name = "adapters" if any(each.startswith("adapters.") for each in leaves) else ""
-        found = _adapters_at(leaves, name or _result_at(leaves))
-        if not found:
-            raise ValueError(f"{folder} has no LoRA adapters at step {step}: all was trained")
-        abstract = {
-            module: {f: jax.ShapeDtypeStruct(pair[f], np.float32, sharding=place) for f in "AB"}
-            for module, pair in found.items()
-        }
-        name = name or _result_at(leaves)
-        return checkpoints.restore(step, {name: abstract})[name]
+    leaves = checkpoints.leaves(step)
+    apart = any(each.startswith("adapters.") for each in leaves)
+    name = "adapters" if apart else _result_at(leaves)
+    found = _adapters_at(leaves, name)
+    if not found:
+        where = f"{checkpoints.folder} has no LoRA adapters at step {step}"
+        raise ValueError(f"{where}: all was trained")
+    abstract = {
+        module: {f: jax.ShapeDtypeStruct(pair[f], np.float32, sharding=place) for f in "AB"}
+        for module, pair in found.items()
+    }
+    return checkpoints.restore(step, {name: abstract})[name]
 
 
 def _result_at(leaves: Mapping[str, tuple[int, ...]]) -> str:

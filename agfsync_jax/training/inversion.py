@@ -111,6 +111,7 @@ class InvertedNoise:
         self.folder, self.rows, self.timesteps, self.shape = folder, rows, timesteps, shape
         self._size = 2 * math.prod(shape)  # bytes of an example's at one timestep
         self.file_size = rows * len(timesteps) * self._size  # without a header
+        self._pool = ThreadPoolExecutor(_THREADS)
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npy"
@@ -118,9 +119,8 @@ class InvertedNoise:
     def __call__(
         self, examples: Int[np.ndarray, " b"], places: Int[np.ndarray, " b"]
     ) -> Float[np.ndarray, "b k h w c"]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(self._read, examples.tolist(), places.tolist()))
-        return np.stack(found).astype(np.float32)
+        found = self._pool.map(self._read, examples.tolist(), places.tolist())
+        return np.stack(list(found)).astype(np.float32)
 
     def _read(self, example: int, place: int) -> Float16[np.ndarray, "k h w c"]:
         index, row = divmod(example, self.rows)
@@ -134,7 +134,8 @@ def inverted_noise(
     folder: Path,
     loader: PairLoader,
     program: Callable[[Int[np.ndarray, " b"]], Array],
-    timesteps: Int[np.ndarray, " n"],
+    timesteps: Int[np.ndarray, " k"],
+    wanted: Int[np.ndarray, " n"],
     made_by: Any,
 ) -> InvertedNoise:
     """The noise of a loader's examples; what is missing of it is made.
@@ -145,7 +146,9 @@ def inverted_noise(
         folder: of the noise, two below the round's. Another model's, or that of other pairs or
             timesteps, is made anew.
         program: examples, `loader.part_size` of them -> their images' noise [b, n, k, h, w, c] at
-            the timesteps, on every process.
+            the timesteps that are wanted, on every process.
+        timesteps: of the inversion.
+        wanted: those of them whose noise is kept.
         made_by: names the model.
 
     Raises:
@@ -153,9 +156,9 @@ def inverted_noise(
         OSError: a disk without room for it.
     """
     rows, parts = loader.batch_size, loader.batch_size // loader.part_size
-    told = {"timesteps": timesteps.tolist(), "rows": rows, "pairs": loader.fingerprint()}
-    told |= {"made_by": made_by}
-    found = InvertedNoise(folder, rows, timesteps, loader.latents_shape)
+    told = {"timesteps": timesteps.tolist(), "wanted": wanted.tolist(), "rows": rows}
+    told |= {"pairs": loader.fingerprint(), "made_by": made_by}
+    found = InvertedNoise(folder, rows, wanted, loader.latents_shape)
     if multihost.is_main() and read_json(folder / _NOTE) != told:
         remove_tree(folder)
         write_text(folder / _NOTE, json.dumps(told) + "\n")

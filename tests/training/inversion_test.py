@@ -112,18 +112,20 @@ def loader_of(tokens):
 
 
 def test_noise_is_made_once_of_pairs_with_their_prompts(tmp_path, monkeypatch):
-    """A file that is whole stays; other prompts, and a full disk, are seen at once."""
-    timesteps, made, loader = np.array([1, 501]), [], loader_of(np.arange(12))
+    """A file that is whole stays; other prompts or steps, and a full disk, are seen at once."""
+    wanted, made, loader = np.array([1, 501]), [], loader_of(np.arange(12))
     values = np.random.default_rng(0).normal(size=(12, 2, 2, 2, 2, 4)).astype(np.float16)
 
-    def noise(loader, limit=9):
+    def noise(loader, limit=9, steps=2):
         def program(rows):
             if len(made) == limit:
                 raise KeyboardInterrupt
             made.append(rows)
             return values[rows]
 
-        return inversion.inverted_noise(tmp_path / "a/b", loader, program, timesteps, ["model"])
+        timesteps = np.arange(steps) * (1000 // steps) + 1
+        folder = tmp_path / "a/b"
+        return inversion.inverted_noise(folder, loader, program, timesteps, wanted, ["model"])
 
     with pytest.raises(KeyboardInterrupt):
         noise(loader, limit=1)
@@ -133,10 +135,12 @@ def test_noise_is_made_once_of_pairs_with_their_prompts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(made, [range(8), [8, 9, 10, 11, 0, 1, 2, 3]])
     noise(loader_of(np.arange(12) + 1))
     assert len(made) == 4
+    noise(loader_of(np.arange(12) + 1), steps=4)
+    assert len(made) == 6
     monkeypatch.setattr(inversion.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="needs 0.0 MB and 0.0 MB are free: make room, lower"):
         noise(loader)
-    assert len(made) == 4
+    assert len(made) == 6
 
 
 def test_a_ranking_has_noise_for_each_image(tmp_path):

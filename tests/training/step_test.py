@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from agfsync_jax.backbones.stable_diffusion import StableDiffusion
 from agfsync_jax.backbones.stable_diffusion_xl import StableDiffusionXL
 from agfsync_jax.losses import diffusion_dpo, sft
 from agfsync_jax.models import lora
-from agfsync_jax.models.layers import Linear
 from agfsync_jax.models.unet import UNet2DConditionModel
 from agfsync_jax.parallel.mesh import create_mesh
 from agfsync_jax.parallel.sharding import batch_sharding
@@ -32,7 +30,7 @@ from agfsync_jax.training.step import (
 )
 from agfsync_jax.utils import modules
 from agfsync_jax.weights.networks import load_model
-from tests.tiny_backbone import TinyBackbone, assert_equal, largest_difference
+from tests.tiny_backbone import ReadingBackbone, TinyBackbone, assert_equal, largest_difference
 from tests.twins import tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 BETA = 100.0
@@ -188,29 +186,6 @@ def test_adapters_train_beside_a_base_that_stays(backbone):
     names = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"}
     assert set(state.params) == names
     assert all(float(jnp.abs(factors["B"]).max()) > 0 for factors in state.params.values())
-
-
-class Reader(nnx.Module):
-    """A text encoder with one layer."""
-
-    def __init__(self):
-        self.self_attn = nnx.Dict(q_proj=Linear(6, 6, rngs=nnx.Rngs(1)))
-
-    def __call__(self, x):
-        return self.self_attn["q_proj"](x)
-
-
-class ReadingBackbone(TinyBackbone):
-    @classmethod
-    def load(cls, path):
-        self = super().load(path)
-        self.table = self.params["text_encoder"]["table"]
-        self.reader, self.params["text_encoder"] = nnx.split(Reader())
-        return self
-
-    def encode_prompt(self, params, tokens):
-        read = nnx.merge(self.reader, params["text_encoder"])
-        return {"encoder_hidden_states": read(self.table[tokens])}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5], ids=["frozen reference", "one that follows"])
