@@ -19,7 +19,7 @@ from agfsync_jax.data.pairs import is_pairs
 from agfsync_jax.data.preferences import check_settings
 from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.shards import read_rows
-from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block
+from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block, is_made
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
@@ -58,7 +58,7 @@ def check(
     if not problems:  # what follows reads the config as if all of its keys were what they must be
         problems += [*scorers(config, verb), *sizes(config, verb, num_devices)]
         problems += files(config, verb, downloads=False)
-        problems += prompts(config, verb, round_index)
+        problems += prompts(config, verb, round_index, workdir)
     if not problems:
         problems += files(config, verb, downloads=True)
     if not problems and verb in TRAINS and config.train.start:
@@ -129,17 +129,20 @@ def names(config: ConfigDict) -> Iterator[str]:
         ("questions", "questions"),
         ("evaluate", "prompts"),
     ):
-        spec = config[block].to_dict()
-        found = list(_told(lambda s=spec: modules.check("prompt_sources", s["source"])))
+        named = config[block].source or config.prompts.source
+        found = list(_told(lambda s=named: modules.check("prompt_sources", s)))
         yield from (f"config.{block}.source: {line}" for line in found)
         if found:
             continue
-        source = modules.load("prompt_sources", spec.pop("source"))
-        if block == "evaluate":
-            spec = held_out_block(spec)
+        source = modules.load("prompt_sources", named)
+        spec = held_out_block(config) if block == "evaluate" else config[block].to_dict()
+        del spec["source"]
         known = inspect.signature(getattr(source, function)).parameters
-        given = {"seed", "round_index", "prompt_rows"} & known.keys()
-        yield from _arguments(f"config.{block}", spec, known, given)
+        given = {"seed", "round_index", "prompt_rows", "desk"} & known.keys()
+        found = list(_arguments(f"config.{block}", spec, known, given))
+        yield from found
+        if not found and hasattr(source, "check"):
+            yield from _told(lambda c=source.check, s=spec: c(**s), f"config.{block}: ")
     for block, spec in config.scorers.items():
         found = list(_told(lambda b=block, s=spec: scorer_class(b, s), f"config.scorers.{block}: "))
         yield from found
@@ -430,13 +433,16 @@ def advice(config: ConfigDict, verb: str) -> Iterator[str]:
         )
 
 
-def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
-    """Prompts, questions and held-out prompts: that there are enough, and that none is both."""
+def prompts(config: ConfigDict, verb: str, round_index: int, workdir: Path | None) -> Iterator[str]:
+    """Prompts, questions and held-out prompts: that there are enough, and that none is both. What a
+    language model writes is looked at where it is there."""
     seed, asks = config.seed, asks_questions(config.scorers)
     makes_pairs = not config.pair.path  # else the pairs are others', and nothing is drawn for them
     rounds = range(round_index, config.rounds if verb == "run" else round_index + 1)
     drawn: list[str] = []
-    if (verb == "run" and makes_pairs) or verb == "prompts":
+    at_once = not prompt_sources.takes_long(config.prompts.to_dict(), "prompts")
+    asks = asks and not prompt_sources.takes_long(config.questions.to_dict(), "questions")
+    if at_once and ((verb == "run" and makes_pairs) or verb == "prompts"):
         for index in rounds:
             rows: list[dict] = []
 
@@ -460,7 +466,14 @@ def prompts(config: ConfigDict, verb: str, round_index: int) -> Iterator[str]:
             if scored := scored_round(pairs, to_path(pairs)):
                 drawn += [row["prompt"] for row in read_rows(scored / "prompts.jsonl", "prompts")]
         held: list[dict] = []
-        yield from _told(lambda: held.extend(held_out(config)[0].values()), "config.evaluate: ")
+        if not is_made(config, workdir):
+            if verb == "run" and not config.pair.path:
+                return  # it will be
+            workdir = workdir or Path("WORKDIR")
+        told = _told(
+            lambda: held.extend(held_out(config, workdir)[0].values()), "config.evaluate: "
+        )
+        yield from told
         prompts = [row["prompt"] for row in held]
         yield from _told(lambda: check_apart(prompts, drawn), "config.evaluate: ")
 

@@ -48,6 +48,7 @@ _STEP = _flag(
     default="last",
     metavar="STEP",
 )
+_REQUESTS = _flag("write what a language model is to be asked, and ask nothing")
 _JSON = _flag("the last line of the output is one JSON object")
 # Flags that only one verb knows.
 FLAGS = {
@@ -67,6 +68,8 @@ FLAGS = {
         "random_weights": _flag("rehearse without weights: their sizes with random numbers"),
         "step": _STEP,
     },
+    "prompts": {"requests": _REQUESTS},
+    "questions": {"requests": _REQUESTS},
     "sample": {"step": _STEP},
     "train": {"step": _STEP},
     "evaluate": {"step": _STEP},

@@ -56,7 +56,7 @@ def plan(job: Job) -> Plan:
             are there of.
         RecordError: those are damaged, unless they are to be made anew.
     """
-    prompts, questions = held_out(job.config)
+    prompts, questions = held_out(job.config, job.workdir)
     own = [job.folder_of(index) for index in range(job.round_index + 1)]
     folders = {*own, scored_round(job.config.pair.path, job.folder)} - {None}
     drawn = (folder / "prompts.jsonl" for folder in folders)

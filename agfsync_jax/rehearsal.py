@@ -23,7 +23,7 @@ from agfsync_jax import backbones, checks, export, report, run
 from agfsync_jax.data.imports import PreferenceSet
 from agfsync_jax.data.pairs import is_pairs
 from agfsync_jax.data.scores import scored_round
-from agfsync_jax.evaluation.prompts import held_out
+from agfsync_jax.evaluation.prompts import num_held_out
 from agfsync_jax.parallel import multihost
 from agfsync_jax.parallel.mesh import create_mesh, local_mesh
 from agfsync_jax.parallel.sharding import batch_shards
@@ -135,7 +135,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         c.train.validate_every *= bool(c.train.num_validation_prompts)
     c.train.wandb, c.export.output = "", ""
     judged = max(processes, math.ceil(drawn / c.evaluate.num_seeds))
-    c.evaluate.num_prompts = min(judged, len(held_out(config)[0]))
+    c.evaluate.num_prompts = min(judged, num_held_out(config))
     return c.lock()
 
 
@@ -189,8 +189,9 @@ def invent(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[str]]:
         if scorer.get("head") and not is_local(scorer.head):
             note(f"scorers.{block}.head", scorer.head.partition("#")[0], "random numbers")
             scorer.head = str(random_weights.write_head(folder / "head"))
+    sources = {block: c[block].source or c.prompts.source for block in _STAND_INS}
     for block, told in _STAND_INS.items():
-        if c[block].source == "jsonl" and not c[block].path:
+        if sources[block] == "jsonl" and not c[block].path:
             if block == "questions":
                 c[block] = ConfigDict({"source": "micro"})
             else:
@@ -237,7 +238,7 @@ def measured(rows: list[Measured], verb: str, folder: Path) -> Iterator[None]:
 
 def amounts(config: ConfigDict) -> dict[str, int]:
     """Verb -> how much it does in a round: prompts, images, steps."""
-    judged = 2 * len(held_out(config)[0]) * config.evaluate.num_seeds
+    judged = 2 * num_held_out(config) * config.evaluate.num_seeds
     rest = {"train": config.train.num_steps, "evaluate": judged}
     if config.pair.path:  # other people's, or another workdir's, which are read where they lie
         if is_pairs(config.pair.path):

@@ -314,7 +314,7 @@ def prepare(
     else:
         embeddings = embed_prompts(config, loader, backbone, mesh)
         of_kept = embed_prompts(config, kept, backbone, mesh) if kept else None
-    validation = Validation(config, mesh, backbone) if draws(config) else None
+    validation = Validation(config, round_dir.parent, mesh, backbone) if draws(config) else None
     backbone.params.clear()  # who needs them has them
 
     init = program.init_program(denoiser, spec, mesh, config.sharding, text)

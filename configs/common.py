@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
     c.train.seed = 0  # of the order of pairs, noise and timesteps
 
     c.evaluate = ConfigDict()
-    c.evaluate.source = "micro"  # a file of agfsync_jax/prompt_sources
+    c.evaluate.source = "micro"  # a file of agfsync_jax/prompt_sources; empty: that of prompts
     c.evaluate.split = "heldout"  # prompts that training never sees
     c.evaluate.num_prompts = 300  # that base and tuned draw alike; 0: all of the source
     c.evaluate.num_seeds = 2  # images a prompt
@@ -210,7 +210,7 @@ def agfsync() -> ConfigDict:
     c.train.schedule = "cosine"
     c.train.remat = "full"
 
-    c.evaluate.source = "jsonl"
+    c.evaluate.source = ""  # that of prompts, a file of its own or another split
     c.evaluate.path = ""
     c.evaluate.split = "all"
     c.evaluate.num_prompts = 0

@@ -190,7 +190,7 @@ KEYS = {
         "a number from 0 to below 0.5", lambda x: is_number(x) and 0 <= x < 0.5
     ),
     "train.seed": whole(0),
-    "evaluate.source": NAME,
+    "evaluate.source": TEXT,
     "evaluate.split": NAME,
     "evaluate.num_prompts": whole(0),
     "evaluate.num_seeds": whole(1),

@@ -7,6 +7,9 @@ from typing import Any
 from agfsync_jax.data.problems import problem
 
 FIELDS = ("id", "caption", "question", "choices", "answer", "element_type", "element")
+# A question may say, by their places in its prompt's list, on the answers of which others it
+# depends (arXiv:2310.18235).
+OPTIONAL = ("dependency",)
 
 Row = Mapping[str, Any]
 

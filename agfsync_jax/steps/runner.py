@@ -30,6 +30,7 @@ class Job:
     round_index: int  #: from 0
     repair: bool = False  #: whether damaged files are made anew
     step: str = "last"  #: of a training that the step reads: last, best or a number
+    requests: bool = False  #: whether what others are asked is only written
     plan: Any = None  #: what the step has made of its inputs and settings before it began
     files: Sequence[Path] = ()  #: what the processes share out among them, in order
     missing: set[Path] = dataclasses.field(default_factory=set)  #: of `files`, when the step began
@@ -77,12 +78,13 @@ class Step:
         round_index: int = 0,
         repair: bool = False,
         step: str = "last",
+        requests: bool = False,
     ) -> None:
         """Runs the step in a round; what is there already is not made again.
 
         Raises FileNotFoundError where an input is not there, and what the parts of the step raise.
         """
-        job = Job(config, to_path(workdir), round_index, repair, step)
+        job = Job(config, to_path(workdir), round_index, repair, step, requests)
         for name, verb in self.inputs.items():
             if not (job.folder / name).exists():
                 raise FileNotFoundError(f"{job.folder} has no {name}: run `agfsync {verb}` first.")

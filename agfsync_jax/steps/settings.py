@@ -29,7 +29,9 @@ from agfsync_jax.utils.configs import defaults, flatten, public
 RUN_TIME = (
     *("rounds", "mesh.*", "sharding", "report.*", "export.*", "bench.*"),
     *("*.device_batch_size", "score.mesh.*", "score.max_bad", "pair.max_bad"),
-    *("train.remat", "train.keep", "train.tensorboard", "train.wandb"),
+    *("*.base_url", "*.api_key_env", "*.concurrency", "*.timeout", "*.max_requests"),
+    *("*.price_in", "*.price_out", "train.remat", "train.keep"),
+    *("train.tensorboard", "train.wandb"),
 )
 
 

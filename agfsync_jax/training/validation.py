@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,8 +36,8 @@ class Validation:
         FileNotFoundError, ValueError: no prompts, or no weights of a scorer.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, backbone: Any):
-        rows, asked = held_out(config)
+    def __init__(self, config: Any, workdir: Path, mesh: Mesh, backbone: Any):
+        rows, asked = held_out(config, workdir)
         ids = list(rows)[: config.train.num_validation_prompts]
         if len(ids) < jax.process_count():
             raise ValueError(

@@ -81,9 +81,10 @@ class Stage:
         if done:
             self.print(f"skipped {done} of {total} {what} already there")
 
-    def progress(self, work: int | Iterable, desc: str = "") -> "Progress":
-        """A bar over `work`: a number of items, or an iterable of which each element is one."""
-        return Progress(self, work, desc)
+    def progress(self, work: int | Iterable, desc: str = "", unit: str = "") -> "Progress":
+        """A bar over `work`: a number of items, or an iterable of which each element is one; of
+        another unit they are not the stage's items."""
+        return Progress(self, work, desc, unit)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -110,8 +111,9 @@ class Stage:
 class Progress:
     """A bar on a terminal, a line every ten seconds elsewhere. Made by Stage.progress."""
 
-    def __init__(self, stage: Stage, work: int | Iterable, desc: str):
-        self._stage = stage
+    def __init__(self, stage: Stage, work: int | Iterable, desc: str, unit: str = ""):
+        self._stage, self._counts = stage, not unit
+        self._unit = unit or stage.unit
         self._work = range(work) if isinstance(work, int) else work
         self._total = len(self._work) if isinstance(self._work, Sized) else 0
         self._done = 0
@@ -123,7 +125,7 @@ class Progress:
         self._bar = tqdm(
             total=self._total or None,
             desc=f"{stage.verb} {desc}".rstrip(),
-            unit=f" {stage.unit}",
+            unit=f" {self._unit}",
             disable=not (stage._main and stage._terminal),
             dynamic_ncols=True,
             leave=False,
@@ -143,7 +145,8 @@ class Progress:
         began = time.monotonic()
         while not self._begun.wait(COMPILING_LINE_SECONDS):
             waited = duration(time.monotonic() - began)
-            self._stage.print(f"compiling, and running the first batch: {waited} so far")
+            what = "compiling, and running the first batch" if self._counts else "waiting"
+            self._stage.print(f"{what}: {waited} so far")
 
     def __iter__(self) -> Iterator:
         with self:
@@ -156,7 +159,7 @@ class Progress:
         stage, now = self._stage, time.monotonic()
         self._begun.set()
         self._done += n
-        stage.items += n
+        stage.items += n if self._counts else 0
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(n)
         if self._steady is None:
@@ -172,14 +175,14 @@ class Progress:
             self._estimated = True
             if self._total and stage.seconds + left >= ESTIMATE_ABOVE_SECONDS:
                 whole = duration(stage.seconds + left)
-                stage.print(f"about {whole} for {self._total} {stage.unit}")
+                stage.print(f"about {whole} for {self._total} {self._unit}")
         if now - self._lined >= PLAIN_LINE_SECONDS:
             self._lined = now
             stage._write()  # a killed run loses ten seconds of its figures at most
             if not stage._terminal:
                 of = f"/{self._total}" if self._total else ""
                 to_go = f"{duration(left)} left" if self._total else ""
-                said = f"{self._desc}{self._done}{of} {stage.unit}", f"{rate:.4g}/s", to_go, note
+                said = f"{self._desc}{self._done}{of} {self._unit}", f"{rate:.4g}/s", to_go, note
                 stage.print(", ".join(filter(None, said)))
 
     def leave_out(self, seconds: float) -> None:

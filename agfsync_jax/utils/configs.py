@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from agfsync_jax.utils import modules
 
 BESIDE_PACKAGE = Path(__file__).parents[2]  # the repository, or where the package is installed
+_SOURCES = ("prompts", "questions", "evaluate")  # blocks that name a prompt source
+_FIRST = ("loss.name", *(f"{block}.source" for block in _SOURCES))
 SECRET = r".*(api_key|password|secret|token)"
 
 
@@ -109,7 +111,7 @@ def _execute(spec: str) -> tuple[ModuleType, Path, str | None]:
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:
     """Sets keys from texts; ValueError as in `load`."""
-    for key in sorted(overrides, key=lambda key: key != "loss.name"):  # whose settings follow
+    for key in sorted(overrides, key=lambda key: key not in _FIRST):  # whose settings follow
         _override(config, key, overrides[key])
 
 
@@ -167,10 +169,16 @@ def public(block: dict[str, Any]) -> dict[str, Any]:
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
     flat = flatten(config)
+    block, _, name = key.rpartition(".")
     if key in flat and not key.startswith("loss."):
         config.update_from_flattened_dict({key: _parse(key, text, flat[key])})
+        if block in _SOURCES and name == "source" and text in modules.names("prompt_sources"):
+            known = modules.settings("prompt_sources", text)
+            with config.unlocked():  # what is there of another source goes
+                for other in config[block].keys() - known.keys() - {"source"}:
+                    if f"{block}.{other}" not in schema().KEYS and other != "sample":
+                        del config[block][other]
         return
-    block, _, name = key.rpartition(".")
     if block.partition(".")[0] == "loss":
         _override_loss(config, key, text)
         return
@@ -181,6 +189,12 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
             if default is None or default is inspect.Parameter.empty:
                 default = 0 if "int" in str(known[name].annotation) else ""
             config.scorers[block.removeprefix("scorers.")][name] = _parse(key, text, default)
+            return
+    if block in _SOURCES:
+        known = modules.settings("prompt_sources", config[block].source or config.prompts.source)
+        if name in known:
+            with config.unlocked():
+                config[block][name] = _parse(key, text, known[name].default)
             return
     if block == "evaluate.sample" and name in schema().JUDGED:
         config.evaluate.sample[name] = _parse(key, text, config.sample[name])

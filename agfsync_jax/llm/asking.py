@@ -1,0 +1,140 @@
+"""Has the requests of a folder answered, by a server or by whoever writes the responses."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from agfsync_jax.llm import client
+from agfsync_jax.llm.client import Server
+from agfsync_jax.llm.exchange import Exchange
+from agfsync_jax.llm.requests import Answer
+from agfsync_jax.utils.clock import Stage, duration
+
+_CHARACTERS = 4  # a token, of English
+_TOKENS_PER_SECOND = 40  # that one of several requests at once gets, for the first estimate
+
+
+class Desk(Protocol):
+    """Where rows are made: `prompt_sources.Desk`."""
+
+    stage: Stage
+    offline: bool
+
+
+class Waiting(Exception):  # noqa: N818 - no error: the user has the next move
+    """Requests are written, and wait for answers that others give."""
+
+
+def model_of(server: Server, model: str, offline: bool) -> str:
+    """The model that requests name: the config's, OpenAI's default, or the only one of a server.
+
+    Raises:
+        ValueError: the server has several; lists them.
+        Unreachable: nobody answers there.
+    """
+    if model:
+        return model
+    if offline or server.url.startswith(client.OPENAI):
+        return client.OPENAI_MODEL
+    known = client.models(server)
+    if len(known) == 1:
+        return known[0]
+    has = f"has {', '.join(known[:20])}" if known else "does not say which models it has"
+    raise ValueError(
+        f"{server.url} {has}: name one, as in --config.prompts.model=... and"
+        " --config.questions.model=..."
+    )
+
+
+def complete(
+    exchange: Exchange,
+    wave: int,
+    server: Server,
+    desk: Desk,
+    *,
+    verb: str,
+    tokens: int,
+    note: Callable[[Answer], str] = lambda answer: "",
+) -> None:
+    """Returns when every request of a wave has an answer.
+
+    Args:
+        verb: the command that goes on with them.
+        tokens: that an answer may have, for the estimate.
+        note: what the progress says beside its rate, with each answer.
+
+    Raises:
+        Waiting: nothing is to be asked here, and answers are missing.
+        ValueError, Unreachable: see `client.ask`; or there is no server to ask.
+    """
+    known = exchange.answered()
+    count = written = 0
+    for row in _missing(exchange, wave, known):
+        count += 1
+        written += sum(len(each["content"]) for each in row["body"]["messages"])
+    total = sum(1 for _ in exchange.requests(wave))
+    stage = desk.stage
+    if total > count:
+        stage.skipped(total - count, total, "requests")
+    if not count:
+        return
+    files = " ".join(str(path) for path in exchange.files(wave))
+    if desk.offline or not server.is_known:
+        told = (
+            f"{count} requests wait for answers in\n  {files}\nHave them answered into"
+            f" {exchange.folder}/responses-{wave:03d}.jsonl, by a batch service or, on a machine"
+            " with the model,\n"
+            f"  vllm run-batch -i {exchange.files(wave)[0]} -o"
+            f" {exchange.folder}/responses-{wave:03d}.jsonl --model"
+            f" {next(exchange.requests(wave))['body']['model']}\nand give `agfsync {verb}` again."
+        )
+        if desk.offline:
+            raise Waiting(told)
+        raise ValueError(
+            f"no language model to ask: set config.{verb}.base_url to a server, such as"
+            f" http://localhost:8000/v1, or export {server.api_key_env}=... for OpenAI's. Without"
+            f" a server: {told}"
+        )
+    client.models(server)  # a wrong key, or nobody there, is told at once
+    seconds = count * tokens / (_TOKENS_PER_SECOND * min(server.concurrency, count))
+    stage.print(
+        f"{count} requests to {server.url}, about {_thousands(written / _CHARACTERS)} tokens in and"
+        f" {_thousands(count * tokens)} out; {duration(seconds)} if each of"
+        f" {min(server.concurrency, count)} at once gets {_TOKENS_PER_SECOND} tokens a second"
+    )
+    spent: Counter[str] = Counter()
+    began = time.monotonic()
+
+    with exchange.log() as log, stage.progress(count, unit="requests") as progress:
+
+        def on_answer(answer: Answer) -> None:
+            spent["out"] += answer.completion_tokens
+            spent["failed"] += bool(answer.error)
+            rate = spent["out"] / max(time.monotonic() - began, 1e-3)
+            said = [note(answer), f"{rate:.0f} tokens/s"]
+            said += [f"{spent['failed']} failed"] * bool(spent["failed"])
+            progress.update(note=", ".join(filter(None, said)))
+
+        rows = _missing(exchange, wave, known)
+        client.ask(server, rows, log, on_answer, stage.print)
+
+
+def spent(answers: Iterable[Answer]) -> dict[str, int]:
+    """Requests that were answered, and tokens in and out."""
+    total = Counter(requests=0, prompt_tokens=0, completion_tokens=0)
+    for each in answers:
+        total["requests"] += 1
+        total["prompt_tokens"] += each.prompt_tokens
+        total["completion_tokens"] += each.completion_tokens
+    return dict(total)
+
+
+def _missing(
+    exchange: Exchange, wave: int, known: Mapping[str, Any]
+) -> Iterator[Mapping[str, Any]]:
+    return (row for row in exchange.requests(wave) if row["custom_id"] not in known)
+
+
+def _thousands(count: float) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"

@@ -1,0 +1,266 @@
+"""Asks a server that speaks OpenAI's chat completions: vLLM, llama.cpp, Ollama, OpenAI, ...
+
+Retries, and Retry-After, are those of the `openai` package; what stays wrong after them is decided
+here: whether one request fails, or the server does.
+"""
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from agfsync_jax.llm.exchange import Log
+from agfsync_jax.llm.requests import FORMATS, Answer, read_answer, response, with_form
+from agfsync_jax.utils.files import Unreachable
+
+OPENAI = "https://api.openai.com/v1"
+OPENAI_MODEL = "gpt-4.1-mini"
+_RETRIES = 4  # of the openai package, for one sending
+_SENDINGS = 3  # of a request, while others are answered; then it is given up
+_PATIENCE = 300.0  # seconds without any answer, after which the server is given up
+_FIRST_PATIENCE = 30.0  # until the first one
+_PAUSE = 2.0, 30.0  # seconds between sendings: the first, and the longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Where, as whom, and how many requests at once."""
+
+    base_url: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 32
+    timeout: float = 600.0  #: seconds for an answer
+
+    @property
+    def url(self) -> str:
+        """That of OpenAI where none is given, as $OPENAI_BASE_URL may change."""
+        return self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+
+    @property
+    def key(self) -> str:
+        """The secret; "" where the variable is not set."""
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is something to talk to: a server of the user's, or a key for OpenAI's."""
+        return bool(self.base_url or os.environ.get("OPENAI_BASE_URL") or self.key)
+
+    def without_key(self, text: object) -> str:
+        """What a server said, on one line and without the secret."""
+        said = " ".join(str(text).split())
+        return said.replace(self.key, "***") if self.key else said
+
+    def client(self) -> Any:
+        """An AsyncOpenAI; ValueError without the package, or without a key where one is needed."""
+        openai = load_openai()
+        if not self.key and self.url.startswith(OPENAI):
+            raise ValueError(
+                f"OpenAI wants a key: export {self.api_key_env or 'OPENAI_API_KEY'}=... , or name a"
+                " server of your own, such as --config.prompts.base_url=http://localhost:8000/v1"
+            )
+        limits = openai.DefaultAsyncHttpxClient(
+            limits=_httpx().Limits(
+                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
+            ),
+            timeout=_httpx().Timeout(self.timeout, connect=10.0),
+        )
+        return openai.AsyncOpenAI(
+            api_key=self.key or "none",
+            base_url=self.url,
+            max_retries=_RETRIES,
+            http_client=limits,
+        )
+
+
+def load_openai() -> Any:
+    """The package; ValueError where it is not installed."""
+    try:
+        import openai
+    except ImportError:
+        raise ValueError(
+            "talking to a language model wants the package openai: pip install 'agfsync_jax[llm]'."
+            " Without it, `agfsync prompts --requests` writes files for vllm run-batch."
+        ) from None
+    return openai
+
+
+def _httpx() -> Any:
+    import httpx2
+
+    return httpx2
+
+
+def models(server: Server) -> list[str]:
+    """The names of the models that the server has; [] where it does not say.
+
+    Raises:
+        ValueError: the key is refused.
+        Unreachable: nobody answers there.
+    """
+
+    async def ask() -> list[str]:
+        openai = load_openai()
+        async with server.client().with_options(max_retries=1, timeout=20.0) as client:
+            try:
+                return [each.id for each in (await client.models.list()).data]
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                raise refused(server, error) from None
+            except openai.APIConnectionError as error:
+                raise unreachable(server, error.__cause__ or error) from None
+            except (openai.APIError, AttributeError, TypeError, ValueError):
+                return []  # a server without that list
+
+    return asyncio.run(ask())
+
+
+def refused(server: Server, error: Any) -> ValueError:
+    """A wrong key."""
+    key = f"the key in ${server.api_key_env}" if server.key else "a request without a key"
+    said = server.without_key(_message(error))
+    return ValueError(
+        f"{server.url} refuses {key} ({error.status_code}: {said:.200}): export"
+        f" {server.api_key_env or 'OPENAI_API_KEY'}=... , or set config.prompts.api_key_env and"
+        " config.questions.api_key_env to the variable that holds it."
+    )
+
+
+def unreachable(server: Server, error: object) -> Unreachable:
+    """A server that is not there, or stays silent."""
+    return Unreachable(
+        f"no language model answers at {server.url} ({server.without_key(error):.200}): start the"
+        " server, or set base_url. What is answered already is kept, and the same command goes on."
+    )
+
+
+def ask(
+    server: Server,
+    rows: Iterable[Mapping[str, Any]],
+    log: Log,
+    on_answer: Callable[[Answer], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Sends requests, `server.concurrency` at once, and keeps each answer as it comes.
+
+    A request that fails where others do not is kept as failed.
+
+    Args:
+        on_answer: told of each answer.
+        tell: told in words of what a user should know.
+
+    Raises:
+        ValueError: the key is refused, the model is not there, nothing is left to pay with.
+        Unreachable: no answer for a long time.
+    """
+    asyncio.run(_Asker(server, log, on_answer, tell).run(iter(rows)))
+
+
+class _Asker:
+    def __init__(self, server: Server, log: Log, on_answer: Any, tell: Any):
+        self.server, self.log, self.on_answer, self.tell = server, log, on_answer, tell
+        self.form = 0  # the strictest of FORMATS that the server takes
+        self.answered = False
+        self.last = time.monotonic()  # when something was answered
+
+    async def run(self, rows: Any) -> None:
+        async with self.server.client() as client:
+            workers = [
+                asyncio.create_task(self._work(client, rows))
+                for _ in range(self.server.concurrency)
+            ]
+            try:
+                await asyncio.gather(*workers)
+            except BaseException:
+                for each in workers:
+                    each.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                raise
+
+    async def _work(self, client: Any, rows: Any) -> None:
+        for row in rows:  # all workers take from one iterator
+            found = await self._answer(client, row)
+            self.log.write(found)
+            self.on_answer(read_answer(found))
+
+    async def _answer(self, client: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The line of the answer to a request, or of its failure."""
+        openai, form, sendings = load_openai(), self.form, 0
+        while True:
+            try:
+                body = await self._send(client, row, form)
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                raise refused(self.server, error) from None
+            except openai.NotFoundError as error:
+                raise await self._no_model(client, row, error) from None
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                said = self.server.without_key(_message(error))
+                if form + 1 < len(FORMATS):  # it may be the form that it does not know
+                    form = max(form + 1, self.form)
+                    continue
+                return self._failed(row, f"{error.status_code}: {said:.500}")
+            except (openai.APIError, _NoAnswerError) as error:
+                said = self.server.without_key(_message(error))
+                if getattr(error, "code", None) == "insufficient_quota":
+                    raise ValueError(
+                        f"{self.server.url} has no quota left for this key ({said:.200}). What is"
+                        " answered already is kept, and the same command goes on."
+                    ) from None
+                waited = time.monotonic() - self.last
+                if waited > (_PATIENCE if self.answered else _FIRST_PATIENCE):
+                    raise unreachable(self.server, said) from None
+                sendings += self.answered
+                if sendings >= _SENDINGS:
+                    return self._failed(row, said[:500])
+                await asyncio.sleep(min(_PAUSE[0] * 2**sendings, _PAUSE[1]))
+                continue
+            if form > self.form:
+                self.form = form
+                self.tell(f"{self.server.url} refuses response_format json_schema: {FORMATS[form]}")
+            self.last, self.answered = time.monotonic(), True
+            return response(row["custom_id"], body)
+
+    async def _send(self, client: Any, row: Mapping[str, Any], form: int) -> dict[str, Any]:
+        """The body of the answer."""
+        found = await client.post(
+            "/chat/completions",
+            cast_to=_httpx().Response,
+            body=with_form(row["body"], FORMATS[form]),
+        )
+        try:
+            body = found.json()
+        except ValueError:
+            raise _NoAnswerError(f"no JSON but {found.text[:80]!r}") from None
+        if not isinstance(body, dict) or not body.get("choices"):
+            raise _NoAnswerError(f"an answer without choices: {found.text[:200]}")
+        return body
+
+    async def _no_model(self, client: Any, row: Mapping[str, Any], error: Any) -> ValueError:
+        openai, known = load_openai(), []
+        try:
+            known = [each.id for each in (await client.models.list()).data]
+        except (openai.APIError, AttributeError, TypeError, ValueError):
+            pass
+        said = f"it has {', '.join(known[:20])}" if known else "it does not say which it has"
+        return ValueError(
+            f"{self.server.url} has no model {row['body'].get('model')!r}"
+            f" ({self.server.without_key(_message(error)):.200}); {said}: set config.prompts.model"
+            " and config.questions.model."
+        )
+
+    def _failed(self, row: Mapping[str, Any], said: str) -> dict[str, Any]:
+        return response(row["custom_id"], error=said)
+
+
+class _NoAnswerError(Exception):
+    """What came was no answer of a language model."""
+
+
+def _message(error: Exception) -> str:
+    """What the server said."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and isinstance(body.get("message"), str):
+        return body["message"]
+    cause = error.__cause__
+    return str(cause) if cause is not None and str(cause) else str(error)
