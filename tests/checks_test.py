@@ -194,9 +194,9 @@ def test_what_a_verb_does_not_read_is_not_looked_for():
 
 
 def test_a_sentence_encoder_of_another_kind_is_seen_before_blip2_is_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     overrides = {"scorers.vqa.answer_by": "generation", "scorers.vqa.closest": str(tmp_path)}
-    with pytest.raises(ValueError, match="config.scorers.vqa: .* holds a 'bert': expected an MPN"):
+    with pytest.raises(ValueError, match="config.scorers.vqa: .* holds a 'gpt2': expected a BERT"):
         check("score", **overrides, **{"scorers.vqa.score": "accuracy"})
 
 

@@ -24,9 +24,10 @@ ARROWS = {
     },
     "evaluators": {"data", "utils"},
     "scoring": {"scorers", "data", "parallel", "utils"},
-    "scorers": {"models", "weights", "data", "parallel", "utils"},
+    "scorers": {"models", "texts", "weights", "data", "parallel", "utils"},
+    "texts": {"models", "weights", "data", "parallel", "utils"},
     "backbones": {"models", "diffusion", "samplers", "weights", "data", "parallel", "utils"},
-    "prompt_sources": {"micro", "data", "utils"},
+    "prompt_sources": {"micro", "texts", "data", "parallel", "utils"},
     "models": set(),
     "samplers": {"diffusion", "utils"},
     "diffusion": set(),
@@ -55,8 +56,8 @@ WORLD = ("grammar", "scenes", "drawing", "questions", "referee")
 # A file -> all that it may import of the package.
 ONLY = {f"micro/{name}.py": {"micro"} for name in WORLD}
 # Files of a room that may be imported by their neighbors there; elsewhere all may.
-# A BLIP-2 contains a T5, and an encoder as CLIP's.
-SHARED = {"models": {"hooks", "layers", "lora", "attention", "clip", "t5"}}
+# A BLIP-2 contains a T5, an encoder as CLIP's and blocks as BERT's.
+SHARED = {"models": {"hooks", "layers", "lora", "attention", "bert", "clip", "t5"}}
 # A room -> the only libraries that it may import.
 LIBRARIES = {
     "losses": {"jax", "jaxtyping"},

@@ -208,7 +208,7 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
 
 
 class TextTokenizer(_OfTransformers):
-    """A text model's tokenizer (T5): `TextTokenizer(folder)(texts, length)` -> ids, mask."""
+    """A text model's tokenizer (T5, BERT): `TextTokenizer(folder)(texts, length)` -> ids, mask."""
 
     def __init__(self, folder: str | Path):
         # Not AutoTokenizer: it imports torch. tokenizer.json says all that a class would.
@@ -218,8 +218,10 @@ class TextTokenizer(_OfTransformers):
         super().__init__(
             PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         )
-        for name in ("pad_token", "eos_token"):
-            if getattr(self._tokenizer, name) is None:
+        if self.eos_id is None:
+            self.eos_id = self._tokenizer.sep_token_id  # with which BERT ends a text
+        for name, token in (("pad_token", self.pad_id), ("eos_token", self.eos_id)):
+            if token is None:
                 raise ValueError(f"{folder}/tokenizer_config.json must set {name}.")
 
     def __call__(

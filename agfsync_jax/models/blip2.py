@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.models.attention import attention, merge_heads, multi_head
+from agfsync_jax.models.attention import attention, merge_heads
+from agfsync_jax.models.bert import BertIntermediate, BertOutput, BertSelfAttention
 from agfsync_jax.models.clip import CLIPEncoder
 from agfsync_jax.models.layers import (
     ACTIVATIONS,
-    BertIntermediate,
-    BertOutput,
     Conv,
     LayerNorm,
     Linear,
@@ -153,21 +152,9 @@ class Blip2VisionModel(nnx.Module):
         return self.post_layernorm(states)
 
 
-class Blip2QFormerMultiHeadAttention(nnx.Module):
-    def __init__(self, config: Blip2QFormerConfig, key_size: int, **kwargs):
-        self.num_heads, width = config.num_attention_heads, config.hidden_size
-        self.query = Linear(width, width, **kwargs)
-        self.key = Linear(key_size, width, **kwargs)
-        self.value = Linear(key_size, width, **kwargs)
-
-    def __call__(self, states: Float[Array, "b s d"], source: Float[Array, "b k e"]):
-        q, k, v = self.query(states), self.key(source), self.value(source)
-        return multi_head(q, k, v, self.num_heads)
-
-
 class Blip2QFormerAttention(nnx.Module):
     def __init__(self, config: Blip2QFormerConfig, key_size: int, **kwargs):
-        self.attention = Blip2QFormerMultiHeadAttention(config, key_size, **kwargs)
+        self.attention = BertSelfAttention(config, key_size, **kwargs)
         self.output = BertOutput(config, config.hidden_size, **kwargs)
 
     def __call__(self, states, source):

@@ -333,30 +333,6 @@ class ResnetBlock2D(nnx.Module):
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
 
 
-class BertIntermediate(nnx.Module):
-    """The wide half of a BERT block's MLP."""
-
-    def __init__(self, config: ModelConfig, **kwargs):
-        self.activation = config.hidden_act
-        self.dense = Linear(config.hidden_size, config.intermediate_size, **kwargs)
-
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n m"]:
-        return ACTIVATIONS[self.activation](self.dense(x))
-
-
-class BertOutput(nnx.Module):
-    """A projection to a BERT block's width, its residual, then the norm."""
-
-    def __init__(self, config: ModelConfig, features_in: int, **kwargs):
-        self.dense = Linear(features_in, config.hidden_size, **kwargs)
-        self.LayerNorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kwargs)
-
-    def __call__(
-        self, x: Float[Array, "b n m"], residual: Float[Array, "b n d"]
-    ) -> Float[Array, "b n d"]:
-        return self.LayerNorm(self.dense(x) + residual)
-
-
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """OpenAI CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
@@ -370,6 +346,12 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+
+
+def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of length one, float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def rematerialized(policy: str) -> AbstractContextManager:

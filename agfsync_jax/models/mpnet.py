@@ -12,15 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from agfsync_jax.models.attention import multi_head
-from agfsync_jax.models.layers import (
-    ACTIVATIONS,
-    BertIntermediate,
-    BertOutput,
-    Embed,
-    LayerNorm,
-    Linear,
-    ModelConfig,
-)
+from agfsync_jax.models.bert import BertIntermediate, BertOutput
+from agfsync_jax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, ModelConfig
 from agfsync_jax.models.t5 import position_bias
 
 _PADDING = 1  # the padding token's id, and its position

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.models.clip import CLIPModel
+from agfsync_jax.models.layers import unit
 from agfsync_jax.parallel.sharding import (
     batch_sharding,
     batch_shards,
@@ -115,12 +116,6 @@ class ClipEncoder:
             batch = filled(rows[start : start + size], size)
             made.append(function(self._params, jax.device_put(batch, self._sharding)))
         return np.concatenate([np.asarray(batch) for batch in made])[: len(rows)]
-
-
-def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Rows of length one, float32."""
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class Scorer(scorers.Scorer):

@@ -21,8 +21,8 @@ from jaxtyping import Float, UInt8
 from agfsync_jax import scorers
 from agfsync_jax.data.columns import Column
 from agfsync_jax.scorers._blip2 import Blip2, Question
-from agfsync_jax.scorers._sentences import SentenceEncoder, check_is_mpnet
 from agfsync_jax.scorers._shared import shared
+from agfsync_jax.texts import sentences
 from agfsync_jax.weights.places import is_local, resolve_path
 
 PROMPT = "Question: {question} Choices:{choices} Answer:"  # AGFSync's; choices as ['yes','no']
@@ -52,8 +52,9 @@ class Scorer(scorers.Scorer):
             {options} (yes, no).
         answer_by: "likelihood": the likeliest choice. "generation": what the model writes, which
             must be a choice to the letter; if it is none, the closest choice counts.
-        closest: where an answer is written: the folder of a sentence encoder whose cosine says
-            which choice is the closest, such as sentence-transformers/all-mpnet-base-v2, TIFA's.
+        closest: where an answer is written: the folder of a sentence encoder, a BERT or an MPNet,
+            whose cosine says which choice is the closest, such as
+            sentence-transformers/all-mpnet-base-v2, TIFA's.
             Empty: the choice that is the likeliest for BLIP-2 itself.
         max_new_tokens: of a written answer.
         score: "accuracy": share of questions whose answer is the expected one; "probability":
@@ -104,7 +105,7 @@ class Scorer(scorers.Scorer):
                 " it empty"
             )
         if closest and is_local(closest):
-            check_is_mpnet(resolve_path(closest))
+            sentences.check(resolve_path(closest))
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Scorer(scorers.Scorer):
         self.check(prompt=prompt, answer_by=answer_by, score=score, closest=closest)
         self._prompt, self._score, self._writes = prompt, score, answer_by == "generation"
         self._max_new_tokens = max_new_tokens
-        self._sentences = SentenceEncoder(closest, mesh=mesh) if closest else None
+        self._sentences = sentences.SentenceEncoder(closest, mesh=mesh) if closest else None
         self._model = shared(Blip2, mesh, batch_size=batch_size, **model)
 
     def __call__(

@@ -1,0 +1,1 @@
+"""Texts by their meaning: sentence embeddings, the nearest choice, near duplicates."""
