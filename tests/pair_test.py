@@ -587,10 +587,10 @@ def test_candidates_of_another_workdir_that_are_not_scored(config, workdir, tmp_
 
 def test_what_is_judged_is_no_prompt_of_the_candidates(config, workdir):
     config.pair.path = str(workdir / "round_000")
-    assert list(checks.prompts(config, "run", 0)) == []
-    (row,) = list(checks.held_out(config)[0].values())[:1]
+    assert list(checks.prompts(config, "run", 0, workdir)) == []
+    (row,) = list(checks.held_out(config, workdir)[0].values())[:1]
     records.write_jsonl(workdir / "round_000/prompts.jsonl", [row])
-    (line,) = checks.prompts(config, "run", 0)
+    (line,) = checks.prompts(config, "run", 0, workdir)
     assert "1 of 8 held-out prompts are among those that training draws" in line
 
 

@@ -6,6 +6,7 @@ here: whether one request fails, or the server does.
 
 import asyncio
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -61,17 +62,11 @@ class Server:
                 f"OpenAI wants a key: export {self.api_key_env or 'OPENAI_API_KEY'}=... , or name a"
                 " server of your own, such as --config.prompts.base_url=http://localhost:8000/v1"
             )
-        limits = openai.DefaultAsyncHttpxClient(
-            limits=_httpx().Limits(
-                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-            ),
-            timeout=_httpx().Timeout(self.timeout, connect=10.0),
-        )
         return openai.AsyncOpenAI(
             api_key=self.key or "none",
             base_url=self.url,
             max_retries=_RETRIES,
-            http_client=limits,
+            timeout=openai.Timeout(self.timeout, connect=10.0),
         )
 
 
@@ -85,12 +80,6 @@ def load_openai() -> Any:
             " Without it, `agfsync prompts --requests` writes files for vllm run-batch."
         ) from None
     return openai
-
-
-def _httpx() -> Any:
-    import httpx2
-
-    return httpx2
 
 
 def models(server: Server) -> list[str]:
@@ -223,18 +212,16 @@ class _Asker:
 
     async def _send(self, client: Any, row: Mapping[str, Any], form: int) -> dict[str, Any]:
         """The body of the answer."""
-        found = await client.post(
-            "/chat/completions",
-            cast_to=_httpx().Response,
-            body=with_form(row["body"], FORMATS[form]),
-        )
+        body = with_form(row["body"], FORMATS[form])
         try:
-            body = found.json()
-        except ValueError:
-            raise _NoAnswerError(f"no JSON but {found.text[:80]!r}") from None
-        if not isinstance(body, dict) or not body.get("choices"):
-            raise _NoAnswerError(f"an answer without choices: {found.text[:200]}")
-        return body
+            found = await client.post("/chat/completions", cast_to=object, body=body)
+        except ValueError as error:  # as JSON's errors are
+            raise _NoAnswerError(f"no JSON: {error}") from None
+        if not isinstance(found, dict):  # text, where the server says that it is no JSON
+            raise _NoAnswerError(f"no JSON but {str(found)[:80]!r}")
+        if not found.get("choices"):
+            raise _NoAnswerError(f"an answer without choices: {json.dumps(found)[:200]}")
+        return found
 
     async def _no_model(self, client: Any, row: Mapping[str, Any], error: Any) -> ValueError:
         openai, known = load_openai(), []

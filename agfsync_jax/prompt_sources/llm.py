@@ -115,6 +115,7 @@ def prompts(
     server = Server(base_url, api_key_env, concurrency, timeout)
     exchange = Exchange(desk.folder)
     share = captions.shares(num_prompts, themes)
+    per_request = min(per_request, math.ceil(max(share.values()) / _YIELD))
     limit = max_requests or _MOST * (math.ceil(num_prompts / per_request) + len(themes.categories))
     encoder = _Encoder(embedder, similarity)
     if embedder and not desk.offline:
@@ -318,7 +319,7 @@ class _Encoder:
             from agfsync_jax.parallel.mesh import create_mesh
             from agfsync_jax.texts.sentences import SentenceEncoder
 
-            mesh = create_mesh({"data": -1}, jax.local_devices())
+            mesh = create_mesh({"data": -1}, devices=jax.local_devices())
             self._model = SentenceEncoder(self.path, mesh=mesh)
 
     def near(self, texts: Sequence[str], known: int, stage: Any) -> Any:

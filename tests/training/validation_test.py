@@ -1,5 +1,7 @@
 """Validation with the shipped models: the same pictures every time, scored and laid out."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def test_scores_and_pictures_follow_the_denoiser():
     backbone = backbones.load(config, mesh)
     denoiser = backbone.params.pop("unet")
     config.sample.device_batch_size = 5
-    validation = Validation(config, mesh, backbone)
+    validation = Validation(config, Path(), mesh, backbone)
     scores, grid = validation({"unet": denoiser})
     again, same = validation({"unet": denoiser})
     assert list(scores) == ["clip"] and scores == again
@@ -29,7 +31,7 @@ def test_scores_and_pictures_follow_the_denoiser():
     assert abs(other["clip"] - scores["clip"]) > 1
     config.train.num_validation_prompts = 0
     with pytest.raises(ValueError, match="expected one a process, 1"):
-        Validation(config, mesh, backbone)
+        Validation(config, Path(), mesh, backbone)
 
 
 def test_a_grid_has_captions():
