@@ -1,4 +1,4 @@
-"""pip install -e . ; extras: tpu, cuda, gcs, llm, torch (export and its check), wandb, docs, test."""
+"""pip install -e . ; extras: tpu, cuda, gcs, llm, torch (export, its check), wandb, docs, test."""
 
 import re
 from pathlib import Path

@@ -70,7 +70,9 @@ def files(job: Job) -> list[Path]:
 main = Step(
     "prompts",
     write_prompts,
-    outputs=("prompts.jsonl", "prompts.llm", "heldout"),
+    outputs=tuple(
+        f"{place}prompts.{end}" for place in ("", "heldout/") for end in ("jsonl", "llm")
+    ),
     settings=("seed", "prompts"),
     files=files,
     repair=lambda job: repair_files(job.files),

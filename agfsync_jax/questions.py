@@ -64,7 +64,9 @@ def files(job: Job) -> list[Path]:
 main = Step(
     "questions",
     write_questions,
-    outputs=("questions.jsonl", "questions.llm"),
+    outputs=tuple(
+        f"{place}questions.{end}" for place in ("", "heldout/") for end in ("jsonl", "llm")
+    ),
     settings=("questions",),
     files=files,
     repair=lambda job: repair_files(job.files),

@@ -270,7 +270,7 @@ def test_a_file_for_one_purpose_is_whole(files):
     config = configs.load("configs/sd15.py", {key: str(value) for key, value in files.items()})
     assert list(checks.prompts(config, "run", 0, None)) == []
     assert config.prompts.num_prompts == 300
-    assert len(checks.held_out(config, Path())[0]) == 30
+    assert len(checks.held_out(config, files["prompts.path"].parent)[0]) == 30
 
 
 def test_prompts_of_both_purposes_are_seen(files, tmp_path):

@@ -1,6 +1,6 @@
 """A local server that speaks OpenAI's chat completions by a script, and misbehaves as told.
 
-    with Server(answer) as server: ...   # answer(body, count) -> what to say, see `reply`
+with Server(answer) as server: ...   # answer(body, count) -> what to say, see `reply`
 """
 
 import contextlib
@@ -13,20 +13,21 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-test-0123456789abcdef"
-NOUNS = """apple boat candle dog elephant fox guitar hat igloo jar kettle lamp mirror needle owl piano
-    quilt rabbit spoon table umbrella violin window yacht zebra anchor basket camera drum engine
+NOUNS = """apple boat candle dog elephant fox guitar hat igloo jar kettle lamp mirror needle owl
+    piano     quilt rabbit spoon table umbrella violin window yacht zebra anchor basket camera drum engine
     feather glove hammer island jacket kite ladder magnet notebook orange pillow ribbon saddle
     teapot vase wagon bench clock door eagle flute gate horse ink kayak leaf mug nest oar peach
     rope sail tent urn wheel crab bell coin dish egg fern goat hook iron jug key lion moth nut
-    pear ring star tree vine worm bridge cactus desk arrow brush chair daisy fence grape harp""".split()
+    pear ring star tree vine worm bridge cactus desk arrow brush chair daisy fence
+    grape harp""".split()
 COLORS = "red blue green yellow purple white black brown pink grey golden silver".split()
 PLACES = """beach forest kitchen street garden station market library hall roof field harbor cellar
     meadow attic temple valley bakery stadium desert""".split()
 
 
 class Server(ThreadingHTTPServer):
-    """Answers on a port of its own; `seen` counts the answers that it gave, by custom_id-free digest
-    of the body, `bodies` holds what was asked."""
+    """Answers on a port of its own; `seen` counts requests by a digest of their bodies, which
+    `bodies` holds."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -146,8 +147,8 @@ def caption(seed, index):
 def questions(text):
     """Fifteen about a caption of `caption`: ten are right, five a sieve must find."""
     words = text.split()
-    things = [word for word in words if word in NOUNS] + [words[-1]]
-    colors = [word for word in words if word in COLORS]
+    things = ([word for word in words if word in NOUNS] + [words[-1], *words])[:3]
+    colors = ([word for word in words if word in COLORS] + words[1:])[:2]
     made = [ask(f"Is there a {thing}?", "object", thing) for thing in things]
     made += [ask(f"Is there something {color}?", "color", color) for color in colors]
     made += [ask(f"Is the {things[0]} {colors[0]}?", "color", colors[0])]

@@ -96,7 +96,27 @@ def complete(
             f" http://localhost:8000/v1, or export {server.api_key_env}=... for OpenAI's. Without"
             f" a server: {told}"
         )
-    client.models(server)  # a wrong key, or nobody there, is told at once
+    try:
+        client.models(server)  # a wrong key, or nobody there, is told at once
+        _ask(exchange, wave, server, stage, known, (count, written, tokens), note)
+    except ValueError:
+        if not exchange.answered():  # the config that they were written by cannot be
+            exchange.withdraw(wave)
+        raise
+
+
+def _ask(
+    exchange: Exchange,
+    wave: int,
+    server: Server,
+    stage: Stage,
+    known: Mapping[str, Any],
+    sizes: tuple[int, int, int],
+    note: Callable[[Answer], str],
+) -> None:
+    """`complete`, where there is a server; sizes: requests, their characters, tokens of each
+    answer."""
+    count, written, tokens = sizes
     seconds = count * tokens / (_TOKENS_PER_SECOND * min(server.concurrency, count))
     stage.print(
         f"{count} requests to {server.url}, about {_thousands(written / _CHARACTERS)} tokens in and"

@@ -19,7 +19,7 @@ from agfsync_jax.utils.files import Unreachable
 OPENAI = "https://api.openai.com/v1"
 OPENAI_MODEL = "gpt-4.1-mini"
 _RETRIES = 4  # of the openai package, for one sending
-_SENDINGS = 3  # of a request, while others are answered; then it is given up
+_SENDINGS = 3  # of a request that fails while others are answered; then it is given up
 _PATIENCE = 300.0  # seconds without any answer, after which the server is given up
 _FIRST_PATIENCE = 30.0  # until the first one
 _PAUSE = 2.0, 30.0  # seconds between sendings: the first, and the longest
@@ -150,7 +150,7 @@ class _Asker:
     def __init__(self, server: Server, log: Log, on_answer: Any, tell: Any):
         self.server, self.log, self.on_answer, self.tell = server, log, on_answer, tell
         self.form = 0  # the strictest of FORMATS that the server takes
-        self.answered = False
+        self.answered = self.exhausted = False  # anything, and whether no request is left to send
         self.last = time.monotonic()  # when something was answered
 
     async def run(self, rows: Any) -> None:
@@ -172,11 +172,13 @@ class _Asker:
             found = await self._answer(client, row)
             self.log.write(found)
             self.on_answer(read_answer(found))
+        self.exhausted = True
 
     async def _answer(self, client: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         """The line of the answer to a request, or of its failure."""
-        openai, form, sendings = load_openai(), self.form, 0
+        openai, form, sendings, own = load_openai(), self.form, 0, 0
         while True:
+            began = time.monotonic()
             try:
                 body = await self._send(client, row, form)
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -196,12 +198,14 @@ class _Asker:
                         f"{self.server.url} has no quota left for this key ({said:.200}). What is"
                         " answered already is kept, and the same command goes on."
                     ) from None
+                sendings += 1
+                own += self.last > began  # others were answered meanwhile: it is this one
+                alone = self.exhausted and self.answered and sendings >= 2 * _SENDINGS
+                if own >= _SENDINGS or (alone and await self._lives(client)):
+                    return self._failed(row, said[:500])
                 waited = time.monotonic() - self.last
                 if waited > (_PATIENCE if self.answered else _FIRST_PATIENCE):
                     raise unreachable(self.server, said) from None
-                sendings += self.answered
-                if sendings >= _SENDINGS:
-                    return self._failed(row, said[:500])
                 await asyncio.sleep(min(_PAUSE[0] * 2**sendings, _PAUSE[1]))
                 continue
             if form > self.form:
@@ -222,6 +226,19 @@ class _Asker:
         if not found.get("choices"):
             raise _NoAnswerError(f"an answer without choices: {json.dumps(found)[:200]}")
         return found
+
+    async def _lives(self, client: Any) -> bool:
+        """Whether the server says anything."""
+        openai = load_openai()
+        try:
+            await client.models.list()
+        except openai.APIStatusError as error:
+            return error.status_code < 500
+        except openai.APIError:
+            return False
+        except (AttributeError, TypeError, ValueError):
+            pass
+        return True
 
     async def _no_model(self, client: Any, row: Mapping[str, Any], error: Any) -> ValueError:
         openai, known = load_openai(), []
@@ -249,5 +266,7 @@ def _message(error: Exception) -> str:
     body = getattr(error, "body", None)
     if isinstance(body, dict) and isinstance(body.get("message"), str):
         return body["message"]
+    if isinstance(body, str) and body.strip():
+        return f"{error}: {body}"
     cause = error.__cause__
     return str(cause) if cause is not None and str(cause) else str(error)

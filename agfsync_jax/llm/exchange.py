@@ -7,7 +7,6 @@ A request has one answer, the first without an error. Nothing that has one is as
 """
 
 import json
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ class Exchange:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._written: set[int] = set()  # waves
 
     def write(self, wave: int, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
         """Writes a wave's requests, unless they are there; its files."""
         if found := self.files(wave):
             return found
+        self._written.add(wave)
         parts: list[list[bytes]] = [[]]
         size = 0
         for row in rows:
@@ -50,6 +51,11 @@ class Exchange:
         first = self.folder / f"requests-{wave:03d}.jsonl"
         more = sorted(self.folder.glob(f"requests-{wave:03d}-*.jsonl"))
         return [first, *more] if first.exists() else []
+
+    def withdraw(self, wave: int) -> None:
+        """Removes a wave's requests, if they were written in this run."""
+        for path in self.files(wave) if wave in self._written else ():
+            path.unlink()
 
     def requests(self, wave: int) -> Iterator[dict[str, Any]]:
         """A wave's requests, in order."""
@@ -97,16 +103,7 @@ class Log:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = threading.Lock()
         self._file, self._lines = None, []
-        if is_url(folder):
-            return
-        make_folder(folder)
-        path = folder / "responses-online.jsonl"
-        broken = path.exists() and path.stat().st_size and not _ends_with_newline(path)
-        self._file = path.open("ab")
-        if broken:  # whoever wrote it was killed within a line
-            self._file.write(b"\n")
 
     def __enter__(self) -> "Log":
         return self
@@ -114,21 +111,29 @@ class Log:
     def __exit__(self, *_) -> None:
         if self._file:
             self._file.close()
-        else:
-            self._put()
+        self._put()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Keeps an answer; OSError where the disk is full."""
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        with self._lock:
-            if self._file:
-                with records.explain_no_space(Path(self._file.name), len(line)):
-                    self._file.write(line)
-                    self._file.flush()
-                return
+        if is_url(self.folder):
             self._lines.append(line)
             if len(self._lines) >= _PART_LINES:
                 self._put()
+            return
+        self._file = self._file or self._open()
+        with records.explain_no_space(Path(self._file.name), len(line)):
+            self._file.write(line)
+            self._file.flush()
+
+    def _open(self) -> Any:
+        make_folder(self.folder)
+        path = self.folder / "responses-online.jsonl"
+        broken = path.exists() and path.stat().st_size and not _ends_with_newline(path)
+        file = path.open("ab")
+        if broken:  # whoever wrote it was killed within a line
+            file.write(b"\n")
+        return file
 
     def _put(self) -> None:
         if self._lines:

@@ -1,0 +1,336 @@
+"""From nothing to questions.jsonl by the command line, against a local server that is scripted."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from agfsync_jax import cli
+from agfsync_jax.data import records
+from agfsync_jax.evaluation.prompts import held_out
+from agfsync_jax.llm import captions, client
+from agfsync_jax.utils import configs
+from agfsync_jax.utils.files import read_json
+from tests import llm_server
+from tests.llm_server import KEY, reply
+from tests.processes import ROOT
+
+SPEC = "configs/micro.py:tiny"
+NAMES = [each.name for each in captions.load_themes().categories]
+
+
+@pytest.fixture(autouse=True)
+def no_other_server(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def flags(workdir, url="", **changes):
+    settings = {"prompts.source": "llm", "questions.source": "llm", "evaluate.source": ""}
+    settings |= {"prompts.num_prompts": 24, "evaluate.num_prompts": 12, "prompts.embedder": ""}
+    settings |= {f"{block}.base_url": url for block in ("prompts", "questions")}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    told = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={SPEC}", f"--workdir={workdir}", *told]
+
+
+def agfsync(verb, workdir, url="", *more, **changes):
+    return cli.main([verb, *flags(workdir, url, **changes), *more])
+
+
+def both(workdir, url, **changes):
+    assert agfsync("prompts", workdir, url, **changes) == 0
+    assert agfsync("questions", workdir, url, **changes) == 0
+
+
+def rows_of(workdir, folder="round_000"):
+    names = ("prompts", "questions")
+    return [records.read_jsonl(workdir / folder / f"{name}.jsonl") for name in names]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A workdir with prompts and questions, its server."""
+    workdir = tmp_path_factory.mktemp("llm") / "run"
+    with llm_server.Server(llm_server.write) as server:
+        both(workdir, server.url)
+    return workdir, server
+
+
+def test_prompts_of_all_categories_with_their_questions(written):
+    workdir, server = written
+    prompts, questions = rows_of(workdir)
+    assert len(prompts) == len({row["prompt"] for row in prompts}) == 24
+    assert Counter(row["category"] for row in prompts) == dict.fromkeys(NAMES, 2)
+    assert [row["category"] for row in prompts[:12]] == NAMES
+    assert {row["source"] for row in prompts} == {"llm"}
+    requests = {json.loads(line)["custom_id"] for line in lines_of(workdir, "prompts.llm")}
+    assert {row["request"] for row in prompts} <= requests
+    assert {(row["model"], row["wave"]) for row in prompts} == {("writer", 0)}
+    asked = Counter(row["id"] for row in questions)
+    assert asked.keys() == {row["id"] for row in prompts} and min(asked.values()) >= 5
+    assert set(server.seen.values()) == {1}
+
+
+def lines_of(workdir, folder, name="requests-000"):
+    return (workdir / "round_000" / folder / f"{name}.jsonl").read_text().splitlines()
+
+
+def test_what_is_held_out_is_written_beside(written):
+    workdir, _ = written
+    config = configs.load(SPEC, dict(each[9:].split("=", 1) for each in flags("")[2:]))
+    held, asked = held_out(config, workdir)
+    assert len(held) == 12 and asked.keys() == held.keys()
+    assert all(key.startswith("heldout-r000-") for key in held)
+    trained = {row["prompt"] for row in rows_of(workdir)[0]}
+    assert not trained & {row["prompt"] for row in held.values()}
+
+
+def test_counts_say_what_became_of_everything(written):
+    counts = read_json(written[0] / "round_000/questions.llm/counts.json")
+    dropped = counts["counts"]
+    assert dropped.pop("questions") == 24 * 15 == counts["rows"] + sum(dropped.values())
+    assert counts["requests"] == counts["prompts"] == counts["asked_for"] == 24
+    assert counts["prompt_tokens"] == 24 * 400
+    assert sum(int(n) * count for n, count in counts["per_prompt"].items()) == counts["rows"]
+    counts = read_json(written[0] / "round_000/prompts.llm/counts.json")
+    assert counts["kept"] == dict.fromkeys(NAMES, 2) and counts["rows"] == 24
+
+
+def test_nothing_is_asked_again(written, capsys):
+    workdir, server = written
+    before = {path: path.read_bytes() for path in workdir.rglob("*.jsonl")}
+    for name in ("prompts", "questions"):
+        (workdir / f"round_000/{name}.jsonl").unlink()
+    both(workdir, server.url)  # which is no longer there
+    assert {path: path.read_bytes() for path in workdir.rglob("*.jsonl")} == before
+    assert "12 of 12 requests" in capsys.readouterr().err
+
+
+def test_another_round_has_other_prompts(written):
+    workdir, _ = written
+    with llm_server.Server(llm_server.write) as server:
+        assert agfsync("prompts", workdir, server.url, "--round=1") == 0
+        assert len(server.bodies) == 12
+    first, second = (
+        {row["prompt"] for row in records.read_jsonl(workdir / f"round_00{i}/prompts.jsonl")}
+        for i in (0, 1)
+    )
+    assert len(second) == 24 and not first & second
+
+
+def test_waves_go_on_until_each_category_has_its_share(tmp_path, capsys):
+    """One category gets nothing good in its first wave, and half of every answer is rubbish."""
+
+    def answer(body, count):
+        said = json.loads(llm_server.write(body))
+        if "captions" not in body["messages"][0]["content"]:
+            return json.dumps(said)
+        user = body["messages"][1]["content"]
+        items = json.loads(said["choices"][0]["message"]["content"])["captions"]
+        bad = NAMES[2] in user and not any(NAMES[2] in before for before in seen)
+        seen.append(user)
+        return reply({"captions": [] if bad else [*items[::2], "no", items[0]]})
+
+    seen = []
+    with llm_server.Server(answer) as server:
+        assert agfsync("prompts", tmp_path, server.url) == 0
+    rows = records.read_jsonl(tmp_path / "round_000/prompts.jsonl")
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(NAMES, 2)
+    assert "another wave" in capsys.readouterr().err
+    counts = read_json(tmp_path / "round_000/heldout/prompts.llm/counts.json")
+    assert counts["waves"] > 1 and counts["counts"]["too short"] >= 12
+
+
+def test_a_limit_of_requests_is_said_and_kept(tmp_path, capsys):
+    """A model that repeats itself: the round goes on with the prompts that there are."""
+    with llm_server.Server(lambda *_: reply({"captions": ["a cat on a red mat"]})) as server:
+        changes = {"evaluate__source": "micro", "prompts__max_requests": 15}
+        assert agfsync("prompts", tmp_path, server.url, **changes) == 0
+        assert len(server.bodies) == 15
+    assert "23 of 24 prompts are missing after 15 requests" in capsys.readouterr().err
+    assert len(records.read_jsonl(tmp_path / "round_000/prompts.jsonl")) == 1
+
+
+def test_prompts_without_enough_questions_are_asked_about_once_more_and_go(tmp_path, capsys):
+    seen = Counter()
+
+    def answer(body, count):
+        user = body["messages"][1]["content"]
+        if '"questions"' not in body["messages"][0]["content"]:
+            return llm_server.write(body)
+        seen[user] += 1
+        place = list(seen).index(user)
+        if place == 13 or (place == 15 and seen[user] == 1):  # 12 are held out
+            return reply({"questions": llm_server.questions(user)[:4]})
+        return llm_server.write(body)
+
+    changes = {"questions__concurrency": 1}
+    with llm_server.Server(answer) as server:
+        assert agfsync("prompts", tmp_path, server.url, **changes) == 0
+        before = records.read_jsonl(tmp_path / "round_000/prompts.jsonl")
+        assert agfsync("questions", tmp_path, server.url, **changes) == 0
+    said = capsys.readouterr().err
+    prompts, questions = rows_of(tmp_path)
+    assert sorted(seen.values())[-2:] == [2, 2] and "have too few, and go" in said
+    assert len(before) - len(prompts) == 1
+    assert {row["id"] for row in questions} == {row["id"] for row in prompts}
+
+
+def test_questions_that_the_caption_does_not_answer_go(tmp_path):
+    def answer(body, count):
+        if '"answers"' in body["messages"][0]["content"]:
+            number = body["messages"][1]["content"].count("? (")
+            return reply({"answers": ["yes"] * (number - 1) + ["unknown"]})
+        return llm_server.write(body)
+
+    with llm_server.Server(answer) as server:
+        both(tmp_path, server.url, questions__check_answers=True)
+    counts = read_json(tmp_path / "round_000/questions.llm/counts.json")
+    assert counts["counts"]["the caption answers otherwise"] == 24 and counts["requests"] == 48
+
+
+def test_by_files_alone(tmp_path, capsys, monkeypatch):
+    """Requests are written, answered by another program, and read; no server is ever asked."""
+    monkeypatch.setattr(client, "ask", None)
+
+    def answered(folder, wave):
+        folder = tmp_path / "round_000" / folder
+        lines = (folder / f"requests-{wave:03d}.jsonl").read_text().splitlines()
+        rows = []
+        for line in reversed(lines):
+            row = json.loads(line)
+            body = json.loads(llm_server.write(row["body"]))
+            rows.append({"id": "vllm-1", "custom_id": row["custom_id"], "error": None})
+            rows[-1]["response"] = {"status_code": 200, "request_id": "1", "body": body}
+        records.write_jsonl(folder / f"responses-{wave:03d}.jsonl", rows)
+
+    changes = {"prompts__model": "big-model"}
+    for folder in ("heldout/prompts.llm", "prompts.llm"):
+        assert agfsync("prompts", tmp_path, "", "--requests", **changes) == 0
+        said = capsys.readouterr().err
+        assert f"{folder}/requests-000.jsonl" in said and "vllm run-batch -i" in said
+        assert "--model big-model" in said.replace("\n", " ").replace("  ", " ")
+        assert not (tmp_path / "round_000/prompts.jsonl").exists()
+        assert agfsync("prompts", tmp_path, "", **changes) == 2  # nobody to ask
+        assert "no language model to ask: set config.prompts.base_url" in capsys.readouterr().err
+        answered(folder, 0)
+    assert agfsync("prompts", tmp_path, "", **changes) == 0
+    for folder in ("heldout/questions.llm", "questions.llm"):
+        assert agfsync("questions", tmp_path, "", "--requests", **changes) == 0
+        answered(folder, 0)
+    assert agfsync("questions", tmp_path, "", **changes) == 0
+    prompts, questions = rows_of(tmp_path)
+    assert len(prompts) == 24 and len({row["id"] for row in questions}) == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts__model": "other"}, "has no model 'other'"),
+        ({"prompts__api_key_env": "sk-abc"}, "the name of a variable .* and not the key"),
+        ({"prompts__base_url": "localhost:8000"}, "expected a URL such as http"),
+        ({"prompts__base_url": "http://me:secret@localhost/v1"}, "a password do not belong there"),
+        ({"prompts__base_url": "http://127.0.0.1:9/v1"}, "no language model answers at"),
+        ({"prompts__top_p": 2}, "top_p: expected a number above 0"),
+        ({"prompts__categories": "none.json"}, "no file none.json of categories"),
+        ({"prompts__embedder": "none"}, "none"),
+        ({"prompts__too_long": "cut"}, "too_long='cut': expected keep or drop"),
+        ({"questions__style": "tifa"}, "style='tifa': expected one of yes_no"),
+        ({"prompts__form": "xml"}, "form='xml': expected one of json_schema"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(change, message, tmp_path, capsys):
+    with llm_server.Server(llm_server.write) as server:
+        status = agfsync("prompts", tmp_path, server.url, **change)
+    said = capsys.readouterr().err
+    assert status in (2, 75)
+    assert re.search(message, said) and "secret" not in said and "sk-abc" not in said
+    assert not [path for path in tmp_path.rglob("*.jsonl") if "llm" in path.parent.name] or (
+        status == 75  # the same command goes on
+    )
+    with llm_server.Server(llm_server.write) as server:  # nothing stands in the way
+        assert agfsync("prompts", tmp_path, server.url) == 0
+
+
+def test_a_server_with_several_models_wants_one_named(tmp_path, capsys):
+    with llm_server.Server(llm_server.write, models=("small", "big")) as server:
+        assert agfsync("prompts", tmp_path, server.url) == 2
+        assert "has small, big: name one, as in --config.prompts.model=" in capsys.readouterr().err
+        assert agfsync("prompts", tmp_path, server.url, prompts__model="big") == 0
+    assert {body["model"] for body in server.bodies} == {"big"}
+
+
+def test_the_key_is_told_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with llm_server.Server(llm_server.write, key=KEY) as server:
+        both(tmp_path, server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY + "-wrong")
+        assert agfsync("prompts", tmp_path, server.url, "--round=1") == 2
+    out = "".join(capsys.readouterr())
+    assert "refuses the key in $OPENAI_API_KEY (401" in out and KEY not in out
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def killed(commands, server, moments, environment):
+    """Runs commands in turn, killed when the server has seen so many requests; then to the end."""
+    moments = sorted(moments)
+    again = []  # asked once more though their answers were on the disk
+    for command in commands:
+        while True:
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True
+            )
+            while child.poll() is None:
+                if moments and len(server.bodies) >= moments[0]:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.002)
+            said = child.communicate()[1].decode()
+            if child.returncode == 0:
+                break
+            assert child.returncode == -signal.SIGKILL, said
+            del moments[0]
+            time.sleep(0.2)  # what it had sent is still being answered
+            again.append(len(server.bodies))
+    assert not moments
+    return again
+
+
+@pytest.mark.parametrize(
+    ("number", "kills"), [(48, 2), pytest.param(1200, 5, marks=pytest.mark.slow)]
+)
+def test_killed_at_any_moment_it_goes_on(number, kills, tmp_path):
+    """The same rows as of a run that was not, and nothing that was answered is asked again."""
+
+    def slowly(body, count):
+        time.sleep(0.01)
+        return llm_server.write(body)
+
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    changes = {"prompts__num_prompts": number, "evaluate__source": "micro"}
+    changes |= {f"{block}__concurrency": 4 for block in ("prompts", "questions")}
+    changes["questions__min_questions"] = 1
+    workdirs = tmp_path / "killed", tmp_path / "whole"
+    with llm_server.Server(slowly) as server:
+        commands = [
+            [sys.executable, "-m", "agfsync_jax", verb, *flags(workdirs[0], server.url, **changes)]
+            for verb in ("prompts", "questions")
+        ]
+        total = number // 4 + number
+        moments = random.Random(number).sample(range(2, total), kills)
+        killed(commands, server, moments, environment)
+        first, server.seen = server.seen, Counter()
+        both(workdirs[1], server.url, **changes)
+    assert rows_of(workdirs[0]) == rows_of(workdirs[1])
+    assert set(server.seen.values()) == {1} and server.seen.keys() == first.keys()
+    # Sent twice is what was on its way when the process died, and had no answer.
+    assert sum(first.values()) - len(first) <= 4 * kills
