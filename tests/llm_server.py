@@ -13,13 +13,14 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-test-0123456789abcdef"
-NOUNS = """apple boat candle dog elephant fox guitar hat igloo jar kettle lamp mirror needle owl
-    piano     quilt rabbit spoon table umbrella violin window yacht zebra anchor basket camera drum engine
-    feather glove hammer island jacket kite ladder magnet notebook orange pillow ribbon saddle
-    teapot vase wagon bench clock door eagle flute gate horse ink kayak leaf mug nest oar peach
-    rope sail tent urn wheel crab bell coin dish egg fern goat hook iron jug key lion moth nut
-    pear ring star tree vine worm bridge cactus desk arrow brush chair daisy fence
-    grape harp""".split()
+NOUNS = """
+    apple boat candle dog elephant fox guitar hat igloo jar kettle lamp mirror needle owl piano
+    quilt rabbit spoon table umbrella violin window yacht zebra anchor basket camera drum
+    engine feather glove hammer island jacket kite ladder magnet notebook orange pillow
+    ribbon saddle teapot vase wagon bench clock door eagle flute gate horse ink kayak leaf
+    mug nest oar peach rope sail tent urn wheel crab bell coin dish egg fern goat hook iron
+    jug key lion moth nut pear ring star tree vine worm bridge cactus desk arrow brush chair
+    daisy fence grape harp""".split()
 COLORS = "red blue green yellow purple white black brown pink grey golden silver".split()
 PLACES = """beach forest kitchen street garden station market library hall roof field harbor cellar
     meadow attic temple valley bakery stadium desert""".split()

@@ -7,7 +7,6 @@ which every request shows a few; so many captions in a request that its instruct
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from agfsync_jax.llm import requests
+from agfsync_jax.llm.filters import Filter
 from agfsync_jax.llm.requests import Answer, clean
 from agfsync_jax.utils.files import to_path
 
@@ -22,7 +22,6 @@ CATEGORIES = Path(__file__).with_name("categories.json")
 SHOWN = 5  # examples in a request
 MIN_WORDS = 3
 MAX_TOKENS = 75  # of CLIP's text encoders, without begin and end
-EXAMPLES_KEPT = 5  # of what a filter removed, for the report
 
 _SYSTEM = """\
 You write captions for a text-to-image model. Each caption describes one picture that could exist.
@@ -149,37 +148,22 @@ def category_of(custom_id: str, themes: Themes) -> str:
     return themes.categories[int(custom_id.split("-")[2])].name
 
 
-class Sieve:
-    """Takes captions one by one; counts what it lets through, and what it drops and why."""
+class Sieve(Filter):
+    """Takes captions answer by answer."""
 
     def __init__(self, themes: Themes, *, too_long: str, known: Mapping[str, str]):
         """`known`: text -> of what, such as "held-out prompts"; copies of them are dropped."""
+        super().__init__()
         self.names = {each.name for each in themes.categories}
         self.copied = {_plain(text) for each in themes.categories for text in each.examples}
         self.seen = {_plain(text): of for text, of in known.items()}
         self.drops_long = too_long == "drop"
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
         self._tokens = None
-
-    def drop(self, why: str, text: str = "", count: int = 1) -> None:
-        """Counts something that is not kept."""
-        self.counts[why] += count
-        if text and len(self.examples.setdefault(why, [])) < EXAMPLES_KEPT:
-            self.examples[why].append(text[:300])
 
     def captions(self, answer: Answer, category: str) -> Iterator[str]:
         """What is left of an answer."""
-        if why := answer.fault:
-            self.drop(why, answer.error or answer.refusal or answer.text)
-            return
         items = requests.read_list(answer, "captions") or _lines(answer.text)
-        if not items:
-            self.drop("unreadable answers", answer.text)
-        if answer.finish_reason == "length":
-            self.counts["answers cut off (read so far)"] += 1
-        for item in items:
-            self.counts["captions"] += 1
+        for item in self.things(answer, items):
             if text := self._kept(item, category):
                 yield text
 
@@ -211,7 +195,7 @@ class Sieve:
         elif self.num_tokens(text) > MAX_TOKENS:
             why = "too long" if self.drops_long else ""
             if not why:
-                self.counts[f"over {MAX_TOKENS} tokens (kept)"] += 1
+                self.remarks[f"have over {MAX_TOKENS} tokens, of which the text encoder cuts"] += 1
         if why:
             self.drop(why, text or str(item))
             return ""

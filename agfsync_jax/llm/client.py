@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ _RETRIES = 4  # of the openai package, for one sending
 _SENDINGS = 3  # of a request that fails while others are answered; then it is given up
 _PATIENCE = 300.0  # seconds without any answer, after which the server is given up
 _FIRST_PATIENCE = 30.0  # until the first one
+_FORM = re.compile(r"response_format|json_schema|grammar|structured")
 _PAUSE = 2.0, 30.0  # seconds between sendings: the first, and the longest
 
 
@@ -193,6 +195,9 @@ class _Asker:
                 return self._failed(row, f"{error.status_code}: {said:.500}")
             except (openai.APIError, _NoAnswerError) as error:
                 said = self.server.without_key(_message(error))
+                if form + 1 < len(FORMATS) and _FORM.search(said):  # a defect that it meets
+                    form = max(form + 1, self.form)
+                    continue
                 if getattr(error, "code", None) == "insufficient_quota":
                     raise ValueError(
                         f"{self.server.url} has no quota left for this key ({said:.200}). What is"
@@ -210,7 +215,9 @@ class _Asker:
                 continue
             if form > self.form:
                 self.form = form
-                self.tell(f"{self.server.url} refuses response_format json_schema: {FORMATS[form]}")
+                self.tell(
+                    f"{self.server.url} refuses {FORMATS[form - 1]}: asked with {FORMATS[form]}"
+                )
             self.last, self.answered = time.monotonic(), True
             return response(row["custom_id"], body)
 

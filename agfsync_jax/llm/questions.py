@@ -6,20 +6,19 @@ Davidsonian Scene Graph (arXiv:2310.18235).
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from agfsync_jax.llm import requests
+from agfsync_jax.llm.filters import Filter
 from agfsync_jax.llm.requests import Answer, clean
 
 STYLES = ("yes_no", "multiple_choice", "dsg")
 TYPES = """object human animal food activity attribute counting color material spatial location
     shape other""".split()
 YES_NO = ["yes", "no"]
-EXAMPLES_KEPT = 5
 
 _RULES = """\
 You check pictures against their caption. Write questions about the caption whose right answer it \
@@ -137,38 +136,23 @@ def custom_id(row: Mapping[str, Any], wave: int) -> str:
     return f"questions-{wave:03d}-{row['id']}"
 
 
-class Examiner:
-    """Takes questions answer by answer; counts what it lets through, and what it drops and why."""
+class Examiner(Filter):
+    """Takes questions answer by answer."""
 
     def __init__(self, style: str):
+        super().__init__()
         self.style = style
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
 
-    def drop(self, why: str, text: str = "", count: int = 1) -> None:
-        """Counts something that is not kept."""
-        self.counts[why] += count
-        if text and len(self.examples.setdefault(why, [])) < EXAMPLES_KEPT:
-            self.examples[why].append(text[:300])
-
-    def read(
+    def questions(
         self, answer: Answer, row: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = ()
     ) -> list[dict[str, Any]]:
         """The questions of an answer about a prompt, in TIFA's fields; none of `before` again."""
-        if why := answer.fault:
-            self.drop(why, answer.error or answer.refusal or answer.text)
-            return []
         items = requests.read_list(answer, "questions")
-        if not items:
-            self.drop("unreadable answers", answer.text)
-        if answer.finish_reason == "length":
-            self.counts["answers cut off (read so far)"] += 1
         words = _stems(row["prompt"])
         seen = {_plain(each["question"]) for each in before}
         kept: list[dict[str, Any]] = []
         places: dict[int, int] = {}  # number in the answer -> place among those kept
-        for number, item in enumerate(items, 1):
-            self.counts["questions"] += 1
+        for number, item in enumerate(self.things(answer, items), 1):
             question, why = self._question(item, words)
             if not why and _plain(question["question"]) in seen:
                 why = "repeated"
@@ -233,7 +217,7 @@ class Examiner:
         """Those questions that the caption itself answers as they expect."""
         said = [] if answer is None or answer.fault else requests.read_list(answer, "answers")
         if len(said) != len(asked):
-            self.counts["not checked (kept)"] += len(asked)
+            self.remarks["could not be checked, and are kept"] += len(asked)
             return list(asked)
         pairs = list(zip(map(str, said), asked, strict=True))
         right = [_plain(text) == _plain(each["answer"]) for text, each in pairs]

@@ -19,11 +19,13 @@ from agfsync_jax.llm.asking import complete, model_of, spent
 from agfsync_jax.llm.captions import Sieve, Themes, interleaved
 from agfsync_jax.llm.client import Server
 from agfsync_jax.llm.exchange import Exchange
+from agfsync_jax.llm.filters import Filter
 from agfsync_jax.llm.questions import Examiner
 from agfsync_jax.llm.requests import Answer
 from agfsync_jax.prompt_sources import Desk, prompt_id
-from agfsync_jax.utils.files import read_json, write_text
+from agfsync_jax.utils.files import write_text
 
+SHOWN = 12  # of what is kept, in the report
 COUNTS = "counts.json"  # beside requests and answers, for the report
 _YIELD = 0.7  # of captions are kept, by the first estimate
 _LEAST_YIELD = 0.05  # by later ones
@@ -162,18 +164,17 @@ def prompts(
             break
         desk.stage.print(
             f"{num_prompts - sum(short.values())} of {num_prompts} prompts are there,"
-            f" {sieve.counts['captions']} captions were read: another wave"
+            f" of {sieve.read} captions that were read: another wave"
         )
         wave += 1
     chosen = _chosen(rows, share)
     if not chosen:
-        why = ", ".join(f"{count} {why}" for why, count in sieve.counts.most_common())
         raise ValueError(
-            f"nothing is left of {asked.total()} answers in {desk.folder} ({why}): look at"
-            f" responses*.jsonl there, and take another model. {desk.folder} can then be removed."
+            f"nothing is left of {asked.total()} answers in {desk.folder} ({sieve.summary()}): look"
+            f" at responses*.jsonl there, and take another model. {desk.folder} can then be removed."
         )
     if extra := len(rows) - len(chosen):
-        sieve.drop("more than asked for", count=extra)
+        sieve.drop("more than are needed", count=extra)
     answers = exchange.answers(
         row["custom_id"] for each in range(wave + 1) for row in exchange.requests(each)
     )
@@ -182,6 +183,7 @@ def prompts(
         sieve,
         answers,
         rows=len(chosen),
+        kept_examples=[row["prompt"] for row in interleaved(chosen)[:SHOWN]],
         asked_for=num_prompts,
         waves=wave + 1,
         kept=Counter(row["category"] for row in chosen),
@@ -282,9 +284,8 @@ def questions(
             found[row["id"]] = []
     rows = [each for row in prompt_rows for each in found[row["id"]]]
     if not rows:
-        why = ", ".join(f"{count} {why}" for why, count in examiner.counts.most_common())
         raise ValueError(
-            f"no question is left of the answers in {desk.folder} ({why}): look at"
+            f"no question is left of the answers in {desk.folder} ({examiner.summary()}): look at"
             f" responses*.jsonl there, and take another model. {desk.folder} can then be removed."
         )
     ids = (llm_questions.custom_id(row, wave) for wave, of in waves for row in of)
@@ -293,6 +294,9 @@ def questions(
         examiner,
         exchange.answers(ids),
         rows=len(rows),
+        kept_examples=[
+            f"{each['question']} {each['answer']} — {each['caption']}" for each in rows[:SHOWN]
+        ],
         waves=len(waves),
         kept=Counter(each["element_type"] for each in rows),
         prompts=sum(bool(each) for each in found.values()),
@@ -366,7 +370,7 @@ def _tally(sieve: Sieve, themes: Themes) -> Callable[[Answer], str]:
         nonlocal kept
         category = captions.category_of(answer.custom_id, themes)
         kept += sum(1 for _ in sieve.captions(answer, category))
-        return f"{kept} kept, {sieve.counts['captions'] - kept} dropped"
+        return f"{kept} kept, {sieve.read - kept} dropped"
 
     return note
 
@@ -417,12 +421,12 @@ def _examine(
     by_id = {llm_questions.custom_id(row, wave): row for row in rows}
     for answer in exchange.answers(by_id):
         row = by_id[answer.custom_id]
-        found[row["id"]] += examiner.read(answer, row, found[row["id"]])
+        found[row["id"]] += examiner.questions(answer, row, found[row["id"]])
 
 
 def _write_counts(
     desk: Desk,
-    filters: Sieve | Examiner,
+    found: Filter,
     answers: Iterator[Answer],
     *,
     prices: tuple[float, float],
@@ -432,8 +436,9 @@ def _write_counts(
     total = spent(answers)
     price = (prices[0] * total["prompt_tokens"] + prices[1] * total["completion_tokens"]) / 1e6
     told = facts | total | ({"price": round(price, 4)} if any(prices) else {})
-    told |= {"counts": dict(filters.counts), "examples": filters.examples}
-    before = read_json(desk.folder / COUNTS)
-    write_text(desk.folder / COUNTS, json.dumps(before | told, indent=1, ensure_ascii=False) + "\n")
-    dropped = ", ".join(f"{count} {why}" for why, count in filters.counts.most_common())
-    desk.stage.print(f"{facts['rows']} kept of {total['requests']} answers: {dropped}")
+    told |= found.facts()
+    write_text(desk.folder / COUNTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    desk.stage.print(
+        f"{facts['rows']:,} kept of {found.read:,} in {total['requests']:,} answers;"
+        f" {found.summary()}"
+    )

@@ -33,7 +33,7 @@ def test_the_twelve_categories_have_examples_of_their_own():
     texts = [text for each in THEMES.categories for text in each.examples]
     assert len(set(texts)) == len(texts) == 120
     kept, sieve = sift(texts)
-    assert not kept and sieve.counts["copies of an example"] == 120
+    assert not kept and sieve.dropped["copies of an example"] == 120
 
 
 def test_no_two_requests_are_alike():
@@ -77,8 +77,8 @@ def test_what_is_dropped_is_counted_under_its_name():
     sieve = Sieve(THEMES, too_long="keep", known={"A held-out caption": "held-out prompts"})
     kept, _ = sift(items, sieve)
     assert kept == [fine, "a cat on a mat", "a quoted red house"]
-    assert sieve.counts == {
-        "captions": 13,
+    assert sieve.read == 13
+    assert sieve.dropped == {
         "not a text": 2,
         "empty": 2,
         "too short": 1,
@@ -88,7 +88,7 @@ def test_what_is_dropped_is_counted_under_its_name():
         "repeated from held-out prompts": 1,
     }
     again, _ = sift([fine], sieve, SECOND)
-    assert not again and sieve.counts["repeated from another category"] == 1
+    assert not again and sieve.dropped["repeated from another category"] == 1
     assert sieve.examples["too short"] == ["two ducks"]
 
 
@@ -98,7 +98,8 @@ def test_captions_that_the_text_encoder_cuts_are_counted(too_long):
     fits, over = " ".join(["cat"] * 75), " ".join(["cat"] * 76)
     kept, sieve = sift([fits, over], Sieve(THEMES, too_long=too_long, known={}))
     assert kept == ([fits, over] if too_long == "keep" else [fits])
-    assert sieve.counts["over 75 tokens (kept)" if too_long == "keep" else "too long"] == 1
+    cut = "have over 75 tokens, of which the text encoder cuts"
+    assert (sieve.dropped["too long"], sieve.remarks[cut]) in [(1, 0), (0, 1)]
 
 
 def test_whole_answers_are_counted_too():
@@ -112,14 +113,9 @@ def test_whole_answers_are_counted_too():
         Answer(name, '{"captions": ["a red cat on a mat", "a bl', "length"),
     ):
         list(sieve.captions(answer, FIRST))
-    assert sieve.counts == {
-        "failed requests": 1,
-        "refused answers": 1,
-        "empty answers": 1,
-        "unreadable answers": 1,
-        "answers cut off (read so far)": 1,
-        "captions": 1,
-    }
+    lost = "failed requests", "refused answers", "empty answers", "unreadable answers"
+    assert sieve.lost == dict.fromkeys(lost, 1) and sieve.read == 1 and not sieve.dropped
+    assert sieve.remarks == {"answers were cut off, and read as far as they went": 1}
     assert sieve.examples["failed requests"] == ["500: oops"]
 
 

@@ -16,7 +16,7 @@ ROW = {"id": "r000-00007", "prompt": "Two red horses beside a box of 3 berries."
 def read(items, style="yes_no", before=(), examiner=None):
     examiner = examiner or Examiner(style)
     answer = Answer("questions-000-r000-00007", json.dumps({"questions": items}), "stop")
-    return examiner.read(answer, ROW, before), examiner
+    return examiner.questions(answer, ROW, before), examiner
 
 
 def test_good_questions_are_rows_of_tifa():
@@ -27,7 +27,7 @@ def test_good_questions_are_rows_of_tifa():
     assert {(row["caption"], row["answer"], tuple(row["choices"])) for row in rows} == {
         (ROW["prompt"], "yes", ("yes", "no"))
     }
-    assert examiner.counts == {"questions": 2}
+    assert examiner.read == 2 and not examiner.dropped
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_others_are_dropped_and_counted(item, why):
     first = ask("Are there horses?", "animal", "horses")
     rows, examiner = read([first, item])
     assert [row["question"] for row in rows] == ["Are there horses?"]
-    assert examiner.counts == {"questions": 2, why: 1} and len(examiner.examples[why]) == 1
+    assert examiner.read == 2 and examiner.dropped == {why: 1} and len(examiner.examples[why]) == 1
 
 
 @pytest.mark.parametrize("element", ["horse", "the boxes", "berry", "three berries", "2 horses"])
@@ -66,7 +66,7 @@ def test_nothing_of_a_first_sampling_is_repeated():
         before=first,
     )
     assert [row["question"] for row in second] == ["Is it red?"]
-    assert examiner.counts["repeated"] == 1
+    assert examiner.dropped["repeated"] == 1
 
 
 def test_multiple_choice():
@@ -87,7 +87,7 @@ def test_multiple_choice():
         if rows:
             assert rows[0]["answer"] == wanted and not fault(rows[0])
         else:
-            assert examiner.counts[wanted] == 1
+            assert examiner.dropped[wanted] == 1
 
 
 def test_a_scene_graph_keeps_its_dependencies():
@@ -112,8 +112,8 @@ def test_a_scene_graph_keeps_its_dependencies():
     assert [row["dependency"] for row in rows] == [[], [0], [0], [0, 1]]
     kinds = [row["element_type"] for row in rows]
     assert kinds == ["object", "color", "counting", "spatial"]
-    assert examiner.counts["element not in the caption"] == 1
-    assert examiner.counts["unknown type"] == 1
+    assert examiner.dropped["element not in the caption"] == 1
+    assert examiner.dropped["unknown type"] == 1
     more, _ = read(
         [{"tuple": "entity - whole (berries)", "question": "Are there berries?", "depends_on": []}]
         + [{"tuple": "global - (3)", "question": "Are there three?", "depends_on": [1]}],
@@ -136,11 +136,11 @@ def test_what_the_caption_answers_otherwise_is_dropped():
     left = examiner.confirmed(said, rows)
     assert [row["question"] for row in left] == ["Are there horses?", "Are they red?"]
     assert [row["dependency"] for row in left] == [[], [0]]
-    assert examiner.counts["the caption answers otherwise"] == 1
+    assert examiner.dropped["the caption answers otherwise"] == 1
     short = Answer("c", json.dumps({"answers": ["no"]}), "stop")
     for unclear in (short, None, Answer("c", error="x")):
         assert examiner.confirmed(unclear, rows) == rows
-    assert examiner.counts["not checked (kept)"] == 9
+    assert examiner.remarks["could not be checked, and are kept"] == 9
 
 
 def test_a_tenth_of_the_tokens_of_six_calls():

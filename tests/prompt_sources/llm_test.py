@@ -95,8 +95,8 @@ def test_what_is_held_out_is_written_beside(written):
 
 def test_counts_say_what_became_of_everything(written):
     counts = read_json(written[0] / "round_000/questions.llm/counts.json")
-    dropped = counts["counts"]
-    assert dropped.pop("questions") == 24 * 15 == counts["rows"] + sum(dropped.values())
+    assert counts["read"] == 24 * 15 == counts["rows"] + sum(counts["dropped"].values())
+    assert not counts["lost"] and len(counts["kept_examples"]) == 12
     assert counts["requests"] == counts["prompts"] == counts["asked_for"] == 24
     assert counts["prompt_tokens"] == 24 * 400
     assert sum(int(n) * count for n, count in counts["per_prompt"].items()) == counts["rows"]
@@ -146,7 +146,7 @@ def test_waves_go_on_until_each_category_has_its_share(tmp_path, capsys):
     assert Counter(row["category"] for row in rows) == dict.fromkeys(NAMES, 2)
     assert "another wave" in capsys.readouterr().err
     counts = read_json(tmp_path / "round_000/heldout/prompts.llm/counts.json")
-    assert counts["waves"] > 1 and counts["counts"]["too short"] >= 12
+    assert counts["waves"] > 1 and counts["dropped"]["too short"] >= 12
 
 
 def test_a_limit_of_requests_is_said_and_kept(tmp_path, capsys):
@@ -194,7 +194,7 @@ def test_questions_that_the_caption_does_not_answer_go(tmp_path):
     with llm_server.Server(answer) as server:
         both(tmp_path, server.url, questions__check_answers=True)
     counts = read_json(tmp_path / "round_000/questions.llm/counts.json")
-    assert counts["counts"]["the caption answers otherwise"] == 24 and counts["requests"] == 48
+    assert counts["dropped"]["the caption answers otherwise"] == 24 and counts["requests"] == 48
 
 
 def test_by_files_alone(tmp_path, capsys, monkeypatch):
