@@ -3,15 +3,16 @@
 --stage=load times loading a model's files, --stage=sample draws batches of images, --stage=train
 takes steps of Diffusion-DPO: all with `config.bench.model`'s sizes and random weights.
 --stage=score answers questions about images and gives CLIP and aesthetic scores, with the models of
-`config.scorers`. Told are images, questions or pairs a second, seconds per step of the denoiser or
+`config.scorers`. --stage=duplicates finds near duplicates among `config.bench.num_texts` random
+embeddings. Told are images, questions, pairs or texts a second, seconds per step of the denoiser or
 of the training, model FLOP utilization, peak memory, seconds of compiling.
 
 --against measures a peer too. diffusers: its pipeline for load and sample, a loop around its UNet
 for train, as fast as they are known to run (channels last, torch's scaled_dot_product_attention,
 torch.compile on a GPU). reference, for score: the procedure of AGFSync's and TIFA's released code
 (one image and one question a call of transformers' `generate`; a loop over images for CLIP and the
-aesthetic head). Both sides have the same files and settings, one device, and a process each; they
-take turns.
+aesthetic head); for duplicates: the definition in numpy, of at most 5,000 embeddings. Both sides
+have the same files and settings, one device, and a process each; they take turns.
 
 The ratio is of speeds, ours to theirs, a pair of turns: above 1 is faster. Utilization is of the
 device's bfloat16 peak (utils/flops.py), unknown for CPUs. Peak memory counts from before loading:

@@ -165,6 +165,20 @@ def test_both_sides_score(tmp_path, capsys):
     assert kept["result"] == found and len(kept["turns"]["vqa"]) == 2
 
 
+def test_both_sides_find_the_same_duplicates(tmp_path, capsys):
+    config = micro.get_config()
+    config.bench.repeats, config.bench.num_texts, config.bench.text_width = 2, 300, 24
+    bench.main(config, tmp_path, stage="duplicates", against="reference", json=True)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last)
+    assert list(found["ours"]) == list(found["peer"]) == SIDE
+    assert "texts/s" in table[0] and "the kept texts are the same in 2 of 2 turns" in table
+    (share,) = (int(line.split()[-6].rstrip("%")) for line in table if "were dropped" in line)
+    assert 5 < share < 50
+    turns = json.loads((tmp_path / "bench" / "duplicates-texts.json").read_text())["turns"]
+    assert [row["by"] for row in turns] == ["agfsync", "reference"] * 2
+
+
 def test_other_scorers_are_not_measured(tmp_path):
     config = micro.get_config()
     config.scorers = {"hps": {"name": "hpsv2", "path": ""}}

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from agfsync_jax.parallel.sharding import filled
-
 _ROUNDING = 1e-3  # that the square of a row's length may be from one
 
 
@@ -51,8 +49,7 @@ def near_duplicates(
         raise ValueError(f"row {np.argmax(~(off < _ROUNDING))} is not of length one: divide by it.")
     block = min(block, max(count, 1))
     nearest = np.full(count, -1)
-    # One of equal rows is enough, the first: a product may round their cosines differently.
-    kept = np.sort(np.unique(rows[:known], axis=0, return_index=True)[1])
+    kept = np.arange(known)
     if on_progress and known:
         on_progress(known)
     for start in range(known, count, block):
@@ -61,9 +58,9 @@ def near_duplicates(
         cosines = own @ own.T
         is_new = np.zeros(len(own), bool)
         for i in range(len(own)):
-            near = np.where(is_new[:i], cosines[i, :i], -np.inf)
-            j = int(np.argmax(near)) if i else 0
-            if i and near[j] > best[i]:
+            near = np.where(is_new, cosines[i], 0)
+            j = int(np.argmax(near))
+            if near[j] > best[i]:
                 best[i], place[i] = near[j], start + j
             is_new[i] = best[i] < threshold
         nearest[start : start + block] = np.where(is_new, -1, place)
@@ -76,23 +73,27 @@ def near_duplicates(
 def _nearest_of(
     own: np.ndarray, rows: np.ndarray, kept: np.ndarray, block: int
 ) -> tuple[Float[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """The largest cosine of each of `own` with the kept rows, -inf where there are none; whose."""
-    queries = jax.device_put(filled(own, block))
-    best = jnp.full(block, -jnp.inf), jnp.zeros(block, jnp.int32)
+    """The largest cosine of each of `own` with the kept rows, 0 where none is above; whose."""
+    queries = jax.device_put(_filled(own, block))
+    best = jnp.zeros(block), jnp.zeros(block, jnp.int32)
     for start in range(0, len(kept), block):
-        some = kept[start : start + block]
-        best = _nearer(queries, filled(rows[some], block), len(some), start, best)
+        keys = _filled(rows[kept[start : start + block]], block)
+        best = _nearer(queries, keys, start, best)
     cosines, places = (np.array(each)[: len(own)] for each in best)
     return cosines, kept[places] if len(kept) else places
 
 
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """A block of `size` rows: zeros, which are near to nothing, fill it up."""
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
 @jax.jit
 def _nearer(
-    queries: Float[Array, "b d"], keys: Float[Array, "b d"], count: int, start: int, best: tuple
+    queries: Float[Array, "b d"], keys: Float[Array, "b d"], start: int, best: tuple
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-    """The larger of `best` and the cosines with the first `count` keys, whose number is `start`."""
+    """The larger of `best` and the cosines with these keys, of which the first is `start`."""
     cosines = jnp.dot(queries, keys.T, precision="highest")
-    cosines = jnp.where(jnp.arange(len(keys))[None] < count, cosines, -jnp.inf)
     largest, place = jnp.max(cosines, axis=1), start + jnp.argmax(cosines, axis=1)
     is_nearer = largest > best[0]
     return jnp.where(is_nearer, largest, best[0]), jnp.where(is_nearer, place, best[1])

@@ -72,6 +72,20 @@ def test_the_threshold_is_of_the_cosine():
     assert near_duplicates(rows, 0.81).tolist() == [-1, -1, -1]
 
 
+def test_of_equal_cosines_the_first_is_told():
+    """In whichever block it is."""
+    rows = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0.5**0.5, 0.5**0.5, 0]])
+    for block in (1, 2, 3, 4):
+        assert near_duplicates(rows, 0.7, block=block).tolist() == [-1, -1, -1, 0]
+
+
+def test_rows_that_are_far_from_all():
+    """Their largest cosine is below zero, in blocks that are not full."""
+    rows = np.array([[1, 0], [1, 0], [-0.6, 0.8], [-0.6, -0.8], [-0.6, -0.8]])
+    for block in (2, 3):
+        assert near_duplicates(rows, block=block).tolist() == [-1, 0, -1, -1, 3]
+
+
 def test_progress_counts_every_row_once():
     done = []
     near_duplicates(clustered(50, 16), known=8, block=20, on_progress=done.append)

@@ -204,7 +204,7 @@ PARAPHRASES = [
 ]
 
 
-def test_the_pretrained_minilm(tmp_path, capsys):
+def test_the_pretrained_minilm(tmp_path):
     """all-MiniLM-L6-v2 gives what transformers gives; captions that mean the same are near."""
     from all_minilm_l6_v2 import extract_model
 
