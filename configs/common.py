@@ -152,6 +152,8 @@ def get_config() -> ConfigDict:
     c.bench.num_prompts = 4  # score: a turn
     c.bench.num_candidates = 8  # images a prompt
     c.bench.num_questions = 15  # a prompt, asked of each of its images
+    c.bench.num_requests = 5_000  # ask: a turn
+    c.bench.concurrency = 64  # ask: requests at once
     c.bench.num_texts = 120_000  # duplicates: a turn
     c.bench.text_width = 384  # of a text's embedding
 

@@ -214,6 +214,8 @@ KEYS = {
     "bench.num_prompts": whole(1),
     "bench.num_candidates": whole(1),
     "bench.num_questions": whole(1),
+    "bench.num_requests": whole(1),
+    "bench.concurrency": whole(1),
     "bench.num_texts": whole(1),
     "bench.text_width": whole(1),
     "report.num_examples": whole(1),

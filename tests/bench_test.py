@@ -179,6 +179,15 @@ def test_both_sides_find_the_same_duplicates(tmp_path, capsys):
     assert [row["by"] for row in turns] == ["agfsync", "reference"] * 2
 
 
+def test_requests_are_asked_and_kept(tmp_path, capsys):
+    config = micro.get_config()
+    config.bench.repeats, config.bench.num_requests, config.bench.concurrency = 2, 60, 8
+    bench.main(config, tmp_path, stage="ask", json=True)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    assert list(json.loads(last)["ours"]) == SIDE and "requests/s" in table[0]
+    assert any("memory grew by" in line for line in table)
+
+
 def test_other_scorers_are_not_measured(tmp_path):
     config = micro.get_config()
     config.scorers = {"hps": {"name": "hpsv2", "path": ""}}

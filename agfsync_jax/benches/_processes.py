@@ -73,6 +73,10 @@ class HostMemory:
     def peak(self) -> int:
         return self._read("VmHWM") - self._before
 
+    def now(self) -> int:
+        """What it has now, in bytes above what it had."""
+        return self._read("VmRSS") - self._before
+
     def _read(self, field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -170,8 +170,8 @@ def prompts(
     chosen = _chosen(rows, share)
     if not chosen:
         raise ValueError(
-            f"nothing is left of {asked.total()} answers in {desk.folder} ({sieve.summary()}): look"
-            f" at responses*.jsonl there, and take another model. {desk.folder} can then be removed."
+            f"no prompt is left of {asked.total()} answers ({sieve.summary()}). Look at responses*"
+            f" in {desk.folder}, then remove that folder, and take another model."
         )
     if extra := len(rows) - len(chosen):
         sieve.drop("more than are needed", count=extra)
@@ -285,8 +285,8 @@ def questions(
     rows = [each for row in prompt_rows for each in found[row["id"]]]
     if not rows:
         raise ValueError(
-            f"no question is left of the answers in {desk.folder} ({examiner.summary()}): look at"
-            f" responses*.jsonl there, and take another model. {desk.folder} can then be removed."
+            f"no question is left ({examiner.summary()}). Look at responses* in {desk.folder}, then"
+            " remove that folder, and take another model."
         )
     ids = (llm_questions.custom_id(row, wave) for wave, of in waves for row in of)
     _write_counts(

@@ -25,6 +25,13 @@ PARTS = {
     "checkpoints": "train",
     "evals/comparison.json": "evaluate",
 }
+# What a language model writes, and where in a round's folder.
+WRITTEN = {
+    "prompts": "prompts",
+    "questions": "questions",
+    "held-out prompts": "heldout/prompts",
+    "questions about them": "heldout/questions",
+}
 
 
 @dataclasses.dataclass
@@ -49,6 +56,7 @@ class Round:
     win_rate: dict[str, dict]
     rows: dict[str, list[dict]]  # base, tuned -> score rows
     answers: dict[str, list[dict]]  # base, tuned -> rows of answers
+    written: dict[str, dict]  # what a language model wrote -> what became of it, see llm/filters.py
     missing: list[str]  # parts that are not there yet, each with the verb that makes it
 
     def images(self) -> dict[tuple[str, int], tuple[dict, dict]]:
@@ -163,6 +171,11 @@ def _read_round(folder: Path, base_evals: Path, columns: Mapping[str, Column], p
         **found,
         rows={name: rows(f"{name}-rows.parquet") for name in means},
         answers={name: rows(f"{name}-answers.parquet") for name in means},
+        written={
+            what: found
+            for what, place in WRITTEN.items()
+            if (found := read_json(folder / f"{place}.llm" / "counts.json"))
+        },
         missing=[f"{p} (agfsync {v})" for p, v in _parts(pairs) if not (folder / p).exists()],
     )
 

@@ -125,7 +125,8 @@ def test_a_server_that_refuses_the_form_is_asked_with_another(takes, status, tmp
 
     found, server, told = ask(tmp_path, answer, count=20, concurrency=2)
     assert texts(found) == [["a red cat on a mat"]] * 20
-    assert len(server.bodies) <= 20 + 2 * 2 and len(told) == 1 and takes in told[0]
+    sent = 3 if status == 500 else 1  # by the package, which tries such again
+    assert len(server.bodies) <= 20 + 2 * 2 * sent and len(told) == 1 and takes in told[0]
 
 
 def test_a_bad_request_is_kept_as_failed(tmp_path):
