@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ from agfsync_jax.data.preferences import check_settings
 from agfsync_jax.data.scores import check_scored, scored_round
 from agfsync_jax.data.shards import read_rows
 from agfsync_jax.evaluation.prompts import check_apart, held_out, held_out_block, is_made
+from agfsync_jax.llm.captions import load_themes
 from agfsync_jax.parallel.mesh import mesh_shape
 from agfsync_jax.parallel.placement import KERNELS
 from agfsync_jax.plans import _holdings
@@ -467,6 +468,9 @@ def prompts(config: ConfigDict, verb: str, round_index: int, workdir: Path | Non
                 drawn += [row["prompt"] for row in read_rows(scored / "prompts.jsonl", "prompts")]
         held: list[dict] = []
         if not is_made(config, workdir):
+            if prompt_sources.takes_long(held_out_block(config), "prompts"):
+                example = load_themes().categories[0].examples[0]
+                yield from evaluators(config, [example])
             if verb == "run" and not config.pair.path:
                 return  # it will be
             workdir = workdir or Path("WORKDIR")
@@ -476,6 +480,15 @@ def prompts(config: ConfigDict, verb: str, round_index: int, workdir: Path | Non
         yield from told
         prompts = [row["prompt"] for row in held]
         yield from _told(lambda: check_apart(prompts, drawn), "config.evaluate: ")
+        yield from evaluators(config, prompts)
+
+
+def evaluators(config: ConfigDict, prompts: Sequence[str]) -> Iterator[str]:
+    """Evaluators that cannot judge pictures of the prompts."""
+    for name in config.evaluate.evaluators:
+        judge = modules.load("evaluators", name).Evaluator()
+        told = _told(functools.partial(judge.check, prompts))
+        yield from (f"config.evaluate.evaluators has {name!r}: {line}" for line in told)
 
 
 def _arguments(

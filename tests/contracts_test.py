@@ -278,6 +278,7 @@ def test_evaluator(module):
     assert Evaluator in module.Evaluator.__mro__ and evaluator.__doc__
     check_columns(evaluator.columns)
     assert positional(evaluator.__call__) == positional(Evaluator.__call__)
+    assert positional(evaluator.check) == positional(Evaluator.check)
     prompts, asked = prompts_and_questions(2)
     size = (2, CONFIG.sample.height, CONFIG.sample.width, 3)
     columns = evaluator(np.zeros(size, np.uint8), prompts, asked)

@@ -18,6 +18,9 @@ def fault(row: Row) -> str:
     """Why a question cannot be asked; empty where it can."""
     if missing := [field for field in FIELDS if field not in row]:
         return f"the question has no {', '.join(missing)}"
+    depends = row.get("dependency", [])
+    if not isinstance(depends, list) or not all(type(each) is int for each in depends):
+        return f"{row['question']!r} depends on {depends!r}, which are no places of questions"
     choices = list(row["choices"])
     if not row["question"].strip():
         return "the question is empty"
@@ -26,11 +29,22 @@ def fault(row: Row) -> str:
     return ""
 
 
+def only(rows: Sequence[Row], keep: Sequence[bool]) -> list[dict[str, Any]]:
+    """Some of a prompt's questions; what they depend on keeps its place among those, or is gone
+    with the others."""
+    places = {old: new for new, old in enumerate(i for i, kept in enumerate(keep) if kept)}
+    left = [dict(row) for row, kept in zip(rows, keep, strict=True) if kept]
+    for row in left:
+        if "dependency" in row:
+            row["dependency"] = [places[each] for each in row["dependency"] if each in places]
+    return left
+
+
 def by_prompt(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Question rows under the id of their prompt."""
     grouped = defaultdict(list)
     for row in rows:
-        grouped[row["id"]].append(row)
+        grouped[row.get("id")].append(row)
     return dict(grouped)
 
 
@@ -55,13 +69,12 @@ def askable(
     prompt_rows: Sequence[Row], rows: Iterable[Row]
 ) -> tuple[dict[str, list[Row]], list[dict]]:
     """Prompt id -> the questions that can be asked; and rows of data/problems.py of the others."""
-    kept, problems = [], []
-    for row in rows:
-        if what := fault(row):
-            problems.append(problem("bad_questions", f"prompt {row.get('id')}", what))
-        else:
-            kept.append(row)
-    asked = by_prompt(kept)
+    asked, problems = {}, []
+    for name, of_prompt in by_prompt(rows).items():
+        faults = [fault(row) for row in of_prompt]
+        problems += [problem("bad_questions", f"prompt {name}", what) for what in faults if what]
+        if kept := only(of_prompt, [not what for what in faults]):
+            asked[name] = kept
     problems += [
         problem("no_questions", f"prompt {row['id']}", repr(row["prompt"]))
         for row in prompt_rows

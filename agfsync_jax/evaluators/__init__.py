@@ -20,6 +20,9 @@ class Evaluator(Protocol):
 
     columns: Mapping[str, Column]
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for prompts of which it cannot judge pictures."""
+
     def __call__(
         self,
         images: UInt8[np.ndarray, "b h w 3"],

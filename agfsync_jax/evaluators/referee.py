@@ -33,6 +33,11 @@ class Evaluator(evaluators.Evaluator):
         **_BY_TYPE,
     }
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt outside the grammar."""
+        for prompt in prompts:
+            parse_caption(prompt)
+
     def __call__(
         self,
         images: UInt8[np.ndarray, "b h w 3"],

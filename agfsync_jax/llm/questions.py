@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from agfsync_jax.data.questions import only
 from agfsync_jax.llm import requests
 from agfsync_jax.llm.filters import Filter
 from agfsync_jax.llm.requests import Answer, clean
@@ -225,17 +226,7 @@ class Examiner(Filter):
             if not is_right:
                 told = f"{each['question']} {each['answer']}, not {clean(text)!r:.40}"
                 self.drop("the caption answers otherwise", f"{told} — {each['caption']}")
-        return _only(asked, right)
-
-
-def _only(rows: Sequence[Mapping[str, Any]], keep: Sequence[bool]) -> list[Mapping[str, Any]]:
-    """Some of a prompt's questions; dependencies on others are gone with them."""
-    places = {old: new for new, old in enumerate(np.flatnonzero(keep))}
-    left = [dict(row) for row, is_kept in zip(rows, keep, strict=True) if is_kept]
-    for row in left:
-        if "dependency" in row:
-            row["dependency"] = [places[each] for each in row["dependency"] if each in places]
-    return left
+        return only(asked, right)
 
 
 def _of_tuple(text: Any) -> tuple[str, str]:

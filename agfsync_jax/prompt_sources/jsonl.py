@@ -2,7 +2,8 @@
 
 prompts: rows with "prompt" (or "caption"), and where you like "id", "category", "split"; a .txt has
 one prompt a line. questions: rows with "question", "answer", "choices" (yes and no if absent),
-"element_type", "element", and "id" (the prompt's) or "caption" (its text) to say whose they are.
+"element_type", "element", and "id" (the prompt's) or "caption" (its text) to say whose they are;
+"dependency" lists the places, from 0, of the prompt's other questions that one depends on.
 """
 
 import hashlib
@@ -61,6 +62,7 @@ def questions(prompt_rows: list[dict], *, seed: int, path: str) -> list[dict]:
     del seed  # nothing is drawn
     texts = {normalized(row["prompt"]): row["id"] for row in prompt_rows}
     found: dict[str, dict[str, dict]] = {row["id"]: {} for row in prompt_rows}
+    places: dict[str, list[int]] = {row["id"]: [] for row in prompt_rows}  # of each in the file
     repeated = 0
     for where, row in _rows(path):
         question = _question(where, row)
@@ -70,8 +72,14 @@ def questions(prompt_rows: list[dict], *, seed: int, path: str) -> list[dict]:
             continue  # of a prompt that this round did not draw
         repeated += question["question"] in found[owner]
         found[owner].setdefault(question["question"], question | {"id": owner})
+        places[owner].append(list(found[owner]).index(question["question"]))
     if repeated:
         print(f"{path}: {repeated} questions that repeat another of their prompt were removed")
+    for owner, asked in found.items():
+        own = dict(enumerate(places[owner]))
+        for question in asked.values():
+            if depends := question.get("dependency"):
+                question["dependency"] = [own[each] for each in depends if each in own]
     return [
         question | {"caption": row["prompt"]}
         for row in prompt_rows
@@ -178,6 +186,8 @@ def _question(where: str, row: dict) -> dict:
         raise ValueError(f"{where}: no 'id' and no 'caption': whose question is it?")
     question = {name: _text(where, row, name, default=_QUESTION[name]) for name in _QUESTION}
     question["choices"] = list(dict.fromkeys(choices))
+    if "dependency" in row:
+        question["dependency"] = row["dependency"]
     if what := fault(question):
         raise ValueError(
             f"{where}: {what}; expected two or more different choices, and the answer among them."

@@ -45,3 +45,16 @@ def test_what_cannot_be_asked_is_sorted_out():
         ("bad_questions", "prompt p1"),
         ("no_questions", "prompt p1"),
     ]
+
+
+def test_dependencies_follow_the_questions_that_are_left():
+    """Of those that are sorted out nothing depends on anything."""
+    parent, bad = row(question="a?"), row(question="b?", answer="maybe")
+    child = row(question="c?", dependency=[0, 1])
+    last = row(question="d?", dependency=[2])
+    asked, _ = questions.askable(PROMPTS[:1], [parent, bad, child, last])
+    assert [each["question"] for each in asked["p0"]] == ["a?", "c?", "d?"]
+    assert [each.get("dependency") for each in asked["p0"]] == [None, [0], [1]]
+    for wrong in ("0", [0.5], [True], None):
+        with pytest.raises(ValueError, match="'q.' depends on .*, which are no places"):
+            questions.check(PROMPTS[:1], [row(dependency=wrong)])

@@ -143,6 +143,16 @@ def test_questions_find_their_prompt_by_id_or_text(tmp_path, capsys):
     assert "1 questions that repeat" in capsys.readouterr().out
 
 
+def test_dependencies_survive_repeated_questions(tmp_path):
+    asked = [("cat?", []), ("cat?", []), ("red?", [1]), ("big?", [2, 0])]
+    rows = [
+        {"id": "p0", "question": text, "answer": "yes", "dependency": depends}
+        for text, depends in asked
+    ]
+    found = jsonl.questions(PROMPTS, seed=0, path=write(tmp_path / "q.jsonl", rows))
+    assert [row["dependency"] for row in found] == [[], [0], [1, 0]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -153,6 +163,7 @@ def test_questions_find_their_prompt_by_id_or_text(tmp_path, capsys):
         ({"id": "p0", "question": "q?", "answer": "a", "choices": ["a"]}, "two or more"),
         ({"id": "p0", "question": "q?", "answer": "a", "choices": "a"}, "must list texts"),
         ({"id": "p0", "question": "q?", "answer": "a", "choices": ["a", 1]}, "must list texts"),
+        ({"id": "p0", "question": "q?", "answer": "yes", "dependency": "1"}, "depends on '1'"),
     ],
 )
 def test_bad_questions(tmp_path, row, message):

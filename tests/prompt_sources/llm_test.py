@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 
 from agfsync_jax import cli
+from agfsync_jax.data import questions as data_questions
 from agfsync_jax.data import records
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.llm import captions, client
@@ -20,7 +21,7 @@ from agfsync_jax.utils import configs
 from agfsync_jax.utils.files import read_json
 from tests import llm_server
 from tests.llm_server import KEY, reply
-from tests.processes import ROOT
+from tests.processes import ROOT, run_processes
 
 SPEC = "configs/micro.py:tiny"
 NAMES = [each.name for each in captions.load_themes().categories]
@@ -195,6 +196,40 @@ def test_questions_that_the_caption_does_not_answer_go(tmp_path):
         both(tmp_path, server.url, questions__check_answers=True)
     counts = read_json(tmp_path / "round_000/questions.llm/counts.json")
     assert counts["dropped"]["the caption answers otherwise"] == 24 and counts["requests"] == 48
+
+
+def test_a_scene_graphs_dependencies_reach_the_scorers(tmp_path):
+    def answer(body, count):
+        if '"questions"' not in body["messages"][0]["content"]:
+            return llm_server.write(body)
+        words = body["messages"][1]["content"].split()
+        made = [{"tuple": f"entity - whole ({w})", "question": f"Is {w} there?"} for w in words[:6]]
+        return reply({"questions": [row | {"depends_on": [1]} for row in made]})
+
+    changes = {"questions__style": "dsg", "evaluate__num_prompts": 12}
+    with llm_server.Server(answer) as server:
+        both(tmp_path, server.url, **changes, questions__min_questions=1)
+    for folder in ("round_000", "round_000/heldout"):
+        prompts, questions = rows_of(tmp_path, folder)
+        asked, problems = data_questions.askable(prompts, questions)
+        assert not problems and len(asked) == len(prompts)
+        for rows in asked.values():
+            assert [row["dependency"] for row in rows] == [[]] + [[0]] * (len(rows) - 1)
+
+
+TWO_PROCESSES = """
+import json, sys
+from agfsync_jax import cli
+print(json.dumps(cli.main(sys.argv[1:])))
+"""
+
+
+def test_of_two_processes_one_asks(tmp_path):
+    with llm_server.Server(llm_server.write) as server:
+        for verb in ("prompts", "questions"):
+            assert run_processes(TWO_PROCESSES, verb, *flags(tmp_path, server.url)) == [0, 0]
+        assert set(server.seen.values()) == {1} and len(server.bodies) == 12 + 12 + 12 + 24
+    assert len(rows_of(tmp_path)[0]) == 24
 
 
 def test_by_files_alone(tmp_path, capsys, monkeypatch):
