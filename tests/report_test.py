@@ -432,3 +432,45 @@ def test_a_round_that_begins_with_pairs_misses_nothing_of_its_own(tmp_path):
     assert parts("people.parquet") == ["pair", "train", "evaluate"]
     make_training(tmp_path / "other")
     assert parts(tmp_path / "other" / "pairs") == ["train", "evaluate"]
+
+
+def test_what_a_language_model_wrote(tmp_path):
+    """Counts, shares, examples as text, and where it is that something is missing."""
+    counts = {
+        "rows": 30,
+        "asked_for": 40,
+        "read": 50,
+        "waves": 2,
+        "requests": 8,
+        "prompt_tokens": 1234,
+        "completion_tokens": 5678,
+        "price": 1.5,
+        "kept": {EVIL: 20, "food": 10},
+        "kept_examples": [EVIL],
+        "dropped": {"too short": 20},
+        "lost": {"failed requests": 2},
+        "remarks": {"have over 75 tokens": 3},
+        "examples": {"too short": [EVIL], "failed requests": [EVIL]},
+    }
+    folder = tmp_path / "round_000"
+    asked = counts | {"prompts": 40, "per_prompt": {"5": 1, "10": 39}, "lost": {}}
+    for place, found in (("prompts", counts), ("heldout/questions", asked)):
+        (folder / f"{place}.llm").mkdir(parents=True)
+        (folder / f"{place}.llm/counts.json").write_text(json.dumps(found))
+    stages = {"prompts": {"seconds": 90.0, "items": 30, "items_per_second": 0.3}}
+    (folder / "stages.json").write_text(json.dumps(stages))
+    report.main(get_config(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    part = page[page.index("What the language model wrote") : page.index("What it cost")]
+    said = " ".join(html.unescape(re.sub("<[^>]+>", " ", part)).split())
+    for text in (
+        "8 answers in 2 waves · 1,234 tokens in, 5,678 out · 2 min with what is held out",
+        "price 1.50 · 10 of 40 prompts are missing · 3 have over 75 tokens",
+        f"50 that were read kept {EVIL} 30 60% too short {EVIL} 20 40% failed requests",
+        "By category",
+        "questions about them",
+        "Prompts by their number of questions",
+    ):
+        assert " ".join(text.split()) in said, text
+    assert said.count("prompts are missing") == 1

@@ -174,8 +174,9 @@ class Sieve(Filter):
         return f" from {of}"
 
     def _kept(self, item: Any, category: str) -> str:
-        if isinstance(item, Mapping) and len(item) == 1:  # {"caption": "..."}
-            item = next(iter(item.values()))
+        if isinstance(item, Mapping):  # {"caption": "..."}
+            named = [item[key] for key in ("caption", "description", "prompt") if key in item]
+            item = (named or [item])[0]
         if not isinstance(item, str):
             self.drop("not a text", str(item))
             return ""
@@ -184,7 +185,7 @@ class Sieve(Filter):
         why = ""
         if not plain:
             why = "empty"
-        elif len(plain.split()) < MIN_WORDS:
+        elif len(re.findall(r"[^\W\d_]+", plain)) < MIN_WORDS:
             why = "too short"
         elif requests.REFUSALS.match(text):
             why = "refusals"

@@ -167,7 +167,11 @@ def _list_in(found: Any, key: str) -> list[Any]:
         lists = [value for value in found.values() if isinstance(value, list)]
         if isinstance(found.get(key), list):
             return found[key]
-        return lists[0] if len(lists) == 1 else []
+        if lists:
+            return lists[0] if len(lists) == 1 else []
+        values = list(found.values())  # {"caption 1": "...", "caption 2": "..."}
+        alike = all(isinstance(each, str) for each in values)
+        return values if alike or all(isinstance(each, dict) for each in values) else []
     if isinstance(found, list):
         inside = [each for each in found if isinstance(each, dict) and key in each]
         return [item for each in inside for item in _list_in(each, key)] if inside else found

@@ -158,8 +158,9 @@ def prompts(
             break
         if asked.total() >= limit:
             desk.stage.print(
-                f"{sum(short.values())} of {num_prompts} prompts are missing after {asked.total()}"
-                " requests (config.prompts.max_requests); it goes on with those that are there"
+                f"categories lack {sum(short.values())} of {num_prompts} prompts after"
+                f" {asked.total()} requests (config.prompts.max_requests): it goes on with those"
+                " that are there"
             )
             break
         desk.stage.print(

