@@ -116,7 +116,7 @@ def test_a_scene_graph_keeps_its_dependencies():
     assert examiner.dropped["unknown type"] == 1
     more, _ = read(
         [{"tuple": "entity - whole (berries)", "question": "Are there berries?", "depends_on": []}]
-        + [{"tuple": "global - (3)", "question": "Are there three?", "depends_on": [1]}],
+        + [{"tuple": "global - (3)", "question": "Are there three?", "depends_on": [1, 2]}],
         "dsg",
         before=rows,
     )

@@ -182,6 +182,12 @@ def test_prompts_without_enough_questions_are_asked_about_once_more_and_go(tmp_p
         before = records.read_jsonl(tmp_path / "round_000/prompts.jsonl")
         assert agfsync("questions", tmp_path, server.url, **changes) == 0
     said = capsys.readouterr().err
+    (twice,) = (
+        body
+        for body in server.bodies
+        if body["messages"][1]["content"] == list(seen)[13] and body["temperature"] != 0.2
+    )
+    assert twice["temperature"] == 0.7  # or the same might be said again
     prompts, questions = rows_of(tmp_path)
     assert sorted(seen.values())[-2:] == [2, 2] and "have too few, and go" in said
     assert len(before) - len(prompts) == 1
@@ -199,6 +205,8 @@ def test_questions_that_the_caption_does_not_answer_go(tmp_path):
         both(tmp_path, server.url, questions__check_answers=True)
     counts = read_json(tmp_path / "round_000/questions.llm/counts.json")
     assert counts["dropped"]["the caption answers otherwise"] == 24 and counts["requests"] == 48
+    checks = [body for body in server.bodies if '"answers"' in body["messages"][0]["content"]]
+    assert {body["temperature"] for body in checks} == {0.0}
 
 
 def test_a_scene_graphs_dependencies_reach_the_scorers(tmp_path):
