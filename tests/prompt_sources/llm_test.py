@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import all_minilm_l6_v2
 import pytest
 
 from agfsync_jax import cli
@@ -60,6 +61,11 @@ def rows_of(workdir, folder="round_000"):
 
 
 @pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    return all_minilm_l6_v2.extract_model(str(tmp_path_factory.mktemp("minilm")))
+
+
+@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A workdir with prompts and questions, its server."""
     workdir = tmp_path_factory.mktemp("llm") / "run"
@@ -81,6 +87,8 @@ def test_prompts_of_all_categories_with_their_questions(written):
     asked = Counter(row["id"] for row in questions)
     assert asked.keys() == {row["id"] for row in prompts} and min(asked.values()) >= 5
     assert set(server.seen.values()) == {1}
+    seeds = [body["seed"] for body in server.bodies if "captions" in str(body["messages"][0])]
+    assert len(set(seeds)) == len(seeds) == 24  # of training and of what is held out
 
 
 def lines_of(workdir, folder, name="requests-000"):
@@ -161,6 +169,79 @@ def test_a_limit_of_requests_is_said_and_kept(tmp_path, capsys):
         assert len(server.bodies) == 15
     assert "categories lack 23 of 24 prompts after 15 requests" in capsys.readouterr().err
     assert len(records.read_jsonl(tmp_path / "round_000/prompts.jsonl")) == 1
+
+
+def test_categories_fill_in_for_one_that_lacks_prompts(tmp_path):
+    def answer(body, count):
+        lacks = NAMES[2] in body["messages"][1]["content"]
+        return reply({"captions": []}) if lacks else llm_server.write(body)
+
+    with llm_server.Server(answer) as server:
+        changes = {"evaluate__source": "micro", "prompts__max_requests": 14}
+        assert agfsync("prompts", tmp_path, server.url, **changes) == 0
+    rows = records.read_jsonl(tmp_path / "round_000/prompts.jsonl")
+    counts = Counter(row["category"] for row in rows)
+    assert len(rows) == 24 and counts[NAMES[2]] == 0 and max(counts.values()) == 3
+
+
+def test_training_stays_apart_from_what_is_held_out(tmp_path):
+    """A model with few ideas."""
+
+    def answer(body, count):
+        pick = random.Random(body["seed"]).sample(range(60), 10)
+        return reply({"captions": [llm_server.caption(0, i) for i in pick]})
+
+    with llm_server.Server(answer) as server:
+        assert agfsync("prompts", tmp_path, server.url) == 0
+    held, trained = (
+        {row["prompt"] for row in records.read_jsonl(tmp_path / f"round_000/{name}.jsonl")}
+        for name in ("heldout/prompts", "prompts")
+    )
+    assert len(held) == 12 and len(trained) == 24 and not held & trained
+    dropped = read_json(tmp_path / "round_000/prompts.llm/counts.json")["dropped"]
+    assert dropped["repeated from held-out prompts"] > 0
+
+
+def test_near_duplicates_go_with_a_sentence_encoder(tmp_path, minilm):
+    """Paraphrases of what is held out, and of each other."""
+    pairs = [("a dog runs on the beach", "a dog is running on the beach")]
+    pairs += [("two red apples on a table", "two red apples on the table")]
+    others = ["a steam train in a tunnel", "a violinist on a stage", "a cactus on a pile of books"]
+
+    def answer(body, count):
+        held, trained = zip(*pairs, strict=True)
+        is_held = len(server.bodies) <= 12
+        return reply({"captions": [*held] if is_held else [*trained, *others, others[0] + "."]})
+
+    changes = {"prompts__embedder": minilm, "prompts__num_prompts": 3, "evaluate__num_prompts": 2}
+    changes |= {"prompts__max_requests": 12, "evaluate__max_requests": 12}
+    with llm_server.Server(answer) as server:
+        assert agfsync("prompts", tmp_path, server.url, **changes) == 0
+    rows = records.read_jsonl(tmp_path / "round_000/prompts.jsonl")
+    assert sorted(row["prompt"] for row in rows) == sorted(others)
+    found = read_json(tmp_path / "round_000/prompts.llm/counts.json")
+    assert found["dropped"]["nearly repeated, from held-out prompts"] == 2
+    (example, _) = found["examples"]["nearly repeated, from held-out prompts"]
+    assert example == " — ".join(reversed(pairs[0]))
+
+
+def test_held_out_prompts_of_a_file_that_have_no_questions_are_not_judged(tmp_path):
+    asked = []
+
+    def answer(body, count):
+        if '"questions"' not in body["messages"][0]["content"]:
+            return llm_server.write(body)
+        asked.append(body["messages"][1]["content"])
+        return reply({"questions": []}) if asked[0] == asked[-1] else llm_server.write(body)
+
+    changes = {"evaluate.source": "micro", "questions.concurrency": 1}
+    with llm_server.Server(answer) as server:
+        both(tmp_path, server.url, **changes)
+        settings = flags(tmp_path, server.url, **changes)[2:]
+    config = configs.load(SPEC, dict(each[9:].split("=", 1) for each in settings))
+    held, questions = held_out(config, tmp_path)
+    assert len(held) == 11 and questions.keys() == held.keys()
+    assert asked[0] not in {row["prompt"] for row in held.values()}
 
 
 def test_prompts_without_enough_questions_are_asked_about_once_more_and_go(tmp_path, capsys):
