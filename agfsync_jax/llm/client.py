@@ -23,6 +23,7 @@ _RETRIES = 4  # of the openai package, for one sending
 _SENDINGS = 3  # of a request that fails while others are answered; then it is given up
 _PATIENCE = 300.0  # seconds without any answer, after which the server is given up
 _FIRST_PATIENCE = 30.0  # until the first one
+_forms: dict[str, int] = {}  # of FORMATS by server, once one was refused
 _FORM = re.compile(r"response_format|json_schema|grammar|structured")
 _PAUSE = 2.0, 30.0  # seconds between sendings: the first, and the longest
 
@@ -151,9 +152,13 @@ def ask(
 class _Asker:
     def __init__(self, server: Server, log: Log, on_answer: Any, tell: Any):
         self.server, self.log, self.on_answer, self.tell = server, log, on_answer, tell
-        self.form = 0  # the strictest of FORMATS that the server takes
         self.answered = self.exhausted = False  # anything, and whether no request is left to send
         self.last = time.monotonic()  # when something was answered
+
+    @property
+    def form(self) -> int:
+        """The strictest of FORMATS that the server is known to take."""
+        return _forms.get(self.server.url, 0)
 
     async def run(self, rows: Any) -> None:
         async with self.server.client() as client:
@@ -214,7 +219,7 @@ class _Asker:
                 await asyncio.sleep(min(_PAUSE[0] * 2**sendings, _PAUSE[1]))
                 continue
             if form > self.form:
-                self.form = form
+                _forms[self.server.url] = form
                 self.tell(
                     f"{self.server.url} refuses {FORMATS[form - 1]}: asked with {FORMATS[form]}"
                 )

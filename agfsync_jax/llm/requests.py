@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 URL = "/v1/chat/completions"
-# How an answer's form is asked for, the strictest first; "text" leaves it to the words.
-FORMATS = ("json_schema", "json_object", "text")
+# How an answer's form is asked for, the strictest first: as OpenAI has it; with the schema inside
+# json_object, as llama-cpp-python wants it; JSON of any form; "text" leaves it to the words.
+FORMATS = ("json_schema", "json_object_schema", "json_object", "text")
 REFUSALS = re.compile(
     r"\s*(i['’]?m (very |really )?sorry|sorry[,.! ]|i (can(no|['’])t|am (unable|not able)|won['’]t)"
     r"|i['’]m (not able|unable)|as an? (ai|language model)|unfortunately, i)",
@@ -78,9 +79,14 @@ def request(
 def with_form(body: Mapping[str, Any], form: str) -> dict[str, Any]:
     """The body with its answer's form asked for in another way, one of `FORMATS`."""
     others = {key: value for key, value in body.items() if key != "response_format"}
-    if form == "json_schema":
-        return dict(body)
-    return others | ({"response_format": {"type": form}} if form == "json_object" else {})
+    given = body.get("response_format", {})
+    if form == "text" or given.get("type") != "json_schema":  # it was not asked for from the start
+        return others if form == "text" else dict(body)
+    if form == "json_object_schema":
+        given = {"type": "json_object", "schema": given["json_schema"]["schema"]}
+    elif form == "json_object":
+        given = {"type": "json_object"}
+    return others | {"response_format": given}
 
 
 def closed(**properties: Any) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def prompts(
         model: its name there; the only one of a server, gpt-4.1-mini of OpenAI.
         api_key_env: the environment's variable that holds the key.
         max_requests: 0: five times as many as without any loss.
-        form: of the answers: json_schema, json_object or text. A server that refuses one is asked
-            with the next.
+        form: of the answers, see `requests.FORMATS`. A server that refuses one is asked with the
+            next.
         per_request: captions that one request asks for.
         categories: a JSON file of yours, in place of llm/categories.json.
         too_long: keep or drop captions of more than 75 tokens.
