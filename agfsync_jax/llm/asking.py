@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from agfsync_jax.llm import client
@@ -18,6 +19,7 @@ _TOKENS_PER_SECOND = 40  # that one of several requests at once gets, for the fi
 class Desk(Protocol):
     """Where rows are made: `prompt_sources.Desk`."""
 
+    folder: Path
     stage: Stage
     offline: bool
 
@@ -26,48 +28,72 @@ class Waiting(Exception):  # noqa: N818 - no error: the user has the next move
     """Requests are written, and wait for answers that others give."""
 
 
-def model_of(server: Server, model: str, offline: bool) -> str:
-    """The model that requests name: the config's, OpenAI's default, or the only one of a server.
-
-    Raises:
-        ValueError: the server has several; lists them.
-        Unreachable: nobody answers there.
-    """
-    if model:
-        return model
-    if offline or server.url.startswith(client.OPENAI):
-        return client.OPENAI_MODEL
-    known = client.models(server)
-    if len(known) == 1:
-        return known[0]
-    has = f"has {', '.join(known[:20])}" if known else "does not say which models it has"
-    raise ValueError(
-        f"{server.url} {has}: name one, as in --config.prompts.model=... and"
-        " --config.questions.model=..."
-    )
-
-
-def complete(
-    exchange: Exchange,
-    wave: int,
-    server: Server,
-    desk: Desk,
-    *,
-    verb: str,
-    tokens: int,
-    note: Callable[[Answer], str] = lambda answer: "",
-) -> None:
-    """Returns when every request of a wave has an answer.
+class Talk:
+    """What is asked by one verb, in waves, of one server.
 
     Args:
+        desk: its folder keeps requests and answers.
         verb: the command that goes on with them.
-        tokens: that an answer may have, for the estimate.
-        note: what the progress says beside its rate, with each answer.
-
-    Raises:
-        Waiting: nothing is to be asked here, and answers are missing.
-        ValueError, Unreachable: see `client.ask`; or there is no server to ask.
+        model: the config's; empty: OpenAI's default, or the only one of a server.
+        **settings: of `requests.request`, for all of them.
     """
+
+    def __init__(self, desk: Desk, verb: str, server: Server, *, model: str, **settings: Any):
+        self.desk, self.verb, self.server = desk, verb, server
+        self.exchange = Exchange(desk.folder)
+        self._model, self._settings = model, settings
+
+    def wave(
+        self,
+        number: int,
+        write: Callable[..., Iterator[dict[str, Any]]],
+        *,
+        tokens: int,
+        note: Callable[[Answer], str] = lambda answer: "",
+        **changes: Any,
+    ) -> None:
+        """Returns when every request of a wave has an answer.
+
+        Args:
+            write: (wave=, **settings) -> its requests; called unless they are there.
+            tokens: that an answer may have, for the estimate.
+            note: what the progress says beside its rate, with each answer.
+            **changes: of the settings.
+
+        Raises:
+            Waiting: nothing is to be asked here, and answers are missing.
+            ValueError, Unreachable: see `client.ask`; or there is no server to ask.
+        """
+        if not self.exchange.files(number):
+            settings = {"model": self._model_of(), **self._settings, **changes}
+            self.exchange.write(number, write(wave=number, **settings))
+        _complete(self, number, tokens, note)
+
+    def _model_of(self) -> str:
+        """The model that requests name.
+
+        Raises:
+            ValueError: the server has several; lists them.
+            Unreachable: nobody answers there.
+        """
+        if self._model:
+            return self._model
+        server = self.server
+        if self.desk.offline or server.url.startswith(client.OPENAI):
+            return client.OPENAI_MODEL
+        known = client.models(server)
+        if len(known) == 1:
+            return known[0]
+        has = f"has {', '.join(known[:20])}" if known else "does not say which models it has"
+        raise ValueError(
+            f"{server.url} {has}: name one, as in --config.prompts.model=... and"
+            " --config.questions.model=..."
+        )
+
+
+def _complete(talk: Talk, wave: int, tokens: int, note: Callable[[Answer], str]) -> None:
+    """Has what is missing of a wave answered."""
+    exchange, server, desk, verb = talk.exchange, talk.server, talk.desk, talk.verb
     known = exchange.answered()
     count = written = 0
     for row in _missing(exchange, wave, known):
@@ -157,4 +183,6 @@ def _missing(
 
 
 def _thousands(count: float) -> str:
+    if count < 1e4:
+        return f"{count:,.0f}"
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"

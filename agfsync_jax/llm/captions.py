@@ -6,7 +6,9 @@ which every request shows a few; so many captions in a request that its instruct
 
 import dataclasses
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from agfsync_jax.utils.files import to_path
 CATEGORIES = Path(__file__).with_name("categories.json")
 SHOWN = 5  # examples in a request
 MIN_WORDS = 3
+YIELD = 0.7  # of captions are kept, by the first estimate
+_LEAST_YIELD = 0.05  # by later ones
 MAX_TOKENS = 75  # of CLIP's text encoders, without begin and end
 
 _SYSTEM = """\
@@ -143,6 +147,32 @@ def write_requests(
             )
 
 
+def next_counts(
+    short: Mapping[str, int],
+    kept: Mapping[str, int],
+    asked: Mapping[str, int],
+    per_request: int,
+    limit: int,
+) -> dict[str, int]:
+    """Requests of each category in the next wave.
+
+    Args:
+        short: captions that are missing.
+        kept, asked: captions and requests so far; what was kept of a category's answers is what
+            the next ones are expected to give.
+        limit: of requests in all.
+    """
+    wanted = {}
+    for name, missing in short.items():
+        before = asked[name] * per_request
+        share = max(kept[name] / before, _LEAST_YIELD) if before else YIELD
+        wanted[name] = math.ceil(missing / (per_request * share)) if missing else 0
+    left = limit - sum(asked.values())
+    while sum(wanted.values()) > left:
+        wanted[max(wanted, key=wanted.get)] -= 1
+    return wanted
+
+
 def category_of(custom_id: str, themes: Themes) -> str:
     """The category that a request was of."""
     return themes.categories[int(custom_id.split("-")[2])].name
@@ -212,6 +242,16 @@ class Sieve(Filter):
 
             self._tokens = OpenClipTokenizer()
         return len(self._tokens.encode(text))
+
+
+def chosen(rows: Sequence[dict], share: Mapping[str, int]) -> list[dict]:
+    """Each category's share, the first ones; of the others as many as are missing elsewhere."""
+    taken: Counter[str] = Counter()
+    picked, others = [], []
+    for row in rows:
+        taken[row["category"]] += 1
+        (picked if taken[row["category"]] <= share[row["category"]] else others).append(row)
+    return interleaved(picked + others[: sum(share.values()) - len(picked)])
 
 
 def interleaved(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

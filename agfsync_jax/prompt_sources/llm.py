@@ -5,30 +5,30 @@ Requests and answers lie in the round's folder: prompts.llm, questions.llm. What
 asked again. llm/captions.py and llm/questions.py say what is asked and what is kept.
 """
 
+import functools
 import json
 import math
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from agfsync_jax.llm import captions, requests
 from agfsync_jax.llm import questions as llm_questions
-from agfsync_jax.llm.asking import complete, model_of, spent
-from agfsync_jax.llm.captions import Sieve, Themes, interleaved
+from agfsync_jax.llm.asking import Talk, spent
+from agfsync_jax.llm.captions import Sieve, Themes
 from agfsync_jax.llm.client import Server
 from agfsync_jax.llm.exchange import Exchange
 from agfsync_jax.llm.filters import Filter
 from agfsync_jax.llm.questions import Examiner
 from agfsync_jax.llm.requests import Answer
 from agfsync_jax.prompt_sources import Desk, prompt_id
+from agfsync_jax.texts.near import NearTexts
 from agfsync_jax.utils.files import write_text
 
 SHOWN = 12  # of what is kept, in the report
 COUNTS = "counts.json"  # beside requests and answers, for the report
-_YIELD = 0.7  # of captions are kept, by the first estimate
-_LEAST_YIELD = 0.05  # by later ones
 _MOST = 5  # times as many requests as without any loss, where max_requests does not say
 _CAPTION_TOKENS, _QUESTION_TOKENS = 35, 40  # of an answer, for estimates
 
@@ -108,50 +108,41 @@ def prompts(
 
     Raises:
         Waiting: requests are written, and nothing is to be asked here.
-        ValueError, Unreachable: see `asking.complete`; or nothing at all was left.
+        ValueError, Unreachable: see `asking.Talk`; or nothing at all was left.
     """
     split = "train" if split == "all" else split
     themes = captions.load_themes(categories)
     if not num_prompts:
         raise ValueError("num_prompts=0: a language model has no end of prompts, say how many.")
-    server = Server(base_url, api_key_env, concurrency, timeout)
-    exchange = Exchange(desk.folder)
+    talk = Talk(
+        *(desk, "prompts", Server(base_url, api_key_env, concurrency, timeout)),
+        **dict(model=model, temperature=temperature, top_p=top_p, max_tokens=max_tokens, form=form),
+    )
     share = captions.shares(num_prompts, themes)
-    per_request = min(per_request, math.ceil(max(share.values()) / _YIELD))
+    per_request = min(per_request, math.ceil(max(share.values()) / captions.YIELD))
     limit = max_requests or _MOST * (math.ceil(num_prompts / per_request) + len(themes.categories))
-    encoder = _Encoder(embedder, similarity)
-    if embedder and not desk.offline:
-        encoder.load()  # what is wrong with it is told before anything is asked
-    settings: dict[str, Any] = {}
+    # What is wrong with the encoder is told before anything is asked.
+    near = NearTexts("" if desk.offline else embedder, similarity)
     asked: Counter[str] = Counter()
     short, kept_of, wave = dict(share), Counter(), 0
     while True:
-        if not exchange.files(wave):
-            settings = settings or {
-                "model": model_of(server, model, desk.offline),
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "form": form,
-            }
-            more = _wave_of(short, kept_of, asked, per_request, limit)
-            key = [seed, round_index, split != "train"]
-            lines = captions.write_requests(
-                *(themes, more, asked),
-                **{"wave": wave, "per_request": per_request, "key": key} | settings,
-            )
-            exchange.write(wave, lines)
-        for row in exchange.requests(wave):
-            asked[captions.category_of(row["custom_id"], themes)] += 1
-        sieve = Sieve(themes, too_long=too_long, known=desk.apart)
-        complete(
-            *(exchange, wave, server, desk),
-            verb="prompts",
-            tokens=per_request * _CAPTION_TOKENS,
-            note=_tally(sieve, themes),
+        write = functools.partial(
+            captions.write_requests,
+            *(
+                themes,
+                captions.next_counts(short, kept_of, asked, per_request, limit),
+                asked.copy(),
+            ),
+            per_request=per_request,
+            key=[seed, round_index, split != "train"],
         )
         sieve = Sieve(themes, too_long=too_long, known=desk.apart)
-        rows = _sifted(exchange, wave, themes, sieve, encoder, desk)
+        note = _tally(sieve, themes)
+        talk.wave(wave, write, tokens=per_request * _CAPTION_TOKENS, note=note)
+        for row in talk.exchange.requests(wave):
+            asked[captions.category_of(row["custom_id"], themes)] += 1
+        sieve = Sieve(themes, too_long=too_long, known=desk.apart)
+        rows = _sifted(talk.exchange, wave, themes, sieve, near, desk)
         kept_of = Counter(row["category"] for row in rows)
         short = {name: max(count - kept_of[name], 0) for name, count in share.items()}
         if not any(short.values()):
@@ -168,7 +159,7 @@ def prompts(
             f" of {sieve.read} captions that were read: another wave"
         )
         wave += 1
-    chosen = _chosen(rows, share)
+    chosen = captions.chosen(rows, share)
     if not chosen:
         raise ValueError(
             f"no prompt is left of {asked.total()} answers ({sieve.summary()}). Look at responses*"
@@ -176,15 +167,12 @@ def prompts(
         )
     if extra := len(rows) - len(chosen):
         sieve.drop("more than are needed", count=extra)
-    answers = exchange.answers(
-        row["custom_id"] for each in range(wave + 1) for row in exchange.requests(each)
-    )
     _write_counts(
-        desk,
+        talk,
         sieve,
-        answers,
+        (row["custom_id"] for each in range(wave + 1) for row in talk.exchange.requests(each)),
         rows=len(chosen),
-        kept_examples=[row["prompt"] for row in interleaved(chosen)[:SHOWN]],
+        kept_examples=[row["prompt"] for row in chosen[:SHOWN]],
         asked_for=num_prompts,
         waves=wave + 1,
         kept=Counter(row["category"] for row in chosen),
@@ -192,7 +180,7 @@ def prompts(
     )
     return [
         row | {"id": prompt_id(split, round_index, index), "source": "llm"}
-        for index, row in enumerate(interleaved(chosen))
+        for index, row in enumerate(chosen)
     ]
 
 
@@ -209,6 +197,7 @@ def questions(
     max_tokens: int = 2048,
     concurrency: int = 32,
     timeout: float = 600.0,
+    max_requests: int = 0,
     form: str = "json_schema",
     style: str = "yes_no",
     num_questions: int = 15,
@@ -224,59 +213,58 @@ def questions(
         style: yes_no, multiple_choice or dsg (each question with its `dependency`).
         num_questions: asked for in a request.
         min_questions: captions with fewer are asked once more.
+        max_requests: 0: one a caption, and what is asked once more or checked.
         check_answers: the model answers each question from its caption alone; what it answers
             otherwise is dropped.
         Others: as those of `prompts`.
 
     Raises: see `prompts`.
     """
-    server = Server(base_url, api_key_env, concurrency, timeout)
-    exchange = Exchange(desk.folder)
-    settings: dict[str, Any] = {}
-
-    def answered(wave: int, write: Callable[..., Iterator[dict]], rows: list[dict]) -> None:
-        if not exchange.files(wave):
-            settings.update(
-                settings
-                or {
-                    "model": model_of(server, model, desk.offline),
-                    "max_tokens": max_tokens,
-                    "top_p": top_p,
-                    "form": form,
-                }
-            )
-            # A second sampling at the first one's temperature might say the same.
-            heat = temperature if wave != 1 else max(temperature, 0.7)
-            exchange.write(wave, write(rows, wave=wave, key=[seed], **settings, temperature=heat))
-        tokens = num_questions * _QUESTION_TOKENS
-        complete(exchange, wave, server, desk, verb="questions", tokens=tokens)
-
-    def asking(rows: list[dict], **arguments: Any) -> Iterator[dict]:
-        return llm_questions.write_requests(rows, style=style, number=num_questions, **arguments)
-
-    examiner, waves = Examiner(style), [(0, prompt_rows)]
-    answered(0, asking, prompt_rows)
+    talk = Talk(
+        *(desk, "questions", Server(base_url, api_key_env, concurrency, timeout)),
+        **dict(model=model, temperature=temperature, top_p=top_p, max_tokens=max_tokens, form=form),
+    )
+    examiner, tokens = Examiner(style), num_questions * _QUESTION_TOKENS
     found: dict[str, list[dict]] = {row["id"]: [] for row in prompt_rows}
-    _examine(exchange, 0, prompt_rows, found, examiner)
+    waves: list[tuple[int, list[dict]]] = []
+
+    def in_limit(rows: list[dict]) -> list[dict]:
+        left = max_requests - sum(len(of) for _, of in waves)
+        if not max_requests or len(rows) <= left:
+            return rows
+        desk.stage.print(
+            f"{len(rows) - left} of {len(rows)} requests are not asked"
+            f" (config.questions.max_requests={max_requests})"
+        )
+        return rows[:left]
+
+    def ask(wave: int, rows: list[dict], **changes: Any) -> None:
+        rows = in_limit(rows)
+        asking = functools.partial(
+            llm_questions.write_requests, rows, style=style, number=num_questions, key=[seed]
+        )
+        talk.wave(wave, asking, tokens=tokens, **changes)
+        waves.append((wave, rows))
+        by_id = {llm_questions.custom_id(row, wave): row for row in rows}
+        for answer in talk.exchange.answers(by_id):
+            row = by_id[answer.custom_id]
+            found[row["id"]] += examiner.questions(answer, row, found[row["id"]])
+
+    ask(0, prompt_rows)
     if few := [row for row in prompt_rows if len(found[row["id"]]) < max(min_questions, 1)]:
         desk.stage.print(f"{len(few)} prompts have fewer than {min_questions} questions: once more")
-        answered(1, asking, few)
-        _examine(exchange, 1, few, found, examiner)
-        waves.append((1, few))
+        # At the first one's temperature a second sampling might say the same.
+        ask(1, few, temperature=max(temperature, 0.7))
     if check_answers:
-        asked = [row for row in prompt_rows if found[row["id"]]]
-
-        def checking(rows: list[dict], **arguments: Any) -> Iterator[dict]:
-            arguments["temperature"] = 0.0
-            return llm_questions.write_checks(rows, found, **arguments)
-
-        answered(2, checking, asked)
-        ids = (llm_questions.custom_id(row, 2) for row in asked)
-        said = {answer.custom_id: answer for answer in exchange.answers(ids)}
-        for row in asked:
+        rows = in_limit([row for row in prompt_rows if found[row["id"]]])
+        checking = functools.partial(llm_questions.write_checks, rows, found, key=[seed])
+        talk.wave(2, checking, tokens=tokens, temperature=0.0)
+        waves.append((2, rows))
+        ids = (llm_questions.custom_id(row, 2) for row in rows)
+        said = {answer.custom_id: answer for answer in talk.exchange.answers(ids)}
+        for row in rows:
             answer = said.get(llm_questions.custom_id(row, 2))
             found[row["id"]] = examiner.confirmed(answer, found[row["id"]])
-        waves.append((2, asked))
     for row in prompt_rows:
         if 0 < len(found[row["id"]]) < min_questions:
             examiner.drop(
@@ -289,11 +277,10 @@ def questions(
             f"no question is left ({examiner.summary()}). Look at responses* in {desk.folder}, then"
             " remove that folder, and take another model."
         )
-    ids = (llm_questions.custom_id(row, wave) for wave, of in waves for row in of)
     _write_counts(
-        desk,
+        talk,
         examiner,
-        exchange.answers(ids),
+        (llm_questions.custom_id(row, wave) for wave, of in waves for row in of),
         rows=len(rows),
         kept_examples=[
             f"{each['question']} {each['answer']} — {each['caption']}" for each in rows[:SHOWN]
@@ -306,60 +293,6 @@ def questions(
         prices=(price_in, price_out),
     )
     return rows
-
-
-class _Encoder:
-    """Finds near duplicates; embeddings are made once over the waves."""
-
-    def __init__(self, path: str, similarity: float):
-        self.path, self.similarity = path, similarity
-        self._model = None
-        self._known: dict[str, Any] = {}
-
-    def load(self) -> None:
-        """Raises FileNotFoundError or ValueError for what is no sentence encoder."""
-        if self._model is None:
-            import jax
-
-            from agfsync_jax.parallel.mesh import create_mesh
-            from agfsync_jax.texts.sentences import SentenceEncoder
-
-            mesh = create_mesh({"data": -1}, devices=jax.local_devices())
-            self._model = SentenceEncoder(self.path, mesh=mesh)
-
-    def near(self, texts: Sequence[str], known: int, stage: Any) -> Any:
-        """For each text -1, or the earlier one that it is near; the first `known` ones are kept."""
-        import numpy as np
-
-        from agfsync_jax.texts.duplicates import near_duplicates
-
-        if not self.path or len(texts) < 2:
-            return np.full(len(texts), -1)
-        self.load()
-        if new := [text for text in texts if text not in self._known]:
-            stage.print(f"embedding {len(new)} captions, to find those that are near another")
-            self._known.update(zip(new, self._model.embed(new), strict=True))
-        embeddings = np.stack([self._known[text] for text in texts])
-        return near_duplicates(embeddings, self.similarity, known=known)
-
-
-def _wave_of(
-    short: Mapping[str, int],
-    kept: Mapping[str, int],
-    asked: Mapping[str, int],
-    per_request: int,
-    limit: int,
-) -> dict[str, int]:
-    """Requests of each category in the next wave, of which none has more than there may be."""
-    wanted = {}
-    for name, missing in short.items():
-        before = asked[name] * per_request
-        share = max(kept[name] / before, _LEAST_YIELD) if before else _YIELD
-        wanted[name] = math.ceil(missing / (per_request * share)) if missing else 0
-    left = limit - sum(asked.values())
-    while sum(wanted.values()) > left:
-        wanted[max(wanted, key=wanted.get)] -= 1
-    return wanted
 
 
 def _tally(sieve: Sieve, themes: Themes) -> Callable[[Answer], str]:
@@ -377,7 +310,7 @@ def _tally(sieve: Sieve, themes: Themes) -> Callable[[Answer], str]:
 
 
 def _sifted(
-    exchange: Exchange, last: int, themes: Themes, sieve: Sieve, encoder: _Encoder, desk: Desk
+    exchange: Exchange, last: int, themes: Themes, sieve: Sieve, near: NearTexts, desk: Desk
 ) -> list[dict]:
     """What is kept of all waves so far, in the order of the requests."""
     rows: list[dict] = []
@@ -394,52 +327,32 @@ def _sifted(
     texts = known + [row["prompt"] for row in rows]
     of = [*desk.apart.values(), *(row["category"] for row in rows)]
     kept = []
-    found = encoder.near(texts, len(known), desk.stage)[len(known) :]
-    for row, near in zip(rows, found, strict=True):
-        if near < 0:
+    places = near(texts, len(known), desk.stage)[len(known) :]
+    for row, place in zip(rows, places, strict=True):
+        if place < 0:
             kept.append(row)
             continue
-        whose = sieve.whose(of[near], row["category"]).strip()
+        whose = sieve.whose(of[place], row["category"]).strip()
         where = whose if whose.startswith("from") else f"in {whose.removeprefix('in ')}"
-        sieve.drop(f"nearly repeated, {where}", f"{row['prompt']} — {texts[near]}")
+        sieve.drop(f"nearly repeated, {where}", f"{row['prompt']} — {texts[place]}")
     return kept
 
 
-def _chosen(rows: Sequence[dict], share: Mapping[str, int]) -> list[dict]:
-    """Each category's share, the first ones; of the others as many as are missing elsewhere."""
-    taken: Counter[str] = Counter()
-    chosen, others = [], []
-    for row in rows:
-        taken[row["category"]] += 1
-        (chosen if taken[row["category"]] <= share[row["category"]] else others).append(row)
-    return chosen + others[: sum(share.values()) - len(chosen)]
-
-
-def _examine(
-    exchange: Exchange, wave: int, rows: list[dict], found: dict, examiner: Examiner
-) -> None:
-    """Adds what a wave's answers hold."""
-    by_id = {llm_questions.custom_id(row, wave): row for row in rows}
-    for answer in exchange.answers(by_id):
-        row = by_id[answer.custom_id]
-        found[row["id"]] += examiner.questions(answer, row, found[row["id"]])
-
-
 def _write_counts(
-    desk: Desk,
+    talk: Talk,
     found: Filter,
-    answers: Iterator[Answer],
+    asked: Iterable[str],
     *,
     prices: tuple[float, float],
     **facts: Any,
 ) -> None:
     """Writes what the report shows, and says it in a line."""
-    total = spent(answers)
+    total = spent(talk.exchange.answers(asked))
     price = (prices[0] * total["prompt_tokens"] + prices[1] * total["completion_tokens"]) / 1e6
     told = facts | total | ({"price": round(price, 4)} if any(prices) else {})
     told |= found.facts()
-    write_text(desk.folder / COUNTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-    desk.stage.print(
+    write_text(talk.desk.folder / COUNTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    talk.desk.stage.print(
         f"{facts['rows']:,} kept of {found.read:,} in {total['requests']:,} answers;"
         f" {found.summary()}"
     )

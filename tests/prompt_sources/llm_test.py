@@ -275,6 +275,14 @@ def test_prompts_without_enough_questions_are_asked_about_once_more_and_go(tmp_p
     assert {row["id"] for row in questions} == {row["id"] for row in prompts}
 
 
+def test_questions_have_a_limit_of_requests_too(tmp_path, capsys):
+    with llm_server.Server(llm_server.write) as server:
+        both(tmp_path, server.url, evaluate__num_prompts=2, questions__max_requests=20)
+        assert sum('"questions"' in str(body["messages"][0]) for body in server.bodies) == 22
+    assert "4 of 24 requests are not asked" in capsys.readouterr().err
+    assert len(rows_of(tmp_path)[0]) == 20
+
+
 def test_questions_that_the_caption_does_not_answer_go(tmp_path):
     def answer(body, count):
         if '"answers"' in body["messages"][0]["content"]:
