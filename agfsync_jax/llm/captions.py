@@ -27,6 +27,7 @@ YIELD = 0.7  # of captions are kept, by the first estimate
 _LEAST_YIELD = 0.05  # by later ones
 MAX_TOKENS = 75  # of CLIP's text encoders, without begin and end
 
+_BULLET = r"\s*(\d+[.):]|[-*•])\s+"
 _SYSTEM = """\
 You write captions for a text-to-image model. Each caption describes one picture that could exist.
 - Say only what can be seen: things, how many there are, their colors, shapes and materials, where \
@@ -210,7 +211,7 @@ class Sieve(Filter):
         if not isinstance(item, str):
             self.drop("not a text", str(item))
             return ""
-        text = clean(item).strip("\"'“”").strip()
+        text = re.sub(_BULLET, "", clean(item)).strip("\"'“”").strip()
         plain = _plain(text)
         why = ""
         if not plain:
@@ -271,5 +272,4 @@ def _plain(text: str) -> str:
 
 def _lines(text: str) -> list[str]:
     """The entries of a list that was written as text."""
-    found = (re.match(r"\s*(?:\d+[.):]|[-*•])\s+(.+)", line) for line in text.splitlines())
-    return [match[1] for match in found if match]
+    return [line for line in text.splitlines() if re.match(_BULLET, line)]

@@ -5,6 +5,7 @@ One request a caption. Three styles: "yes_no", as AGFSync has them (arXiv:2403.1
 Davidsonian Scene Graph (arXiv:2310.18235).
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +46,37 @@ _STYLE = {
         " to make sense: the color of a car depends on there being a car."
     ),
 }
-_ENDING = '\nAnswer with JSON alone, an object whose "questions" is a list of {number} or more.'
+_EXAMPLE = "a red bus under two palm trees"
+_ASKED = {
+    "yes_no": (
+        dict(question="Is there a bus?", type="object", element="bus"),
+        dict(question="Is the bus red?", type="color", element="red"),
+        dict(question="Are there two palm trees?", type="counting", element="two palm trees"),
+    ),
+    "multiple_choice": (
+        dict(
+            question="What color is the bus?",
+            choices=["red", "blue", "yellow", "green"],
+            answer="red",
+            type="color",
+            element="red",
+        ),
+        dict(
+            question="Are there palm trees?",
+            choices=["yes", "no"],
+            answer="yes",
+            type="object",
+            element="palm trees",
+        ),
+    ),
+    "dsg": (
+        dict(tuple="entity - whole (bus)", question="Is there a bus?", depends_on=[]),
+        dict(tuple="attribute - color (bus, red)", question="Is the bus red?", depends_on=[1]),
+    ),
+}
+_ENDING = """
+Answer with JSON alone, an object whose "questions" is a list of {number} or more. Of "{caption}" \
+it would begin: {example}"""
 _TEXT, _NUMBER = {"type": "string"}, {"type": "integer"}
 _TYPE = {"type": "string", "enum": TYPES}
 _SCHEMAS = {
@@ -94,7 +125,9 @@ def write_requests(
         key: numbers, from which the server's seeds derive, with the row's place.
         **settings: of `requests.request`.
     """
-    told = (_RULES + "\n" + _STYLE[style] + _ENDING).format(types=", ".join(TYPES), number=number)
+    example = json.dumps({"questions": _ASKED[style]})
+    rules = f"{_RULES}\n{_STYLE[style].format(types=', '.join(TYPES))}"
+    told = rules + _ENDING.format(number=number, caption=_EXAMPLE, example=example[:-2] + ", ...")
     schema = requests.closed(questions=requests.listed(requests.closed(**_SCHEMAS[style])))
     for place, row in enumerate(rows):
         yield requests.request(
@@ -245,7 +278,7 @@ def _text(item: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+    return " ".join(re.sub(r"[^\w\s]|_", " ", text.casefold()).split())
 
 
 def _stems(text: str) -> set[str]:

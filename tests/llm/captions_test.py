@@ -83,7 +83,7 @@ def test_what_is_dropped_is_counted_under_its_name():
         "A wooden boat, beside two ducks!",
         {"caption": "a cat on a mat"},
     ]
-    items += ["a held out caption", '"a quoted red house"']
+    items += ["2. a held out caption", '"a quoted red house"']
     sieve = Sieve(THEMES, too_long="keep", known={"A held-out caption": "held-out prompts"})
     kept, _ = sift(items, sieve)
     assert kept == [fine, "a cat on a mat", "a quoted red house"]

@@ -494,7 +494,7 @@ def test_a_real_server_and_a_small_model(tmp_path):
                 client.models(client.Server(url))
                 break
         changes = {"prompts__categories": tmp_path / "three.json", "prompts__num_prompts": 9}
-        changes |= {"evaluate__num_prompts": 3, "prompts__max_requests": 12}
+        changes |= {"evaluate__num_prompts": 6, "prompts__max_requests": 12}
         changes |= {f"{block}__max_tokens": 400 for block in ("prompts", "questions")}
         changes |= {f"{block}__concurrency": 1 for block in ("prompts", "questions")}
         changes |= {"questions__num_questions": 6, "questions__min_questions": 1}
