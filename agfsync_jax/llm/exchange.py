@@ -7,6 +7,7 @@ A request has one answer, the first without an error. Nothing that has one is as
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from agfsync_jax.llm.requests import Answer, read_answer
 from agfsync_jax.utils.files import is_url, make_folder
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190 * 10**6  # of a file, as the Batch API takes it
-_PART_LINES = 500  # of answers in a bucket, where nothing can be appended to
+_PART_SECONDS = 20.0  # of answers in a bucket, where nothing can be appended to
 
 
 class Exchange:
@@ -99,11 +100,11 @@ class Exchange:
 
 
 class Log:
-    """Answers as they come, each on the disk at once; in a bucket a few hundred at a time."""
+    """Answers as they come, each on the disk at once; in a bucket those of 20 s at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file, self._lines = None, []
+        self._file, self._lines, self._put_at = None, [], time.monotonic()
 
     def __enter__(self) -> "Log":
         return self
@@ -118,7 +119,7 @@ class Log:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         if is_url(self.folder):
             self._lines.append(line)
-            if len(self._lines) >= _PART_LINES:
+            if time.monotonic() - self._put_at >= _PART_SECONDS:
                 self._put()
             return
         self._file = self._file or self._open()
@@ -140,6 +141,7 @@ class Log:
             number = len(list(self.folder.glob("responses-online-*.jsonl")))
             records.write_file(self.folder / f"responses-online-{number:05d}.jsonl", self._lines)
             self._lines = []
+        self._put_at = time.monotonic()
 
 
 def _ends_with_newline(path: Path) -> bool:

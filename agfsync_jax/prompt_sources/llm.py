@@ -137,8 +137,12 @@ def prompts(
             key=[seed, round_index, split != "train"],
         )
         sieve = Sieve(themes, too_long=too_long, known=desk.apart)
-        note = _tally(sieve, themes)
-        talk.wave(wave, write, tokens=per_request * _CAPTION_TOKENS, note=note)
+
+        def read(answer: Answer, sieve: Sieve = sieve) -> Iterable[str]:
+            return sieve.captions(answer, captions.category_of(answer.custom_id, themes))
+
+        tokens = per_request * _CAPTION_TOKENS
+        talk.wave(wave, write, tokens=tokens, note=_note(sieve, read))
         for row in talk.exchange.requests(wave):
             asked[captions.category_of(row["custom_id"], themes)] += 1
         sieve = Sieve(themes, too_long=too_long, known=desk.apart)
@@ -243,9 +247,11 @@ def questions(
         asking = functools.partial(
             llm_questions.write_requests, rows, style=style, number=num_questions, key=[seed]
         )
-        talk.wave(wave, asking, tokens=tokens, **changes)
-        waves.append((wave, rows))
         by_id = {llm_questions.custom_id(row, wave): row for row in rows}
+        seen = Examiner(style)
+        note = _note(seen, lambda answer: seen.questions(answer, by_id[answer.custom_id]))
+        talk.wave(wave, asking, tokens=tokens, note=note, **changes)
+        waves.append((wave, rows))
         for answer in talk.exchange.answers(by_id):
             row = by_id[answer.custom_id]
             found[row["id"]] += examiner.questions(answer, row, found[row["id"]])
@@ -295,16 +301,14 @@ def questions(
     return rows
 
 
-def _tally(sieve: Sieve, themes: Themes) -> Callable[[Answer], str]:
-    """What the progress says: captions that are kept so far, and dropped, before near duplicates
-    are looked for."""
+def _note(found: Filter, read: Callable[[Answer], Iterable[Any]]) -> Callable[[Answer], str]:
+    """What the progress says with each answer: how much of all is kept so far, and dropped."""
     kept = 0
 
     def note(answer: Answer) -> str:
         nonlocal kept
-        category = captions.category_of(answer.custom_id, themes)
-        kept += sum(1 for _ in sieve.captions(answer, category))
-        return f"{kept} kept, {sieve.read - kept} dropped"
+        kept += sum(1 for _ in read(answer))
+        return f"{kept} kept, {found.read - kept} dropped"
 
     return note
 

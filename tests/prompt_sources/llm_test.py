@@ -26,6 +26,7 @@ from agfsync_jax.utils.files import Unreachable, read_json
 from tests import llm_server
 from tests.llm_server import KEY, reply
 from tests.processes import ROOT, run_processes
+from tests.workdir_test import RUN, Bucket, bucket  # noqa: F401  (a fixture)
 
 SPEC = "configs/micro.py:tiny"
 NAMES = [each.name for each in captions.load_themes().categories]
@@ -413,6 +414,26 @@ def test_the_key_is_told_nowhere(tmp_path, monkeypatch, capsys):
     assert "refuses the key in $OPENAI_API_KEY (401" in out and KEY not in out
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.usefixtures("bucket")
+def test_answers_lie_in_a_bucket_too(monkeypatch):
+    """In parts, as nothing there can be appended to; and nothing is asked again."""
+    monkeypatch.setattr("agfsync_jax.llm.exchange._PART_SECONDS", 0.0)
+    with llm_server.Server(llm_server.write) as server:
+        both(RUN, server.url)
+    names = [
+        name for name in Bucket.store if name.startswith("/bucket/folder/run/round_000/questions.")
+    ]
+    assert sum("responses-online-" in name for name in names) > 1
+    done = {
+        name: Bucket.store.pop(name).getvalue()
+        for name in list(Bucket.store)
+        if "s.jsonl" in name[-14:]
+    }
+    assert len(done) == 4
+    both(RUN, server.url)  # which is no longer there
+    assert all(Bucket.store[name].getvalue() == data for name, data in done.items())
 
 
 def killed(commands, server, moments, environment):
