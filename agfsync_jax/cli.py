@@ -198,6 +198,7 @@ def _run(argv: list[str]) -> None:
 
     from agfsync_jax import checks
     from agfsync_jax.parallel import multihost, watch
+    from agfsync_jax.plans._room import advice
     from agfsync_jax.steps import settings
     from agfsync_jax.utils.files import to_path
 
@@ -210,7 +211,7 @@ def _run(argv: list[str]) -> None:
         if not getattr(args, "random_weights", False) and not runs:
             facts = {"num_devices": jax.device_count(), "round_index": args.round}
             checks.check(config, verb, workdir=workdir, **facts)
-        for line in checks.advice(config, verb) if multihost.is_main() else ():
+        for line in advice(config, verb) if multihost.is_main() else ():
             print(f"{verb}: {line}", file=sys.stderr)
         if workdir and not runs:
             writes = verb not in READING and multihost.is_main()

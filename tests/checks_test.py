@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from agfsync_jax import checks, cli
 from agfsync_jax.diffusion.schedules import Schedule
-from agfsync_jax.plans import _holdings
+from agfsync_jax.plans import _holdings, _room
 from agfsync_jax.utils import configs, modules
 from configs import micro
 from tests import released_folders
@@ -347,7 +347,7 @@ def test_weights_elsewhere_are_asked_for_last(files, monkeypatch):
 def room(monkeypatch, memory=2**40, free=2**50):
     monkeypatch.setattr(_holdings, "memory", lambda device: memory)
     usage = SimpleNamespace(total=2**50, used=0, free=free)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(_room.shutil, "disk_usage", lambda path: usage)
 
 
 def released(spec, **changes):
@@ -356,11 +356,11 @@ def released(spec, **changes):
 
 
 def told_of_memory(config, verb):
-    return list(checks.memory(config, verb, checks.trained_bytes(config, verb)[0]))
+    return list(_room.memory(config, verb, _room.trained_bytes(config, verb)[0]))
 
 
 def told_of_disk(config, verb, workdir):
-    return list(checks.disk(config, verb, workdir, checks.trained_bytes(config, verb)[1]))
+    return list(_room.disk(config, verb, workdir, _room.trained_bytes(config, verb)[1]))
 
 
 def test_weights_that_do_not_fit_are_told(monkeypatch):
@@ -439,10 +439,10 @@ def test_the_command_line_looks_at_memory_and_disk(monkeypatch, tmp_path, capsys
 
 def test_a_dtype_that_costs_more_than_it_saves_is_told(monkeypatch):
     config = released("configs/sd15.py")
-    lines = list(checks.advice(config, "run"))  # the tests' devices are CPUs
+    lines = list(_room.advice(config, "run"))  # the tests' devices are CPUs
     assert len(lines) == 4 and "config.scorers.aesthetic.dtype=bfloat16: on CPUs" in lines[0]
-    assert list(checks.advice(config, "train")) == []
-    assert list(checks.advice(configs.load("configs/micro.py", {}), "run")) == []
+    assert list(_room.advice(config, "train")) == []
+    assert list(_room.advice(configs.load("configs/micro.py", {}), "run")) == []
 
 
 def test_peoples_pairs_are_looked_at(tmp_path):
