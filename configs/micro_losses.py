@@ -25,7 +25,22 @@ PASSES = dict.fromkeys(PAIRS, 8) | dict.fromkeys(WITHOUT_REFERENCE, 6) | dict.fr
 EXAMPLES = {8: 32, 6: 32, 32: 8}  # in a batch
 
 RATES = (2e-5, 4e-5)
-CHOSEN: dict[str, float] = {}  # loss -> the rate that the first sweep found best; others: 2e-5
+# Loss -> the rate that the first sweep found best by referee_strict; others: 2e-5.
+CHOSEN: dict[str, float] = {
+    "diffusion_dpo": 4e-5,
+    "ipo": 2e-5,
+    "hinge": 4e-5,
+    "cdpo": 4e-5,
+    "kto": 4e-5,
+    "smpo": 2e-5,
+    "dspo": 4e-5,
+    "agfsync_norm": 2e-5,
+    "mapo": 2e-5,
+    "sft": 4e-5,
+    "rankdpo": 4e-5,
+    "dgpo": 2e-5,
+    "diffusion_nft": 4e-5,
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

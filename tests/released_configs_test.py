@@ -16,7 +16,7 @@ from agfsync_jax.data import records
 from agfsync_jax.data.images import decode_png
 from agfsync_jax.data.pairs import read_pairs
 from agfsync_jax.utils import configs
-from tests import released_folders
+from tests import llm_server, released_folders
 from tests.twins import blip2_folder
 from tests.variants import RELEASED, VARIANTS
 
@@ -157,3 +157,27 @@ def test_plan_of(name, files, capsys):
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert [row["verb"] for row in rows] == ["sample", "score", "train"]
     assert all(row["bytes_per_chip"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_language_model_writes_all_that_a_released_config_needs(files, tmp_path):
+    """No file of the user's: the command of the pages, with a server."""
+    own = ("questions.path", "prompts.path", "evaluate.path")
+    given = [
+        each
+        for each in arguments(files, "configs/sd15.py:")
+        if not each.startswith(tuple(f"--config.{key}=" for key in own))
+    ]
+    given[0] = "--config=configs/sd15.py"
+    given += ["--config.prompts.source=llm", "--config.questions.source=llm"]
+    given += ["--config.prompts.embedder=", "--config.evaluate.num_prompts=2"]
+    with llm_server.Server(llm_server.write) as server:
+        urls = [f"--config.{block}.base_url={server.url}" for block in ("prompts", "questions")]
+        assert cli.main(["run", *given, *urls, f"--workdir={tmp_path}"]) == 0
+    check_report(tmp_path)
+    check_pairs(tmp_path, "")
+    held, trained = (
+        records.read_jsonl(tmp_path / f"round_000/{name}.jsonl")
+        for name in ("heldout/prompts", "prompts")
+    )
+    assert [row["source"] for row in held + trained] == ["llm"] * 4
