@@ -24,7 +24,7 @@ def write_prompts(job: Job) -> None:
     Raises:
         ValueError: the source cannot give that many prompts.
     """
-    config = job.config
+    config, waiting = job.config, False
     for path in job.files:
         if path not in job.missing:
             continue
@@ -38,7 +38,9 @@ def write_prompts(job: Job) -> None:
             rows = draw(round_index=job.round_index if of_training else 0, desk=desk)
         except Waiting as told:
             job.stage.print(str(told))
-            return
+            waiting = True
+        if waiting:  # training's are made apart from those that are held out
+            continue
         records.write_jsonl(path, rows)
         job.stage.items += len(rows)
 

@@ -42,7 +42,7 @@ def write_questions(job: Job) -> None:
             rows = ask_questions(spec, prompt_rows, seed=config.seed, desk=desk)
         except Waiting as told:
             job.stage.print(str(told))
-            return
+            continue
         asked = {row["id"] for row in rows}
         kept = [row for row in prompt_rows if row["id"] in asked]
         if len(kept) < len(prompt_rows) or (path.parent != job.folder and not prompts.exists()):

@@ -349,20 +349,21 @@ def test_by_files_alone(tmp_path, capsys, monkeypatch):
         records.write_jsonl(folder / f"responses-{wave:03d}.jsonl", rows)
 
     changes = {"prompts__model": "big-model"}
-    for folder in ("heldout/prompts.llm", "prompts.llm"):
-        assert agfsync("prompts", tmp_path, "", "--requests", **changes) == 0
-        said = capsys.readouterr().err
-        assert f"{folder}/requests-000.jsonl" in said and "vllm run-batch -i" in said
-        assert "--model big-model" in said.replace("\n", " ").replace("  ", " ")
-        assert not (tmp_path / "round_000/prompts.jsonl").exists()
-        assert agfsync("prompts", tmp_path, "", **changes) == 2  # nobody to ask
-        assert "no language model to ask: set config.prompts.base_url" in capsys.readouterr().err
-        answered(folder, 0)
-    assert agfsync("prompts", tmp_path, "", **changes) == 0
-    for folder in ("heldout/questions.llm", "questions.llm"):
-        assert agfsync("questions", tmp_path, "", "--requests", **changes) == 0
-        answered(folder, 0)
-    assert agfsync("questions", tmp_path, "", **changes) == 0
+    for verb in ("prompts", "questions"):
+        folders = f"heldout/{verb}.llm", f"{verb}.llm"
+        assert agfsync(verb, tmp_path, "", "--requests", **changes) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        for folder in folders:
+            assert f"vllm run-batch -i {tmp_path}/round_000/{folder}/requests-000.jsonl -o" in said
+        assert ("--model big-model" in said) == (verb == "prompts")
+        assert agfsync(verb, tmp_path, "", **changes) == 2  # nobody to ask
+        assert f"no language model to ask: set config.{verb}.base_url" in capsys.readouterr().err
+        answered(folders[1], 0)  # training's alone, and what is held out is not known yet
+        assert agfsync(verb, tmp_path, "", "--requests", **changes) == 0
+        assert (tmp_path / f"round_000/{verb}.jsonl").exists() == (verb == "questions")
+        answered(folders[0], 0)
+        assert agfsync(verb, tmp_path, "", **changes) == 0
+        capsys.readouterr()
     prompts, questions = rows_of(tmp_path)
     assert len(prompts) == 24 and len({row["id"] for row in questions}) == 24
 
