@@ -358,6 +358,16 @@ def prompts(config: ConfigDict, verb: str, round_index: int, workdir: Path | Non
             drawn += [row["prompt"] for row in rows]
             if found:
                 break
+    example = load_themes().categories[0].examples[0]  # of what a language model writes
+    if not at_once and asks and makes_pairs and verb == "run":
+        written = workdir and (workdir / f"round_{round_index:03d}" / "prompts.jsonl").exists()
+        row = {"id": "example", "prompt": example, "category": "", "source": ""}
+        spec = config.questions.to_dict()
+        if not written:
+            yield from _told(
+                lambda: prompt_sources.ask_questions(spec, [row], seed=seed),
+                f"config.questions.source={spec['source']} and prompts of a language model: ",
+            )
     if verb in ("run", "evaluate"):
         if pairs := config.pair.path:
             check_reachable(to_path(pairs))
@@ -366,7 +376,6 @@ def prompts(config: ConfigDict, verb: str, round_index: int, workdir: Path | Non
         held: list[dict] = []
         if not is_made(config, workdir):
             if prompt_sources.takes_long(held_out_block(config), "prompts"):
-                example = load_themes().categories[0].examples[0]
                 yield from evaluators(config, [example])
             if verb == "run" and not config.pair.path:
                 return  # it will be

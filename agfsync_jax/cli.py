@@ -11,6 +11,7 @@ import errno
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import platform
@@ -364,9 +365,17 @@ def print_help(
     print(f"usage: agfsync {verb} --config=FILE[:arg] --workdir=DIR [--config.key=value ...]\n")
     print(f"{docstring(verb)}\n\n{flags.format_help().strip()}")
     print(f"\nkeys, with their values in {spec}:")
-    for key, value in configs.flatten(configs.load(spec, overrides)).items():
-        if key.partition(".")[0] in blocks:
-            print(f"{f'  --config.{key}={value}':<48}  {meaning.get(key, '')}".rstrip())
+    config = configs.load(spec, overrides)
+    flat = {key: v for key, v in configs.flatten(config).items() if key.partition(".")[0] in blocks}
+    for block in {"prompts", "questions"} & set(blocks):  # what their sources take besides
+        function = getattr(modules.load("prompt_sources", config[block].source), block)
+        known = inspect.signature(function).parameters
+        given = {name: each.default for name, each in known.items() if name not in config[block]}
+        flat |= {
+            f"{block}.{name}": v for name, v in given.items() if v is not inspect.Parameter.empty
+        }
+    for key, value in flat.items():
+        print(f"{f'  --config.{key}={value}':<48}  {meaning.get(key, '')}".rstrip())
 
 
 def start_jax(*processes: Any) -> None:

@@ -465,3 +465,20 @@ def test_buckets_are_looked_at_before_anything_is_drawn(tmp_path):
         with pytest.raises(ValueError, match="inversion_steps=10 wants images of one shape"):
             check(verb, **people, train__inversion_steps=10)
         check(verb, **people | {"pair__buckets": 0}, train__inversion_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"has 'referee': caption 'a turquoise .*' is not in the micro world's grammar"),
+        ({"evaluate.evaluators": "()"}, "source=micro and prompts of a language model: caption"),
+    ],
+)
+def test_what_knows_the_micro_world_alone_is_told_before_a_language_model_writes(changes, message):
+    changes = {"prompts.source": "llm", "evaluate.source": "llm"} | changes
+    config = configs.load("configs/micro.py", changes)
+    with pytest.raises(ValueError, match=message):
+        checks.check(config, "run", num_devices=1)
+    config = configs.load("configs/micro.py", changes | {"questions.source": "llm"})
+    config.evaluate.evaluators = ()
+    checks.check(config, "run", num_devices=1)

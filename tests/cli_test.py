@@ -307,3 +307,12 @@ def test_prompts_and_questions_run_alone(tmp_path, capsys):
         capsys.readouterr()
         assert cli.main(args) == 0
         assert "skipped 1 of 1" in capsys.readouterr().err
+
+
+def test_help_lists_what_a_source_takes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["questions", "--help", "--config=configs/sd15.py", "--config.questions.source=llm"]
+        )
+    said = capsys.readouterr().out
+    assert "--config.questions.style=yes_no" in said and "--config.questions.path" not in said
