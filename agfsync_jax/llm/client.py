@@ -6,6 +6,7 @@ here: whether one request fails, or the server does.
 
 import asyncio
 import dataclasses
+import email.utils
 import json
 import os
 import re
@@ -216,7 +217,12 @@ class _Asker:
                 waited = time.monotonic() - self.last
                 if waited > (_PATIENCE if self.answered else _FIRST_PATIENCE):
                     raise unreachable(self.server, said) from None
-                await asyncio.sleep(min(_PAUSE[0] * 2**sendings, _PAUSE[1]))
+                pause = min(_PAUSE[0] * 2**sendings, _PAUSE[1])
+                if wait := _retry_after(error):  # longer than the package waits
+                    pause = max(pause, wait)
+                    self.last = max(self.last, time.monotonic() + wait)
+                    self.tell(f"{self.server.url} wants {wait:.0f} s of patience: {said:.200}")
+                await asyncio.sleep(pause)
                 continue
             if form > self.form:
                 _forms[self.server.url] = form
@@ -271,6 +277,21 @@ class _Asker:
 
 class _NoAnswerError(Exception):
     """What came was no answer of a language model."""
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds that the server asks to wait, 0 where it does not; an hour at most."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    said = headers.get("retry-after", "")
+    try:
+        return min(max(float(said), 0.0), 3600.0)
+    except ValueError:
+        pass
+    try:
+        until = email.utils.parsedate_to_datetime(said).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(until - time.time(), 0.0), 3600.0)
 
 
 def _message(error: Exception) -> str:

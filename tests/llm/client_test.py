@@ -2,6 +2,7 @@
 
 import json
 import time
+from email.utils import formatdate
 
 import pytest
 
@@ -95,6 +96,25 @@ def test_retry_after_is_waited_for(tmp_path):
     began = time.monotonic()
     ask(tmp_path, lambda body, count: FINE if count > 1 else slow, count=1)
     assert time.monotonic() - began >= 1
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_a_long_wait_that_the_server_wants_is_kept(date, tmp_path, monkeypatch):
+    """Longer than the package waits by itself, and than the patience with a silent server."""
+    slept, sleep = [], client.asyncio.sleep
+
+    async def record(seconds):
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(client.asyncio, "sleep", record)
+    when = formatdate(time.time() + 500, usegmt=True) if date else "500"
+    slow = (429, '{"error": {"message": "daily limit"}}', {"Retry-After": when})
+    found, _, told = ask(tmp_path, lambda body, count: FINE if count > 2 else slow, count=1)
+    assert texts(found) == [["a red cat on a mat"]]
+    long = [seconds for seconds in slept if seconds > 100]
+    assert len(long) == 2 and all(abs(seconds - 500) < 3 for seconds in long)
+    assert "wants 500 s of patience: " in told[0] or date
 
 
 def test_a_timeout_is_tried_again(tmp_path):
