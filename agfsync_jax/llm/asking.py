@@ -163,7 +163,7 @@ def _ask(
             progress.update(note=", ".join(filter(None, said)))
 
         rows = _missing(exchange, wave, known)
-        client.ask(server, rows, log, on_answer, stage.print)
+        client.ask(server, rows, log, on_answer, stage.print, answered=bool(known))
 
 
 def spent(answers: Iterable[Answer]) -> dict[str, int]:

@@ -24,7 +24,10 @@ _RETRIES = 4  # of the openai package, for one sending
 _SENDINGS = 3  # of a request that fails while others are answered; then it is given up
 _PATIENCE = 300.0  # seconds without any answer, after which the server is given up
 _FIRST_PATIENCE = 30.0  # until the first one
-_forms: dict[str, int] = {}  # of FORMATS by server, once one was refused
+_ENOUGH = 8  # failures at the start, without any answer
+_habits: dict[str, "_Habits"] = {}  # by server, for all of a process's requests
+_PARAMETERS = ("max_tokens", "temperature", "top_p", "seed")
+_UNKNOWN = re.compile("unsupported|not support|unknown|unrecognized|not permitted", re.IGNORECASE)
 _FORM = re.compile(r"response_format|json_schema|grammar|structured")
 _PAUSE = 2.0, 30.0  # seconds between sendings: the first, and the longest
 
@@ -134,6 +137,7 @@ def ask(
     log: Log,
     on_answer: Callable[[Answer], None],
     tell: Callable[[str], None],
+    answered: bool = False,
 ) -> None:
     """Sends requests, `server.concurrency` at once, and keeps each answer as it comes.
 
@@ -142,24 +146,50 @@ def ask(
     Args:
         on_answer: told of each answer.
         tell: told in words of what a user should know.
+        answered: whether the server is known to answer such requests. Else one that answers none
+            of the first is wrong, and not the requests.
 
     Raises:
-        ValueError: the key is refused, the model is not there, nothing is left to pay with.
+        ValueError: the key is refused, the model is not there, nothing is left to pay with, or
+            none of the first requests is answered.
         Unreachable: no answer for a long time.
     """
-    asyncio.run(_Asker(server, log, on_answer, tell).run(iter(rows)))
+    asyncio.run(_Asker(server, log, on_answer, tell, answered).run(iter(rows)))
+
+
+@dataclasses.dataclass
+class _Habits:
+    """What is known of a server's likes: the strictest of FORMATS that it takes, and parameters
+    that it has under another name, or not at all (None)."""
+
+    form: int = 0
+    names: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def learn(self, said: str) -> str:
+        """The parameter that the server refuses in these words; "" for none, or one that is known.
+
+        OpenAI's reasoning models take max_completion_tokens, and no temperature.
+        """
+        for name in _PARAMETERS if _UNKNOWN.search(said) else ():
+            if re.search(rf"\b{name}\b", said) and name not in self.names:
+                other = f"max_completion_{name.removeprefix('max_')}"
+                self.names[name] = other if other in said else None
+                return name
+        return ""
+
+    def body(self, body: Mapping[str, Any], form: int) -> dict[str, Any]:
+        """A request's body as the server likes it."""
+        names = {key: self.names.get(key, key) for key in body}
+        return {names[k]: v for k, v in with_form(body, FORMATS[form]).items() if names[k]}
 
 
 class _Asker:
-    def __init__(self, server: Server, log: Log, on_answer: Any, tell: Any):
+    def __init__(self, server: Server, log: Log, on_answer: Any, tell: Any, answered: bool):
         self.server, self.log, self.on_answer, self.tell = server, log, on_answer, tell
-        self.answered = self.exhausted = False  # anything, and whether no request is left to send
+        self.habits = _habits.setdefault(server.url, _Habits())
+        self.answered, self.exhausted = answered, False  # whether no request is left to send
+        self.failed: list[dict] = []  # before anything was answered
         self.last = time.monotonic()  # when something was answered
-
-    @property
-    def form(self) -> int:
-        """The strictest of FORMATS that the server is known to take."""
-        return _forms.get(self.server.url, 0)
 
     async def run(self, rows: Any) -> None:
         async with self.server.client() as client:
@@ -169,6 +199,8 @@ class _Asker:
             ]
             try:
                 await asyncio.gather(*workers)
+                if self.failed:
+                    self._refuse()
             except BaseException:
                 for each in workers:
                     each.cancel()
@@ -178,13 +210,28 @@ class _Asker:
     async def _work(self, client: Any, rows: Any) -> None:
         for row in rows:  # all workers take from one iterator
             found = await self._answer(client, row)
-            self.log.write(found)
-            self.on_answer(read_answer(found))
+            self.failed += [found] if found["error"] else []
+            if not self.answered:  # it may be the server that is wrong, or all of the requests
+                if len(self.failed) >= min(_ENOUGH, self.server.concurrency):
+                    self._refuse()
+                continue
+            for each in [*self.failed, *([] if found["error"] else [found])]:
+                self.log.write(each)
+                self.on_answer(read_answer(each))
+            self.failed.clear()
         self.exhausted = True
+
+    def _refuse(self) -> None:
+        said = self.failed[0]["error"]["message"]
+        raise ValueError(
+            f"{self.server.url} answers none of the first requests ({said:.300}): nothing is kept"
+            " of them; change what it says, and give the command again."
+        )
 
     async def _answer(self, client: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         """The line of the answer to a request, or of its failure."""
-        openai, form, sendings, own = load_openai(), self.form, 0, 0
+        openai, form, sendings, own = load_openai(), self.habits.form, 0, 0
+        names = dict(self.habits.names)
         while True:
             began = time.monotonic()
             try:
@@ -194,15 +241,22 @@ class _Asker:
             except openai.NotFoundError as error:
                 raise await self._no_model(client, row, error) from None
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                said = self.server.without_key(_message(error))
+                said, before = self.server.without_key(_message(error)), dict(names)
+                names = dict(self.habits.names)
+                if names != before:  # learned from another request
+                    continue
+                if name := self.habits.learn(said):
+                    names = dict(self.habits.names)
+                    self.tell(f"{self.server.url} takes no {name}: it has {names[name] or 'none'}")
+                    continue
                 if form + 1 < len(FORMATS):  # it may be the form that it does not know
-                    form = max(form + 1, self.form)
+                    form = max(form + 1, self.habits.form)
                     continue
                 return self._failed(row, f"{error.status_code}: {said:.500}")
             except (openai.APIError, _NoAnswerError) as error:
                 said = self.server.without_key(_message(error))
                 if form + 1 < len(FORMATS) and _FORM.search(said):  # a defect that it meets
-                    form = max(form + 1, self.form)
+                    form = max(form + 1, self.habits.form)
                     continue
                 if getattr(error, "code", None) == "insufficient_quota":
                     raise ValueError(
@@ -224,8 +278,8 @@ class _Asker:
                     self.tell(f"{self.server.url} wants {wait:.0f} s of patience: {said:.200}")
                 await asyncio.sleep(pause)
                 continue
-            if form > self.form:
-                _forms[self.server.url] = form
+            if form > self.habits.form:
+                self.habits.form = form
                 self.tell(
                     f"{self.server.url} refuses {FORMATS[form - 1]}: asked with {FORMATS[form]}"
                 )
@@ -234,7 +288,7 @@ class _Asker:
 
     async def _send(self, client: Any, row: Mapping[str, Any], form: int) -> dict[str, Any]:
         """The body of the answer."""
-        body = with_form(row["body"], FORMATS[form])
+        body = self.habits.body(row["body"], form)
         try:
             found = await client.post("/chat/completions", cast_to=object, body=body)
         except ValueError as error:  # as JSON's errors are

@@ -165,6 +165,39 @@ def test_a_bad_request_is_kept_as_failed(tmp_path):
     assert last["response_format"]["type"] == "json_schema"  # it was not the form
 
 
+def test_parameters_that_a_model_does_not_take_are_left_out(tmp_path):
+    """As OpenAI's reasoning models say it; each is told once, and asked with no more."""
+
+    def answer(body, count):
+        said = ""
+        if "max_tokens" in body:
+            said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
+            said += " 'max_completion_tokens' instead."
+        elif "temperature" in body:
+            said = "Unsupported value: 'temperature' does not support 0.9 with this model."
+        return (400, json.dumps({"error": {"message": said}})) if said else FINE
+
+    found, server, told = ask(tmp_path, answer, count=20, concurrency=2)
+    assert texts(found) == [["a red cat on a mat"]] * 20 and len(told) == 2
+    last = server.bodies[-1]
+    assert (
+        last["max_completion_tokens"] == 64 and "temperature" not in last and last["top_p"] == 0.7
+    )
+    assert last["response_format"]["type"] == "json_schema" and len(server.bodies) <= 20 + 4
+
+
+def test_a_server_that_answers_nothing_is_wrong_and_not_the_requests(tmp_path):
+    """Nothing is kept as failed: what it says can be mended."""
+    long = (400, json.dumps({"error": {"message": "the maximum context length is 10 tokens"}}))
+    with pytest.raises(ValueError, match="answers none of the first requests .*length is 10"):
+        ask(tmp_path, lambda *_: long, count=20)
+    assert not Exchange(tmp_path).answered()
+    with pytest.raises(ValueError, match="answers none of the first requests"):
+        ask(tmp_path, lambda *_: long, count=1)
+    found, *_ = ask(tmp_path, lambda body, _: long if is_number(body, 0) else FINE, concurrency=9)
+    assert found["r0"].error and len(found) == 6
+
+
 def test_a_wrong_key_stops_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"refuses the key in \$MINE \(401: .*\*\*\*") as error:
         monkeypatch.setenv("MINE", "sk-mine-wrong-123")
