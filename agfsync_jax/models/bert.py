@@ -141,13 +141,15 @@ class BertModel(nnx.Module):
     """
 
     config_class = BertConfig
+    parts = (BertEmbeddings, BertEncoder)
     ignored_keys = (r"embeddings\.position_ids", r"pooler\..*")
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         kwargs = {"dtype": dtype, "rngs": rngs}
-        self.embeddings = BertEmbeddings(config, **kwargs)
-        self.encoder = BertEncoder(config, **kwargs)
+        embeddings, encoder = self.parts
+        self.embeddings = embeddings(config, **kwargs)
+        self.encoder = encoder(config, **kwargs)
 
     def __call__(
         self, input_ids: Int[Array, "b n"], attention_mask: Bool[Array, "b n"] | Int
@@ -159,7 +161,7 @@ class BertModel(nnx.Module):
         """
         if input_ids.shape[1] > self.config.max_length:
             raise ValueError(
-                f"texts of {input_ids.shape[1]} tokens: this BERT takes {self.config.max_length}"
+                f"texts of {input_ids.shape[1]} tokens: this network takes {self.config.max_length}"
                 " at most, so cut them."
             )
         mask = attention_mask.astype(bool)[:, None, None, :]

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from agfsync_jax.models.attention import multi_head
-from agfsync_jax.models.bert import BertIntermediate, BertOutput
+from agfsync_jax.models.bert import BertIntermediate, BertModel, BertOutput
 from agfsync_jax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, ModelConfig
 from agfsync_jax.models.t5 import position_bias
 
@@ -115,33 +115,8 @@ class MPNetEncoder(nnx.Module):
         return x
 
 
-class MPNetModel(nnx.Module):
-    """The encoder without its pooler, which sentence encoders leave unused.
-
-    Compute is in `dtype`, parameters are float32.
-    """
+class MPNetModel(BertModel):
+    """The encoder without its pooler; see `BertModel`."""
 
     config_class = MPNetConfig
-    ignored_keys = (r"embeddings\.position_ids", r"pooler\..*")
-
-    def __init__(self, config: MPNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.config = config
-        kwargs = {"dtype": dtype, "rngs": rngs}
-        self.embeddings = MPNetEmbeddings(config, **kwargs)
-        self.encoder = MPNetEncoder(config, **kwargs)
-
-    def __call__(
-        self, input_ids: Int[Array, "b n"], attention_mask: Bool[Array, "b n"] | Int
-    ) -> Float[Array, "b n d"]:
-        """The last hidden states; `attention_mask` is nonzero at the tokens to attend to.
-
-        Raises:
-            ValueError: more tokens than there are positions.
-        """
-        if input_ids.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"texts of {input_ids.shape[1]} tokens: this MPNet takes {self.config.max_length}"
-                " at most, so cut them."
-            )
-        mask = attention_mask.astype(bool)[:, None, None, :]
-        return self.encoder(self.embeddings(input_ids), mask=mask)
+    parts = (MPNetEmbeddings, MPNetEncoder)
