@@ -482,7 +482,7 @@ class FakeValidation:
 
     scores = {2: 0.5, 4: 0.9, 5: 0.7}
 
-    def __init__(self, config, mesh, backbone):
+    def __init__(self, config, workdir, mesh, backbone):
         assert set(backbone.params) == {"text_encoder"}  # all but the denoiser
 
     def __call__(self, networks):

@@ -139,7 +139,10 @@ def test_only_the_main_process_writes(tmp_path):
 def test_every_setting_is_of_one_kind():
     """A key that no step reads would make everything stale, and no pattern may name nothing."""
     read = {block for step in steps() for block in step.settings}
-    keys = configs.flatten(configs.load(MICRO, {}))
+    asked = ("base_url", "api_key_env", "concurrency", "timeout", "max_requests")
+    asked = dict.fromkeys((*asked, "price_in", "price_out"), "9")  # of a language model
+    llm = {"prompts.source": "llm"} | {f"prompts.{name}": value for name, value in asked.items()}
+    keys = configs.flatten(configs.load(MICRO, llm))
     free = {key for key in keys if settings.is_run_time(key)}
     assert {key.partition(".")[0] for key in keys if key not in free} <= read
     assert read <= {key.partition(".")[0] for key in keys}
