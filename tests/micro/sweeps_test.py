@@ -24,4 +24,4 @@ def test_every_run_of_them_can_be(spec, num_runs, num_shared, tmp_path):
     spec = f"configs/{spec}"
     found = sweep.plan(spec, {}, configs.sweep(spec), tmp_path)
     assert len(found) == num_runs and len(sweep.shared_by(found)) == num_shared
-    sweep.check(found, num_devices=None)
+    sweep.check([part for part in found if part.config.train.seed == 0], num_devices=None)
