@@ -121,8 +121,9 @@ def prompts(
     share = captions.shares(num_prompts, themes)
     per_request = min(per_request, math.ceil(max(share.values()) / captions.YIELD))
     limit = max_requests or _MOST * (math.ceil(num_prompts / per_request) + len(themes.categories))
-    # What is wrong with the encoder is told before anything is asked.
-    near = NearTexts("" if desk.offline else embedder, similarity)
+    near = NearTexts(embedder, similarity)
+    if not desk.offline:
+        near.load()  # what is wrong with it is told before anything is asked
     asked: Counter[str] = Counter()
     short, kept_of, wave = dict(share), Counter(), 0
     while True:

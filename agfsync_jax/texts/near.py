@@ -19,21 +19,25 @@ class NearTexts:
         path: of the encoder; empty: no text is near another one.
         similarity: the cosine from which two are near.
 
-    Raises:
-        FileNotFoundError, ValueError: see `SentenceEncoder`.
     """
 
     def __init__(self, path: str, similarity: float):
-        self.similarity = similarity
-        mesh = create_mesh({"data": -1}, devices=jax.local_devices())
-        self._encoder = SentenceEncoder(path, mesh=mesh) if path else None
+        self.path, self.similarity = path, similarity
+        self._encoder: SentenceEncoder | None = None
         self._known: dict[str, np.ndarray] = {}
+
+    def load(self) -> None:
+        """Loads the encoder, which the first call does else; raises as `SentenceEncoder` does."""
+        if self.path and self._encoder is None:
+            mesh = create_mesh({"data": -1}, devices=jax.local_devices())
+            self._encoder = SentenceEncoder(self.path, mesh=mesh)
 
     def __call__(self, texts: Sequence[str], known: int, stage: Stage) -> Int[np.ndarray, " n"]:
         """Of each text -1, or the place of the earlier one that is kept and nearest to it; the
         first `known` are kept whatever they are."""
-        if self._encoder is None or len(texts) < 2:
+        if not self.path or len(texts) < 2:
             return np.full(len(texts), -1)
+        self.load()
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         with stage.progress(len(new), "embeds", unit="texts") as progress:
             rows: list[np.ndarray] = []

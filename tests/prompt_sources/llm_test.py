@@ -21,6 +21,7 @@ from agfsync_jax.data import questions as data_questions
 from agfsync_jax.data import records
 from agfsync_jax.evaluation.prompts import held_out
 from agfsync_jax.llm import captions, client
+from agfsync_jax.llm.requests import response
 from agfsync_jax.utils import configs
 from agfsync_jax.utils.files import Unreachable, read_json
 from tests import llm_server
@@ -331,6 +332,19 @@ def test_of_two_processes_one_asks(tmp_path):
             assert run_processes(TWO_PROCESSES, verb, *flags(tmp_path, server.url)) == [0, 0]
         assert set(server.seen.values()) == {1} and len(server.bodies) == 12 + 12 + 12 + 24
     assert len(rows_of(tmp_path)[0]) == 24
+
+
+def test_near_duplicates_go_whoever_answered(tmp_path, capsys):
+    """Requests are written without the encoder; answers are not taken without it."""
+    changes = {"prompts__embedder": "none", "prompts__model": "m", "evaluate__source": "micro"}
+    assert agfsync("prompts", tmp_path, "", "--requests", **changes) == 0
+    folder = tmp_path / "round_000/prompts.llm"
+    rows = records.read_jsonl(folder / "requests-000.jsonl")
+    rows = [response(row["custom_id"], json.loads(llm_server.write(row["body"]))) for row in rows]
+    records.write_jsonl(folder / "responses-000.jsonl", rows)
+    assert agfsync("prompts", tmp_path, "", "--requests", **changes) == 2
+    assert "'none'" in capsys.readouterr().err
+    assert not (tmp_path / "round_000/prompts.jsonl").exists()
 
 
 def test_by_files_alone(tmp_path, capsys, monkeypatch):
