@@ -31,6 +31,7 @@ setup(
     package_data={
         "agfsync_jax.micro": ["weights/**/*"],
         "agfsync_jax.data": ["clip_vocabulary/*"],
+        "agfsync_jax.llm": ["categories.json"],
         "agfsync_jax.reports": ["templates/*"],
     },
     entry_points={"console_scripts": ["agfsync = agfsync_jax.cli:main"]},

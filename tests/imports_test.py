@@ -215,6 +215,20 @@ def test_every_library_is_in_setup():
             assert names & listed, f"{_id(path)}:{found.line} imports {found.name}: in no setup.py"
 
 
+def test_every_data_file_is_in_setup():
+    """What the package reads must be installed with it."""
+    setup = (ROOT / "setup.py").read_text()
+    listed = setup[setup.index("package_data={") : setup.index("entry_points")]
+    known = {
+        path
+        for name, pattern in re.findall(r'"agfsync_jax\.(\w+)": \["(.+?)"\]', listed)
+        for path in (PACKAGE / name).glob(pattern)
+    }
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".py"}
+    missing = {path for path in data - known if "__pycache__" not in path.parts}
+    assert not missing, f"setup.py would leave out {missing}"
+
+
 def test_a_forbidden_import_is_seen(tmp_path):
     path = tmp_path / "file.py"
     path.write_text("import os\ndef f():\n    from agfsync_jax.data import records, images\n")
