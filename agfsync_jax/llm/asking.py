@@ -106,21 +106,22 @@ def _complete(talk: Talk, wave: int, tokens: int, note: Callable[[Answer], str])
     if not count:
         return
     files = " ".join(str(path) for path in exchange.files(wave))
-    if desk.offline or not server.is_known:
-        told = (
-            f"{count} requests wait for answers in\n  {files}\nHave them answered into"
-            f" {exchange.folder}/responses-{wave:03d}.jsonl, by a batch service or, on a machine"
-            " with the model,\n"
-            f"  vllm run-batch -i {exchange.files(wave)[0]} -o"
-            f" {exchange.folder}/responses-{wave:03d}.jsonl --model"
-            f" {next(exchange.requests(wave))['body']['model']}\nand give `agfsync {verb}` again."
+    if desk.offline:
+        first, answers = exchange.files(wave)[0], exchange.folder / f"responses-{wave:03d}.jsonl"
+        model = next(exchange.requests(wave))["body"]["model"]
+        raise Waiting(
+            f"{count} requests wait for answers in\n  {files}\nHave them answered into {answers},"
+            " by a batch service or, on a machine with the model,\n"
+            f"  vllm run-batch -i {first} -o {answers} --model {model}\n"
+            f"and give `agfsync {verb}` again."
         )
-        if desk.offline:
-            raise Waiting(told)
+    if not server.is_known:
+        exchange.withdraw(wave)  # a server that comes may have another model
         raise ValueError(
             f"no language model to ask: set config.{verb}.base_url to a server, such as"
-            f" http://localhost:8000/v1, or export {server.api_key_env}=... for OpenAI's. Without"
-            f" a server: {told}"
+            f" http://localhost:8000/v1, or export {server.api_key_env}=... for OpenAI's. `agfsync"
+            f" {verb} --requests` writes the {count} requests that have no answer, for a batch"
+            " program."
         )
     try:
         client.models(server)  # a wrong key, or nobody there, is told at once

@@ -411,6 +411,14 @@ def test_what_cannot_be_is_told_before_anything_is_written(change, message, tmp_
         assert agfsync("prompts", tmp_path, server.url) == 0
 
 
+def test_without_a_server_nothing_stands_in_the_way_of_one(tmp_path, capsys):
+    assert agfsync("prompts", tmp_path) == 2
+    assert "`agfsync prompts --requests` writes the 12 requests" in capsys.readouterr().err
+    with llm_server.Server(llm_server.write) as server:
+        assert agfsync("prompts", tmp_path, server.url) == 0
+    assert {body["model"] for body in server.bodies} == {"writer"}
+
+
 def test_a_server_with_several_models_wants_one_named(tmp_path, capsys):
     with llm_server.Server(llm_server.write, models=("small", "big")) as server:
         assert agfsync("prompts", tmp_path, server.url) == 2
