@@ -46,8 +46,8 @@ def write_questions(job: Job) -> None:
         asked = {row["id"] for row in rows}
         kept = [row for row in prompt_rows if row["id"] in asked]
         if len(kept) < len(prompt_rows) or (path.parent != job.folder and not prompts.exists()):
-            left_out = len(prompt_rows) - len(kept)
-            job.stage.print(f"{left_out} of {len(prompt_rows)} prompts have too few, and go")
+            if left_out := len(prompt_rows) - len(kept):
+                job.stage.print(f"{left_out} of {len(prompt_rows)} prompts have too few, and go")
             records.write_jsonl(prompts, kept)
         records.write_jsonl(path, rows)
         job.stage.items += len(rows)

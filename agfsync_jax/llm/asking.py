@@ -141,7 +141,7 @@ def _ask(
     sizes: tuple[int, int, int],
     note: Callable[[Answer], str],
 ) -> None:
-    """`complete`, where there is a server; sizes: requests, their characters, tokens of each
+    """`_complete`, where there is a server; sizes: requests, their characters, tokens of each
     answer."""
     count, written, tokens = sizes
     seconds = count * tokens / (_TOKENS_PER_SECOND * min(server.concurrency, count))

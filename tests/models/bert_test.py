@@ -48,7 +48,7 @@ RELEASED = {
     "BAAI/bge-large-en-v1.5": (
         _COMMON
         | {
-            "_name_or_path": "/root/.cache/torch/sentence_transformers/BAAI_bge-large-en/",
+            "_name_or_path": "BAAI/bge-large-en",
             "classifier_dropout": None,
             "hidden_size": 1024,
             "id2label": {"0": "LABEL_0"},
